@@ -1,0 +1,71 @@
+"""The one exception tree of fedsplit. Foreign errors are translated into it once, at the edge, and chained.
+
+    FedsplitError
+    ├── ConfigError         a setting is unknown, malformed or contradicts another one
+    ├── BackboneError       a model directory cannot be used: family, missing weights, wrong digest
+    ├── DataError           a site's data cannot be used; names the site and the file
+    ├── UpdateError         a site's module update fails its checks and does not count
+    ├── EncoderError        something between a site and the encoder
+    │   ├── RefusedError        the encoder says no: token, backbone, version, cut, limits
+    │   ├── ProtocolError       a frame is malformed, out of order or of the wrong shape
+    │   ├── OverloadedError     the encoder is full; carries `retry_after_s`
+    │   └── UnreachableError    nobody answers at the address, the peer died or a deadline passed
+    ├── FederationError     the run cannot go on: too few sites, no useful update
+    └── RunDirError         a run directory cannot be written or read: disk full, damaged checkpoint
+
+Every message says what it got, what it wanted and what to do.
+"""
+
+from __future__ import annotations
+
+
+class FedsplitError(Exception):
+    """Base of all errors that fedsplit raises on purpose."""
+
+
+class ConfigError(FedsplitError):
+    """A setting is unknown, malformed or contradicts another one."""
+
+
+class BackboneError(FedsplitError):
+    """A model directory cannot be used as a backbone."""
+
+
+class DataError(FedsplitError):
+    """A site's data cannot be used; the message names the site and the file."""
+
+
+class UpdateError(FedsplitError):
+    """A site's module update fails its checks and does not count."""
+
+
+class EncoderError(FedsplitError):
+    """Something went wrong between a site and the encoder."""
+
+
+class RefusedError(EncoderError):
+    """The encoder refuses a session or a step: token, backbone, version, cut or limits."""
+
+
+class ProtocolError(EncoderError):
+    """A frame is malformed, oversized, truncated, out of order or of the wrong shape."""
+
+
+class OverloadedError(EncoderError):
+    """The encoder is full; try again after `retry_after_s` seconds."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class UnreachableError(EncoderError):
+    """Nobody answers at the encoder's address, the peer died or a deadline passed."""
+
+
+class FederationError(FedsplitError):
+    """The run cannot go on: too few sites or no useful update."""
+
+
+class RunDirError(FedsplitError):
+    """A run directory cannot be written or read."""

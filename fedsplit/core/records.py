@@ -1,0 +1,123 @@
+"""What a run leaves behind, as typed records: one metrics line a site and round, the status, the summary.
+
+`federation/run_dir.py` writes them under `runs/<run>/`; `report` and the CLI read them. All sizes are
+bytes, all times seconds, all accuracies shares in [0, 1].
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Outcome = Literal["complete", "partial", "failed"]
+Phase = Literal["starting", "waiting", "training", "evaluating", "done", "failed"]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RoundMetrics(_Record):
+    """One line of `metrics.jsonl`: what one site did in one round. Round `rounds + 1` only evaluates."""
+
+    round: int
+    site: str
+    cut: str
+    codec: str
+    samples: int
+    """Training samples that the update stands for; 0 when the round only evaluated."""
+    test_samples: int
+    correct_global: int
+    """Test samples that the module, as it was before this round's training, got right."""
+    correct_personal: int | None
+    """The same after this site's own training; None when it did not train."""
+    loss: float | None
+    """Mean training loss of the round; None when it did not train."""
+    bytes_activation_up: int
+    bytes_activation_down: int
+    bytes_module_up: int
+    bytes_module_down: int
+    steps: int
+    seconds_device: float
+    """Time the device worked itself."""
+    seconds_wait: float
+    """Time it waited for the encoder."""
+    peak_rss_bytes: int
+
+
+class Status(_Record):
+    """`status.json`: where the run stands now, rewritten whole at each change."""
+
+    phase: Phase
+    round: int
+    rounds: int
+    sites: tuple[str, ...]
+    replied: tuple[str, ...]
+    """The sites whose reply of this round is in."""
+    message: str = ""
+
+
+class SiteSummary(_Record):
+    """One site's row of the summary."""
+
+    name: str
+    cut: str
+    samples: int
+    test_samples: int
+    accuracy_before: float | None
+    accuracy: float | None
+    """The final global module on this site's own test samples."""
+    accuracy_personal: float | None
+    """The module right after this site's last own training, on its own test samples."""
+    accuracy_local_only: float | None
+    """Trained on this site's data alone, on the test samples of all sites (own ones in deployment)."""
+    accuracy_local_only_personal: float | None
+    """Trained on this site's data alone, on its own test samples."""
+    bytes_up: int
+    bytes_down: int
+    seconds_device: float
+    seconds_wait: float
+    peak_rss_bytes: int
+    rounds_missed: int
+
+
+class LeftOut(_Record):
+    """A site that took no part, or not in every round, and why."""
+
+    site: str
+    rounds: tuple[int, ...]
+    """Rounds it missed; 0 is the roll call before the first round."""
+    reason: str
+
+
+class Summary(_Record):
+    """`summary.json`: the run in numbers."""
+
+    run: str
+    task: str
+    method: str
+    backbone: str
+    backbone_sha256: str
+    fedsplit_version: str
+    rounds: int
+    rounds_done: int
+    sites: tuple[SiteSummary, ...]
+    accuracy_global: float | None
+    """The last module on the test samples of all sites that answered."""
+    accuracy_global_start: float | None
+    accuracy_by_round: tuple[float, ...]
+    """accuracy_global_start first, then after each round."""
+    accuracy_local_only: float | None
+    """Mean over the sites of their accuracy_local_only, where it was run."""
+    bytes_activation: int
+    bytes_module: int
+    bytes_full_model: int
+    """What the same rounds would have moved with the whole model instead of the module."""
+    wall_s: float
+    outcome: Outcome
+    left_out: tuple[LeftOut, ...]
+    reason: str
+    """Why the run ended as it did, in a sentence; empty when complete."""
+    module: str
+    """Folder of the trained module, relative to the run's."""

@@ -1,0 +1,161 @@
+"""Where embeddings, blocks, norm and pooling live in each family of backbones: a few lines a family.
+
+Adding a family is one `Family(...)` entry below. Names are attribute paths inside transformers' own
+classification model, so that every tensor keeps the whole model's name. Shapes: B batch, T tokens,
+D width, P width of the pooled features, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fedsplit.core.errors import BackboneError
+
+Kind = Literal["image", "text"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """How one `model_type` of transformers is laid out."""
+
+    model_type: str
+    kind: Kind
+    model_class: str
+    """The whole model: transformers' classification class."""
+    base: str
+    """Attribute of the whole model that holds the backbone."""
+    blocks: str
+    """Path of the block list under `base`."""
+    lora_targets: tuple[str, ...]
+    """The linear layers of a block that get LoRA by default: query and value."""
+    pool: Callable[[Any, Tensor], Tensor]
+    """(backbone, last hidden [B, T, D]) -> pooled features [B, P]; includes the final norm."""
+    pool_modules: tuple[str, ...] = ()
+    """Submodules of the backbone that `pool` uses."""
+    pool_factor: int = 1
+    """P / D."""
+    classifier: tuple[str, ...] = ("classifier",)
+    """Top-level submodules that make logits of pooled features; they train with the module."""
+    classify: Callable[[Any, Tensor], Tensor] = lambda model, pooled: model.classifier(pooled)
+    """(whole model, pooled features [B, P]) -> logits [B, C]."""
+    embed_kwargs: tuple[tuple[str, Any], ...] = ()
+    """Extra arguments of the embeddings' forward."""
+    embeddings: str = "embeddings"
+
+
+def _norm_first(backbone: Any, h_BTD: Tensor) -> Tensor:
+    return backbone.layernorm(h_BTD)[:, 0, :]
+
+
+def _norm_first_and_mean(backbone: Any, h_BTD: Tensor) -> Tensor:
+    h_BTD = backbone.layernorm(h_BTD)
+    return torch.cat([h_BTD[:, 0], h_BTD[:, 1:].mean(dim=1)], dim=1)
+
+
+def _first(backbone: Any, h_BTD: Tensor) -> Tensor:  # noqa: ARG001
+    return h_BTD[:, 0]
+
+
+def _pooler(backbone: Any, h_BTD: Tensor) -> Tensor:
+    pooled: Tensor = backbone.pooler(h_BTD)
+    return pooled
+
+
+def _classify_first(model: Any, pooled_BP: Tensor) -> Tensor:
+    # RoBERTa's head picks the first token itself, so it is handed a sequence of one.
+    logits: Tensor = model.classifier(pooled_BP[:, None])
+    return logits
+
+
+def _classify_twice(model: Any, pooled_BP: Tensor) -> Tensor:
+    logits: Tensor = model.classifier(nn.functional.relu(model.pre_classifier(pooled_BP)))
+    return logits
+
+
+# interpolate_pos_encoding is the identity at the size a backbone was trained with.
+_ANY_SIZE = (("interpolate_pos_encoding", True),)
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(
+            model_type="vit",
+            kind="image",
+            model_class="ViTForImageClassification",
+            base="vit",
+            blocks="layers",
+            lora_targets=("q_proj", "v_proj"),
+            pool=_norm_first,
+            pool_modules=("layernorm",),
+            embed_kwargs=_ANY_SIZE,
+        ),
+        Family(
+            model_type="deit",
+            kind="image",
+            model_class="DeiTForImageClassification",
+            base="deit",
+            blocks="layers",
+            lora_targets=("q_proj", "v_proj"),
+            pool=_norm_first,
+            pool_modules=("layernorm",),
+            embed_kwargs=_ANY_SIZE,
+        ),
+        Family(
+            model_type="dinov2",
+            kind="image",
+            model_class="Dinov2ForImageClassification",
+            base="dinov2",
+            blocks="encoder.layer",
+            lora_targets=("q_proj", "v_proj"),
+            pool=_norm_first_and_mean,
+            pool_modules=("layernorm",),
+            pool_factor=2,
+        ),
+        Family(
+            model_type="bert",
+            kind="text",
+            model_class="BertForSequenceClassification",
+            base="bert",
+            blocks="encoder.layer",
+            lora_targets=("query", "value"),
+            pool=_pooler,
+            pool_modules=("pooler",),
+        ),
+        Family(
+            model_type="roberta",
+            kind="text",
+            model_class="RobertaForSequenceClassification",
+            base="roberta",
+            blocks="encoder.layer",
+            lora_targets=("query", "value"),
+            pool=_first,
+            classify=_classify_first,
+        ),
+        Family(
+            model_type="distilbert",
+            kind="text",
+            model_class="DistilBertForSequenceClassification",
+            base="distilbert",
+            blocks="transformer.layer",
+            lora_targets=("q_lin", "v_lin"),
+            pool=_first,
+            classifier=("pre_classifier", "classifier"),
+            classify=_classify_twice,
+        ),
+    )
+}
+
+
+def family_of(model_type: str, *, where: str) -> Family:
+    """The family of a `model_type`. Raises BackboneError that lists the known ones."""
+    if model_type not in FAMILIES:
+        raise BackboneError(
+            f"backbone {where} is of family {model_type!r}, which fedsplit does not know; known "
+            f"families: {', '.join(sorted(FAMILIES))}. A new one is an entry in fedsplit/model/families.py"
+        )
+    return FAMILIES[model_type]

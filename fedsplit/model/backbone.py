@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, D width, P pooled width, C classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ class Backbone:
     name: str
     path: Path
     family: Family
-    config: Any
+    config: Any = field(compare=False)
 
     @classmethod
     def find(cls, name: str) -> Backbone:
@@ -68,6 +68,13 @@ class Backbone:
     def sha256(self) -> str:
         """Digest of configuration and weights."""
         return digest(self.path)
+
+    def max_tokens(self, image_size: int, max_length: int) -> int:
+        """Most tokens of a sample: patches and special tokens of an image, `max_length` of a text."""
+        if self.family.kind == "text":
+            return min(max_length, int(self.config.max_position_embeddings))
+        patches = (image_size or int(self.config.image_size)) // int(self.config.patch_size)
+        return patches * patches + 2
 
     def weight_bytes(self) -> int:
         """Bytes of all weights in fp32: what full-model averaging would move one way."""

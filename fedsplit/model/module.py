@@ -20,7 +20,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from fedsplit.core.errors import BackboneError, ConfigError
+from fedsplit.core.cut import Cut
+from fedsplit.core.errors import BackboneError, ConfigError, ProtocolError
 from fedsplit.model.backbone import Backbone, Part
 
 ModuleTensors = dict[str, NDArray[np.float32]]
@@ -201,3 +202,58 @@ def export(
 def _idle_lora(backbone: Backbone, spec: ModuleSpec) -> ModuleTensors:
     lora = ModuleSpec(classes=spec.classes, rank=spec.rank, alpha=spec.alpha, targets=spec.targets)
     return {n: t for n, t in initial(backbone, lora, seed=0).items() if ".lora_" in n}
+
+
+def trained_names(backbone: Backbone, spec: ModuleSpec, cut: Cut, *, head: bool) -> set[str]:
+    """The module tensors that a device at `cut` trains; without `head`, those of the tail alone."""
+    root = f"{backbone.family.base}.{backbone.family.blocks}"
+    blocks = [i for i in cut.device_blocks(backbone.blocks) if head or i >= cut.b]
+    prefixes = tuple(f"{root}.{i}." for i in blocks)
+    return {
+        name
+        for name in shapes(backbone, spec)
+        if ".lora_" not in name or (prefixes and name.startswith(prefixes))
+    }
+
+
+def device_names(backbone: Backbone, spec: ModuleSpec, cut: Cut) -> set[str]:
+    """The module tensors that a device at `cut` holds."""
+    return trained_names(backbone, spec, cut, head=True)
+
+
+def server_names(backbone: Backbone, spec: ModuleSpec) -> set[str]:
+    """The module tensors that an encoder host may need, whatever the cuts: LoRA on every block."""
+    return {name for name in shapes(backbone, spec) if ".lora_" in name}
+
+
+def pack(spec: ModuleSpec, tensors: Mapping[str, NDArray[np.float32]]) -> bytes:
+    """A module version as safetensors bytes, with what LoRA needs beside the weights as metadata."""
+    from safetensors.numpy import save
+
+    about = {"rank": spec.rank, "alpha": spec.alpha, "targets": list(spec.targets), "lora": spec.lora}
+    return save(dict(tensors), metadata={"fedsplit": json.dumps(about)})
+
+
+def unpack(data: bytes) -> tuple[ModuleSpec, ModuleTensors]:
+    """The inverse of `pack`. Raises ProtocolError on anything that `pack` does not write."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load as load_bytes
+
+    try:
+        header_bytes = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + header_bytes])
+        about = json.loads(header["__metadata__"]["fedsplit"])
+        rank, alpha, targets, lora = (about[k] for k in ("rank", "alpha", "targets", "lora"))
+        good = isinstance(rank, int) and isinstance(alpha, int) and isinstance(lora, bool)
+        if not (good and 0 < rank <= 1024 and all(isinstance(t, str) for t in targets)):
+            raise ValueError("rank, alpha, targets or lora is out of range")
+        tensors = load_bytes(data)
+    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        raise ProtocolError(
+            f"a module version could not be read ({type(err).__name__}: {str(err)[:200]}); it is safetensors "
+            f"bytes as fedsplit packs them"
+        ) from err
+    if wrong := [n for n, t in tensors.items() if t.dtype != np.float32 or not np.isfinite(t).all()]:
+        raise ProtocolError(f"module tensor {wrong[0]!r} is not finite float32")
+    spec = ModuleSpec(classes=("?",), lora=lora, rank=rank, alpha=alpha, targets=tuple(targets))
+    return spec, tensors

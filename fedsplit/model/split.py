@@ -55,8 +55,19 @@ class SplitModel:
         self.part = part
         self.cut = cut
         self._encoder = encoder
+        family = part.family
+        self._blocks = f"{family.base}.{family.blocks}"
         self._steps = itertools.count(1)
         self._pooled = cut.pooled(part.backbone.blocks)
+
+    def head_trains(self) -> bool:
+        """Does anything below the seam train, so that gradients must come back through it?"""
+        below = tuple(f"{self._blocks}.{i}." for i in range(self.cut.a))
+        return any(
+            parameter.requires_grad and name.startswith(below)
+            for name, parameter in module.parameters(self.part).items()
+            if below
+        )
 
     def head(self, inputs: dict[str, Tensor], mask_BT: Tensor | None) -> Tensor:
         """Model inputs -> what crosses the wire, [B, T, D]."""

@@ -1,0 +1,1 @@
+"""fedsplit's Flower ClientApp."""

@@ -1,0 +1,156 @@
+"""What travels in Flower messages: orders to sites, their answers, and module tensors as Flower arrays.
+
+Activations never do: they go over our own stream (docs/protocol.md). Structured parts are JSON of the
+frozen models below, so that both ends check the same schema; tensors are ArrayRecords.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, TypeVar
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fedsplit.core.encoder import Grant
+from fedsplit.core.errors import FederationError, FedsplitError
+from fedsplit.core.records import RoundMetrics
+
+ORDER, ANSWER, FAULT, MODULE, DELTA = "order", "answer", "fault", "module", "delta"
+MAX_JSON_CHARS = 1_000_000
+Kind = Literal["roll-call", "train", "evaluate", "local-only"]
+Tensors = Mapping[str, NDArray[np.float32]]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Stream(_Part):
+    """How a site reaches the encoder in this round."""
+
+    address: str
+    token: str
+    grant: Grant
+    tls: bool
+    ca_file: str
+
+
+class Order(_Part):
+    """What a site is to do."""
+
+    kind: Kind
+    run: str
+    round: int
+    fedsplit_version: str
+    config: dict[str, str | int | float | bool]
+    classes: tuple[str, ...] | None
+    cut: str
+    backbone_sha256: str
+    stream: Stream | None
+    """None where nothing runs on the server, and at roll call."""
+
+
+class RollCall(_Part):
+    """What a site says of itself before the first round."""
+
+    site: str
+    cut: str
+    """The site's own cut; empty: the run's."""
+    classes: tuple[str, ...]
+    samples: int
+    test_samples: int
+    backbone_sha256: str
+    fedsplit_version: str
+    number: int
+    """Its partition's number in simulation, -1 in deployment: decides the order in which cuts are dealt."""
+
+
+class Answer(_Part):
+    """What a site says after a round."""
+
+    metrics: RoundMetrics
+
+
+class LocalOnly(_Part):
+    """What training alone reached."""
+
+    site: str
+    correct_own: int
+    total_own: int
+    correct_everywhere: int
+    total_everywhere: int
+
+
+class Fault(_Part):
+    """A typed error of a site, in words for people."""
+
+    kind: str
+    message: str
+
+
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+def write(name: str, model: BaseModel) -> RecordDict:
+    """A record dict that carries one structured part under `name`."""
+    return RecordDict({name: ConfigRecord({"json": model.model_dump_json()})})
+
+
+def read(content: RecordDict, name: str, model: type[_Model]) -> _Model:
+    """The structured part under `name`. Raises FederationError when it is missing or malformed."""
+    record = content.config_records.get(name)
+    text = record.get("json") if record is not None else None
+    if not isinstance(text, str) or len(text) > MAX_JSON_CHARS:
+        raise FederationError(f"a message has no readable {name!r} part; do both ends run fedsplit?")
+    try:
+        return model.model_validate_json(text)
+    except ValidationError as err:
+        first = err.errors()[0]
+        raise FederationError(
+            f"the {name!r} part of a message is malformed at {'.'.join(map(str, first['loc']))}: "
+            f"{first['msg']}; install the same fedsplit version on both ends"
+        ) from err
+
+
+def fault_of(message: Message) -> Fault | None:
+    """Why a reply is no answer: Flower's own error or the site's; None for a good one."""
+    if message.has_error():
+        reason = (message.error.reason or "").strip()
+        last = reason.splitlines()[-1][:500] if reason else f"Flower error {message.error.code}"
+        return Fault(kind="SiteCrashed", message=last)
+    if FAULT in message.content.config_records:
+        try:
+            return read(message.content, FAULT, Fault)
+        except FederationError as err:
+            return Fault(kind="FederationError", message=str(err))
+    return None
+
+
+def fault_reply(error: FedsplitError, message: Message) -> Message:
+    """The reply of a site that could not do what it was asked."""
+    fault = Fault(kind=type(error).__name__, message=str(error)[:4000])
+    return Message(write(FAULT, fault), reply_to=message)
+
+
+def to_arrays(tensors: Tensors) -> ArrayRecord:
+    """Module tensors as a Flower record, in the order of their names."""
+    return ArrayRecord({name: Array(np.ascontiguousarray(tensors[name])) for name in sorted(tensors)})
+
+
+def from_arrays(content: RecordDict, name: str) -> dict[str, NDArray[np.float32]]:
+    """Module tensors of a record; empty when it is not there. Raises FederationError on damaged arrays."""
+    record = content.array_records.get(name)
+    if record is None:
+        return {}
+    try:
+        return {key: array.numpy() for key, array in record.items()}
+    except (ValueError, TypeError, OSError, EOFError) as err:
+        raise FederationError(f"the {name!r} arrays of a message cannot be read: {err}") from err
+
+
+def array_bytes(content: RecordDict) -> int:
+    """Bytes of all arrays of a message as they travel."""
+    return sum(len(a.data) for record in content.array_records.values() for a in record.values())

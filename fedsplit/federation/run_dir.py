@@ -1,0 +1,186 @@
+"""Writes and reads `runs/<run>/`: config, metrics, status, checkpoints, module, summary. All or nothing.
+
+A checkpoint is a folder that appears by one rename, with a manifest of sha256 digests: a process killed at
+any instant leaves the last whole one. A full disk never loses the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from fedsplit.core.errors import RunDirError
+from fedsplit.core.records import RoundMetrics, Status, Summary
+
+MODULE_FILE, MANIFEST, KEEP = "module.safetensors", "manifest.json", 3
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The module after a round, and what is needed to go on from it."""
+
+    round: int
+    module: dict[str, NDArray[np.float32]]
+    state: dict[str, Any]
+
+
+class RunDir:
+    """One run's folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, runs: Path, name: str, *, task: str) -> RunDir:
+        """A new folder under `runs`; an empty name becomes task and date. Raises RunDirError if it exists."""
+        stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")[:-3]
+        path = runs.expanduser().absolute() / (name or f"{task}-{stamp}")
+        with _translated(path):
+            if path.exists() and (path / "config.json").exists():
+                raise RunDirError(
+                    f"run {path.name!r} is already in {path.parent}; choose another run-name, or go on "
+                    f"from it with resume={path.name}"
+                )
+            path.mkdir(parents=True, exist_ok=True)
+        return cls(path)
+
+    @classmethod
+    def reopen(cls, runs: Path, name: str) -> RunDir:
+        """The folder of an earlier run. Raises RunDirError when it is not there."""
+        path = runs.expanduser().absolute() / name
+        if not (path / "config.json").is_file():
+            there = sorted(p.parent.name for p in path.parent.glob("*/config.json"))
+            raise RunDirError(f"there is no run {name!r} in {path.parent} to go on from; runs: {there}")
+        return cls(path)
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.name
+
+    def write_json(self, name: str, value: Mapping[str, Any] | BaseModel) -> None:
+        """Write a JSON file in one piece."""
+        if isinstance(value, BaseModel):
+            text = value.model_dump_json(indent=2)
+        else:
+            text = json.dumps(value, indent=2)
+        with _translated(self.path):
+            part = self.path / f".{name}.part"
+            part.write_text(text + "\n", encoding="utf-8")
+            part.replace(self.path / name)
+
+    def read_config(self) -> dict[str, Any]:
+        """config.json. Raises RunDirError when it is damaged."""
+        try:
+            value: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as err:
+            raise RunDirError(f"{self.path / 'config.json'} cannot be read: {err}") from err
+        return value
+
+    def add_metrics(self, metrics: RoundMetrics) -> None:
+        """Append one line to metrics.jsonl."""
+        with _translated(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(metrics.model_dump_json() + "\n")
+
+    def read_metrics(self) -> list[RoundMetrics]:
+        """All whole lines of metrics.jsonl."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return []
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [RoundMetrics.model_validate_json(line) for line in lines if line.strip()]
+
+    def forget_after(self, round_: int) -> None:
+        """Drop metrics of rounds after `round_`: a resumed run writes them anew."""
+        kept = [m for m in self.read_metrics() if m.round <= round_]
+        with _translated(self.path):
+            part = self.path / ".metrics.jsonl.part"
+            part.write_text("".join(m.model_dump_json() + "\n" for m in kept), encoding="utf-8")
+            part.replace(self.path / "metrics.jsonl")
+
+    def set_status(self, status: Status) -> None:
+        """Rewrite status.json."""
+        self.write_json("status.json", status)
+
+    def finish(self, summary: Summary) -> None:
+        """Write summary.json."""
+        self.write_json("summary.json", summary)
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Write the checkpoint of a round, then drop all but the last few. Raises RunDirError."""
+        root = self.path / "checkpoints"
+        final, part = root / f"round-{checkpoint.round:05d}", root / f".round-{checkpoint.round:05d}.part"
+        with _translated(root):
+            shutil.rmtree(part, ignore_errors=True)
+            try:
+                part.mkdir(parents=True)
+                save_file(checkpoint.module, part / MODULE_FILE)
+                manifest = {
+                    "round": checkpoint.round,
+                    "state": checkpoint.state,
+                    "sha256": {MODULE_FILE: _sha256(part / MODULE_FILE)},
+                }
+                (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+                _flush(part / MODULE_FILE, part / MANIFEST)
+                shutil.rmtree(final, ignore_errors=True)
+                part.replace(final)
+            except (OSError, SafetensorError):
+                shutil.rmtree(part, ignore_errors=True)
+                raise
+            for old in sorted(root.glob("round-*"))[:-KEEP]:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def last_checkpoint(self) -> Checkpoint:
+        """The newest whole checkpoint. Raises RunDirError when there is none."""
+        damage = []
+        for path in sorted((self.path / "checkpoints").glob("round-*"), reverse=True):
+            try:
+                return _read_checkpoint(path)
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as err:
+                damage.append(f"{path.name}: {err}")
+        why = f"damaged: {'; '.join(damage)}" if damage else "no round was finished"
+        raise RunDirError(f"run {self.name!r} has no checkpoint to go on from ({why})")
+
+
+def _read_checkpoint(path: Path) -> Checkpoint:
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    if _sha256(path / MODULE_FILE) != manifest["sha256"][MODULE_FILE]:
+        raise ValueError("its module does not have the manifest's sha256")
+    return Checkpoint(manifest["round"], load_file(path / MODULE_FILE), manifest["state"])
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(*files: Path) -> None:
+    for path in files:
+        with path.open("rb+") as file:
+            os.fsync(file.fileno())
+
+
+@contextmanager
+def _translated(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as err:
+        reason = getattr(err, "strerror", None) or str(err)
+        raise RunDirError(
+            f"run directory {path} cannot be written: {reason}; free some space or set runs-dir to another "
+            f"place, then go on with resume"
+        ) from err

@@ -1,0 +1,257 @@
+"""A whole run on the ServerApp's side: wait for sites, call the roll, train, keep what was reached.
+
+Called by server_app/app.py with an encoder endpoint that is already open.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedsplit import __version__
+from fedsplit.core.config import RunConfig
+from fedsplit.core.cut import Cut
+from fedsplit.core.errors import ConfigError, FederationError, FedsplitError
+from fedsplit.core.records import Outcome, Status, Summary
+from fedsplit.federation import messages
+from fedsplit.federation.endpoint import Endpoint
+from fedsplit.federation.exchange import exchange
+from fedsplit.federation.ledger import Ledger
+from fedsplit.federation.messages import LocalOnly, Order, RollCall
+from fedsplit.federation.run_dir import RunDir
+from fedsplit.federation.site import module_spec
+from fedsplit.federation.strategy import Site, SplitStrategy
+from fedsplit.model import module
+from fedsplit.model.backbone import Backbone
+
+SUMMARY_MARK = "FEDSPLIT_SUMMARY"
+# What a resumed run takes from its new settings; all else is what the run was started with.
+_RESUME_KEYS = (
+    "resume", "runs-dir", "deadline-s", "min-sites", "encoder-address", "encoder-bind",
+    "encoder-secret-file", "encoder-tls-cert", "encoder-tls-key", "encoder-tls-ca", "encoder-insecure",
+)  # fmt: skip
+_log = logging.getLogger("fedsplit")
+
+
+def settle(config: RunConfig) -> RunConfig:
+    """The settings to run by: a resumed run keeps those it was started with."""
+    if not config.resume:
+        return config
+    saved = RunDir.reopen(Path(config.runs_dir), config.resume).read_config()["config"]
+    new = config.flat()
+    return RunConfig.from_flat(saved | {key: new[key] for key in _RESUME_KEYS})
+
+
+def check_cuts(config: RunConfig, backbone: Backbone) -> None:
+    """Raise ConfigError unless every cut of the settings fits the backbone."""
+    for cut in config.cuts:
+        cut.check(backbone.blocks)
+
+
+class Run:
+    """One run from roll call to summary."""
+
+    def __init__(
+        self, grid: Grid, config: RunConfig, endpoint: Endpoint, *, simulated: bool
+    ) -> None:
+        self.grid = grid
+        self.config = config
+        self.endpoint = endpoint
+        self.simulated = simulated
+        self.backbone = Backbone.find(config.backbone)
+        check_cuts(config, self.backbone)
+        runs = Path(config.runs_dir)
+        if config.resume:
+            self.dir = RunDir.reopen(runs, config.resume)
+        else:
+            self.dir = RunDir.create(runs, config.run_name, task=config.task)
+        self.ledger = Ledger(config, self.backbone, self.dir.name)
+        self._strategy: SplitStrategy | None = None
+
+    def go(self) -> Summary:
+        """Train and leave everything in the run directory. Raises FedsplitError after keeping what was reached."""
+        _log.info("run directory: %s", self.dir.path)
+        try:
+            self._train()
+            return self._finish("complete", "")
+        except FedsplitError as err:
+            self._finish("failed", str(err))
+            raise
+
+    def _train(self) -> None:
+        nodes = self._wait_for_nodes()
+        sites = self._roll_call(nodes)
+        classes = self._classes(sites)
+        spec = module_spec(self.config, classes)
+        self._write_config(classes, sites)
+        strategy = self._strategy = SplitStrategy(
+            config=self.config,
+            backbone=self.backbone,
+            spec=spec,
+            sites=sites,
+            endpoint=self.endpoint,
+            run_dir=self.dir,
+            ledger=self.ledger,
+            on_update=_log.info,
+        )
+        first, tensors = 1, module.initial(self.backbone, spec, seed=self.config.seed)
+        if self.config.resume:
+            first, tensors = self._restore()
+        arrays = messages.to_arrays(tensors)
+        if self.config.compare_local_only and first == 1:
+            strategy.compare_local_only(self.grid, arrays)
+        strategy.start(self.grid, arrays, self.config.rounds, first_round=first)
+        module.export(self.dir.path / "module", self.backbone, spec, strategy.module)
+
+    def _wait_for_nodes(self) -> list[int]:
+        wanted = self.config.sites or self.config.min_sites
+        end = time.monotonic() + (0.0 if self.simulated else self.config.deadline_s)
+        nodes: list[int] = []
+        while len(nodes) < wanted:
+            found = sorted(self.grid.get_node_ids())
+            if found != nodes or not found:
+                nodes = found
+                text = f"{len(nodes)} of {wanted} sites are connected"
+                self.dir.set_status(self._waiting(text))
+                _log.info("%s", text)
+            if time.monotonic() >= end:
+                break
+            time.sleep(0.5)
+        if self.simulated and len(nodes) < wanted:
+            raise FederationError(
+                f"sites={wanted} are wanted, the simulation has {len(nodes)}; start it with "
+                f"--federation-config 'num-supernodes={wanted}'"
+            )
+        if len(nodes) < self.config.min_sites:
+            raise FederationError(
+                f"{len(nodes)} sites are connected after {self.config.deadline_s:g} s, "
+                f"min-sites={self.config.min_sites} are wanted; start flower-supernode on the missing ones"
+            )
+        for number in range(len(nodes), wanted):
+            self.ledger.absent(0, f"(site {number + 1} of {wanted})", "it was not connected")
+        return nodes
+
+    def _waiting(self, text: str) -> Status:
+        return Status(
+            phase="waiting", round=0, rounds=self.config.rounds, sites=(), replied=(), message=text
+        )
+
+    def _roll_call(self, nodes: list[int]) -> list[Site]:
+        """Ask every node who it is; deal the cuts in the order of the sites' numbers and names."""
+        orders = {str(node): self._roll_call_order(node) for node in nodes}
+        calls: dict[int, RollCall] = {}
+        for name, reply in exchange(self.grid, orders, deadline_s=self.config.deadline_s):
+            fault = messages.fault_of(reply)
+            if fault is None:
+                call = messages.read(reply.content, messages.ANSWER, RollCall)
+                if call.site not in {c.site for c in calls.values()}:
+                    calls[int(name)] = call
+                    continue
+                reason = f"another site is called {call.site!r} too; give each its own name"
+            else:
+                reason = fault.message
+            self.ledger.absent(0, f"node {name}", reason)
+            _log.warning("node %s left out: %s", name, reason)
+        for name in orders.keys() - {str(n) for n in calls}:
+            if not any(site == f"node {name}" for _, site, _ in self.ledger.absences):
+                self.ledger.absent(0, f"node {name}", "no answer to the roll call")
+        if len(calls) < self.config.min_sites:
+            why = "; ".join(f"{site}: {reason}" for _, site, reason in self.ledger.absences)
+            raise FederationError(
+                f"{len(calls)} sites can take part, min-sites={self.config.min_sites} are wanted: {why}"
+            )
+        ordered = sorted(calls.items(), key=lambda item: (item[1].number, item[1].site))
+        ordered = ordered[: self.config.sites or None]
+        return [self._site(node, call, i) for i, (node, call) in enumerate(ordered)]
+
+    def _roll_call_order(self, node: int) -> Message:
+        order = Order(
+            kind="roll-call",
+            run=self.dir.name,
+            round=0,
+            fedsplit_version=__version__,
+            config=self.config.flat(),
+            classes=self.config.class_names,
+            cut="",
+            backbone_sha256=self.backbone.sha256,
+            stream=None,
+        )
+        return Message(messages.write(messages.ORDER, order), node, "query", group_id="0")
+
+    def _site(self, node: int, call: RollCall, place: int) -> Site:
+        cut = Cut.parse(call.cut) if call.cut else self.config.cuts[place % len(self.config.cuts)]
+        cut.check(self.backbone.blocks)
+        self.ledger.calls[call.site] = call
+        self.ledger.cuts[call.site] = str(cut)
+        return Site(call.site, node, cut, call)
+
+    def _classes(self, sites: list[Site]) -> tuple[str, ...]:
+        classes = self.config.class_names or tuple(
+            sorted({name for site in sites for name in site.call.classes})
+        )
+        if len(classes) < 2:
+            raise ConfigError(f"the task has {len(classes)} class ({classes}); two or more are wanted")
+        return classes
+
+    def _write_config(self, classes: tuple[str, ...], sites: list[Site]) -> None:
+        packages = ("flwr", "torch", "transformers", "peft", "grpcio", "pydantic", "numpy")
+        self.dir.write_json(
+            "config.json",
+            {
+                "config": self.config.flat(),
+                "classes": list(classes),
+                "sites": {s.name: str(s.cut) for s in sites},
+                "backbone_sha256": self.backbone.sha256,
+                "versions": {"fedsplit": __version__, "python": platform.python_version()}
+                | {name: version(name) for name in packages},
+            },
+        )
+
+    def _restore(self) -> tuple[int, module.ModuleTensors]:
+        """(first round to run, module) from the last checkpoint, the ledger filled as it was."""
+        saved = self.dir.last_checkpoint()
+        self.dir.forget_after(saved.round)
+        self.ledger.metrics = self.dir.read_metrics()
+        self.ledger.absences = [(int(r), str(s), str(w)) for r, s, w in saved.state["absences"]]
+        self.ledger.local_only = {
+            name: LocalOnly.model_validate(value)
+            for name, value in saved.state["local_only"].items()
+        }
+        self.ledger.wall_before_s = float(saved.state["wall_s"])
+        _log.info("going on after round %d of %d", saved.round, self.config.rounds)
+        return saved.round + 1, saved.module
+
+    def _finish(self, outcome: Outcome, reason: str) -> Summary:
+        done = self._strategy.rounds_done if self._strategy else 0
+        summary = self.ledger.summary(rounds_done=done, outcome=outcome, reason=reason)
+        if outcome == "failed" and self._strategy is not None and done:
+            strategy = self._strategy
+            module.export(self.dir.path / "module", self.backbone, strategy.spec, strategy.module)
+        self.dir.finish(summary)
+        self.dir.set_status(
+            Status(
+                phase="failed" if outcome == "failed" else "done",
+                round=done,
+                rounds=self.config.rounds,
+                sites=tuple(s.name for s in summary.sites),
+                replied=(),
+                message=summary.reason,
+            )
+        )
+        # The one line by which a CLI on another machine gets the numbers out of Flower's log.
+        print_line = json.dumps(json.loads(summary.model_dump_json()), separators=(",", ":"))
+        _log.info("%s %s", SUMMARY_MARK, print_line)
+        return summary
+
+
+def simulated(grid: Grid) -> bool:
+    """Does this grid belong to Flower's simulation engine?"""
+    return type(grid).__name__ == "InMemoryGrid"
+

@@ -1,0 +1,338 @@
+"""SplitStrategy: Flower's Message API with split rounds: mixed cuts, one message a site and round.
+
+A round publishes the module version to the encoder, sends every site the tensors of its device, and averages
+per tensor over the sites that trained it. Evaluation rides in the train message: a site tests the module it
+receives before it trains it, so the curve costs no message of its own; one more message tests the last module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+
+from fedsplit import __version__
+from fedsplit.core.aggregation import Update, aggregate, check_update
+from fedsplit.core.config import RunConfig
+from fedsplit.core.cut import Cut
+from fedsplit.core.encoder import Grant
+from fedsplit.core.errors import FederationError, FedsplitError, UpdateError
+from fedsplit.core.records import Phase, Status
+from fedsplit.federation import messages
+from fedsplit.federation.endpoint import Endpoint
+from fedsplit.federation.exchange import exchange
+from fedsplit.federation.ledger import Ledger
+from fedsplit.federation.messages import Answer, Kind, LocalOnly, Order, RollCall
+from fedsplit.federation.run_dir import Checkpoint, RunDir
+from fedsplit.model import module
+from fedsplit.model.backbone import Backbone
+from fedsplit.model.module import ModuleSpec, ModuleTensors
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site of the run."""
+
+    name: str
+    node_id: int
+    cut: Cut
+    call: RollCall
+
+
+class SplitStrategy(Strategy):
+    """Split federated training of one module over sites with any cuts."""
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        backbone: Backbone,
+        spec: ModuleSpec,
+        sites: Iterable[Site],
+        endpoint: Endpoint,
+        run_dir: RunDir,
+        ledger: Ledger,
+        on_update: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.config = config
+        self.backbone = backbone
+        self.spec = spec
+        self.sites = {site.node_id: site for site in sites}
+        self.endpoint = endpoint
+        self.run_dir = run_dir
+        self.ledger = ledger
+        self.module: ModuleTensors = {}
+        self.rounds_done = 0
+        self._say = on_update
+        self._replied: list[str] = []
+
+    # What Flower's Strategy asks for.
+
+    def summary(self) -> None:
+        """Log the set-up."""
+        cuts = ", ".join(f"{s.name} at {s.cut}" for s in self.sites.values())
+        self._say(f"{self.config.method} on {self.backbone.name}: {cuts}")
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """One train message a site, with the module tensors that its device holds."""
+        del config, grid
+        return self._orders("train", server_round, _tensors(arrays)).values()
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Check the updates, average the good ones. Raises FederationError below `min-sites`."""
+        updates = [u for u in (self._update(server_round, reply) for reply in replies) if u]
+        if len(updates) < self.config.min_sites:
+            raise FederationError(self._too_few(server_round, len(updates)))
+        self.module = aggregate(self.module, updates)
+        accuracy = self.ledger.accuracy_of_round(server_round)
+        numbers = MetricRecord({"updates": len(updates), "accuracy-received": accuracy or 0.0})
+        return messages.to_arrays(self.module), numbers
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """One evaluate message a site; only the last module is tested by a message of its own."""
+        del config, grid
+        return self._orders("evaluate", server_round, _tensors(arrays)).values()
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Note the sites' numbers; the accuracy over all test samples."""
+        for reply in replies:
+            self._answer(server_round, reply)
+        accuracy = self.ledger.accuracy_of_round(server_round)
+        return None if accuracy is None else MetricRecord({"accuracy": accuracy})
+
+    # The run.
+
+    def start(  # type: ignore[override]
+        self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, *, first_round: int = 1
+    ) -> Result:
+        """Train for rounds `first_round`..`num_rounds`, then test the last module. Checkpoints each round."""
+        result, nothing = Result(), ConfigRecord()
+        self.module = _tensors(initial_arrays)
+        self.rounds_done = first_round - 1
+        self.summary()
+        arrays = initial_arrays
+        for round_ in range(first_round, num_rounds + 1):
+            self._publish(round_)
+            orders = self.configure_train(round_, arrays, nothing, grid)
+            replies = self._exchange(grid, round_, orders, "training")
+            new_arrays, numbers = self.aggregate_train(round_, replies)
+            assert new_arrays is not None
+            assert numbers is not None
+            arrays = result.arrays = new_arrays
+            result.train_metrics_clientapp[round_] = numbers
+            self.rounds_done = round_
+            self.checkpoint()
+        last = num_rounds + 1
+        self._publish(last)
+        orders = self.configure_evaluate(last, arrays, nothing, grid)
+        replies = self._exchange(grid, last, orders, "evaluating")
+        if (tested := self.aggregate_evaluate(last, replies)) is not None:
+            result.evaluate_metrics_clientapp[num_rounds] = tested
+        return result
+
+    def compare_local_only(self, grid: Grid, arrays: ArrayRecord) -> None:
+        """Let every site train alone, for as many epochs as the run has, and note what it reaches."""
+        self.module = _tensors(arrays)
+        self._publish(0)
+        orders = self._orders("local-only", 0, self.module).values()
+        deadline_s = self.config.deadline_s * self.config.rounds
+        for reply in self._exchange(grid, 0, orders, "training", deadline_s=deadline_s):
+            site = self.sites[reply.metadata.src_node_id]
+            fault = messages.fault_of(reply)
+            if fault is not None:
+                self._say(f"{site.name} could not train alone: {fault.message}")
+                continue
+            self.ledger.local_only[site.name] = messages.read(
+                reply.content, messages.ANSWER, LocalOnly
+            )
+
+    def checkpoint(self) -> None:
+        """Save the module as it is after the last round."""
+        ledger = self.ledger
+        state = {
+            "absences": [list(a) for a in ledger.absences],
+            "local_only": {n: o.model_dump() for n, o in ledger.local_only.items()},
+            "wall_s": ledger.wall_s(),
+        }
+        self.run_dir.save_checkpoint(Checkpoint(self.rounds_done, self.module, state))
+
+    # The steps.
+
+    def _version(self, round_: int) -> str:
+        return f"{self.run_dir.name}/{round_}"
+
+    def _publish(self, round_: int) -> None:
+        if all(site.cut.local(self.backbone.blocks) for site in self.sites.values()):
+            return
+        names = module.server_names(self.backbone, self.spec)
+        packed = module.pack(self.spec, {n: self.module[n] for n in names})
+        self.endpoint.publish(self._version(round_), packed)
+
+    def _orders(self, kind: Kind, round_: int, tensors: ModuleTensors) -> dict[str, Message]:
+        flat = self.config.flat()
+        orders = {}
+        for site in self.sites.values():
+            order = Order(
+                kind=kind,
+                run=self.run_dir.name,
+                round=round_,
+                fedsplit_version=__version__,
+                config=flat,
+                classes=self.spec.classes,
+                cut=str(site.cut),
+                backbone_sha256=self.backbone.sha256,
+                stream=None
+                if site.cut.local(self.backbone.blocks)
+                else self.endpoint.stream_for(
+                    self._grant(site, round_, kind), deadline_s=self._deadline_s(kind)
+                ),
+            )
+            content = messages.write(messages.ORDER, order)
+            held = module.device_names(self.backbone, self.spec, site.cut)
+            content[messages.MODULE] = messages.to_arrays({n: tensors[n] for n in held})
+            orders[site.name] = _message(content, site.node_id, kind, round_)
+        return orders
+
+    def _deadline_s(self, kind: Kind) -> float:
+        return self.config.deadline_s * (self.config.rounds if kind == "local-only" else 1)
+
+    def _grant(self, site: Site, round_: int, kind: Kind) -> Grant:
+        epochs = self.config.local_epochs * (self.config.rounds if kind == "local-only" else 1)
+        tests = sum(s.call.test_samples for s in self.sites.values())
+        samples = epochs * site.call.samples + 3 * tests
+        return Grant(
+            run=self.run_dir.name,
+            site=site.name,
+            task=self.config.task,
+            round=round_,
+            a=site.cut.a,
+            b=site.cut.b,
+            version=self._version(round_),
+            backbone_sha256=self.backbone.sha256,
+            fedsplit_version=__version__,
+            max_batch=self.config.batch_size,
+            max_tokens=self.backbone.max_tokens(self.config.image_size, self.config.max_length),
+            # Twice what the round needs: last batches are smaller, and a retry must not run dry.
+            max_steps=2 * (samples // self.config.batch_size + 1) + 64,
+        )
+
+    def _exchange(
+        self,
+        grid: Grid,
+        round_: int,
+        orders: Iterable[Message],
+        phase: Phase,
+        *,
+        deadline_s: float | None = None,
+    ) -> list[Message]:
+        """Send, and note who answers and who does not."""
+        wait_s = deadline_s or self.config.deadline_s
+        by_name = {self.sites[m.metadata.dst_node_id].name: m for m in orders}
+        self._replied = []
+        self._status(phase, round_)
+        replies = []
+        for name, reply in exchange(grid, by_name, deadline_s=wait_s):
+            replies.append(reply)
+            if round_ > 0:
+                self._note(round_, name, reply)
+            self._replied.append(name)
+            self._status(phase, round_)
+        for name in sorted(by_name.keys() - set(self._replied)):
+            self.ledger.absent(round_, name, f"no answer within {wait_s:g} s")
+            self._say(f"round {round_}: no answer from {name} within {wait_s:g} s")
+        return replies
+
+    def _note(self, round_: int, name: str, reply: Message) -> None:
+        """Account for one reply as it comes in."""
+        try:
+            answer = self._read(round_, name, reply)
+        except FedsplitError as err:
+            self.ledger.absent(round_, name, str(err))
+            self._say(f"round {round_}: {name} left out: {err}")
+            return
+        self.ledger.metrics.append(answer.metrics)
+        self.run_dir.add_metrics(answer.metrics)
+
+    def _read(self, round_: int, name: str, reply: Message) -> Answer:
+        if (fault := messages.fault_of(reply)) is not None:
+            raise FederationError(fault.message)
+        answer = messages.read(reply.content, messages.ANSWER, Answer)
+        told = (answer.metrics.site, answer.metrics.round)
+        if told != (name, round_):
+            raise FederationError(f"it answered for {told}, ({name!r}, {round_}) was asked")
+        numbers = answer.metrics
+        if not 0 <= numbers.correct_global <= numbers.test_samples:
+            raise FederationError("its test numbers contradict each other")
+        return answer
+
+    def _answer(self, round_: int, reply: Message) -> tuple[Site, Answer] | None:
+        site = self.sites[reply.metadata.src_node_id]
+        try:
+            return site, self._read(round_, site.name, reply)
+        except FedsplitError:
+            return None  # Noted when it came in.
+
+    def _update(self, round_: int, reply: Message) -> Update | None:
+        """The reply's update when it passes its checks; a bad one is refused by name."""
+        found = self._answer(round_, reply)
+        if found is None:
+            return None
+        site, answer = found
+        try:
+            delta = messages.from_arrays(reply.content, messages.DELTA)
+            update = Update(site=site.name, samples=answer.metrics.samples, delta=delta)
+            check_update(
+                update,
+                module=self.module,
+                trained=module.trained_names(
+                    self.backbone,
+                    self.spec,
+                    site.cut,
+                    head=self.config.device_training == "head+tail",
+                ),
+                samples=site.call.samples,
+            )
+        except (UpdateError, FederationError) as err:
+            self.ledger.absent(round_, site.name, str(err))
+            self._say(f"round {round_}: {err}")
+            return None
+        return update
+
+    def _too_few(self, round_: int, useful: int) -> str:
+        lost = "; ".join(f"{s}: {why}" for r, s, why in self.ledger.absences if r == round_)
+        return (
+            f"round {round_} got {useful} useful updates, min-sites={self.config.min_sites} are wanted "
+            f"({lost}); the module after round {self.rounds_done} is kept in {self.run_dir.path}, "
+            f"resume={self.run_dir.name} goes on from it"
+        )
+
+    def _status(self, phase: Phase, round_: int) -> None:
+        self.run_dir.set_status(
+            Status(
+                phase=phase,
+                round=round_,
+                rounds=self.config.rounds,
+                sites=tuple(sorted(s.name for s in self.sites.values())),
+                replied=tuple(self._replied),
+            )
+        )
+
+
+def _tensors(arrays: ArrayRecord) -> ModuleTensors:
+    return {name: array.numpy() for name, array in arrays.items()}
+
+
+def _message(content: RecordDict, node_id: int, kind: Kind, round_: int) -> Message:
+    message_type = "evaluate" if kind == "evaluate" else "train"
+    return Message(content, node_id, message_type, group_id=str(round_))

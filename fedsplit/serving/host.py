@@ -1,0 +1,89 @@
+"""Hosts the frozen backbone: one set of weights, a few module versions over it, a session a stream.
+
+Implements core's EncoderHost for transport's server. Each version is a part of its own that shares the
+frozen tensors, so versions do not disturb each other and cost only their LoRA.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+from fedsplit import __version__
+from fedsplit.core.encoder import Capabilities, Encoder, Grant
+from fedsplit.core.errors import ConfigError, ProtocolError, RefusedError
+from fedsplit.model import module
+from fedsplit.model.backbone import Backbone, Part
+from fedsplit.model.encoder import LocalEncoder
+from fedsplit.model.module import ModuleSpec
+from fedsplit.model.split import server_part
+
+# The version of this round, the one before it, and room for a second run on the same host.
+MAX_VERSIONS = 4
+
+
+class BackboneHost:
+    """A frozen backbone that many sites' sessions share. Safe to call from several threads."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        """Read all blocks of the backbone. Raises BackboneError."""
+        self.backbone = backbone
+        bare = ModuleSpec(classes=("?",), lora=False)
+        self._bare = server_part(backbone, bare)
+        self._versions: OrderedDict[str, Part] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def capabilities(self) -> Capabilities:
+        """See core.encoder.EncoderHost."""
+        with self._lock:
+            versions = tuple(self._versions)
+        return Capabilities(
+            fedsplit_version=__version__,
+            backbone=self.backbone.name,
+            backbone_sha256=self.backbone.sha256,
+            blocks=self.backbone.blocks,
+            width=self.backbone.width,
+            pooled_width=self.backbone.pooled_width,
+            versions=versions,
+        )
+
+    def publish(self, version: str, tensors: bytes) -> None:
+        """See core.encoder.EncoderHost. The oldest version goes when there are more than MAX_VERSIONS."""
+        spec, values = module.unpack(tensors)
+        wanted = module.server_names(self.backbone, spec)
+        if values.keys() != wanted:
+            odd = sorted(values.keys() ^ wanted)
+            raise ProtocolError(
+                f"module version {version!r} does not fit backbone {self.backbone.name!r}: tensor "
+                f"{odd[0]!r} is missing or not wanted"
+            )
+        try:
+            part = server_part(self.backbone, spec, share=self._bare)
+            module.load(part, values)
+        except ConfigError as err:
+            raise ProtocolError(f"module version {version!r}: {err}") from err
+        with self._lock:
+            self._versions[version] = part
+            self._versions.move_to_end(version)
+            while len(self._versions) > MAX_VERSIONS:
+                self._versions.popitem(last=False)
+
+    def open(self, grant: Grant) -> Encoder:
+        """See core.encoder.EncoderHost."""
+        if grant.backbone_sha256 != self.backbone.sha256:
+            raise RefusedError(
+                f"site {grant.site!r} was granted backbone {grant.backbone_sha256[:12]}, this encoder "
+                f"hosts {self.backbone.sha256[:12]} ({self.backbone.name}); use the same model files"
+            )
+        if not grant.a < grant.b <= self.backbone.blocks:
+            raise RefusedError(
+                f"cut {grant.cut} is not for this encoder: 0 <= a < b <= {self.backbone.blocks} is wanted"
+            )
+        with self._lock:
+            part = self._versions.get(grant.version)
+            known = tuple(self._versions)
+        if part is None:
+            raise RefusedError(
+                f"module version {grant.version!r} is not published here; known: {known or 'none'}"
+            )
+        return LocalEncoder(part, grant.cut)

@@ -1,0 +1,64 @@
+"""Serves the encoder: inside the ServerApp's own process (`hosting`), or as a process of its own (`serve_encoder`)."""
+
+from __future__ import annotations
+
+import secrets
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fedsplit.core.config import RunConfig
+from fedsplit.model.backbone import Backbone
+from fedsplit.serving.host import BackboneHost
+from fedsplit.transport.keys import read_key
+from fedsplit.transport.server import EncoderServer
+from fedsplit.transport.wiring import ServerTls
+
+
+@contextmanager
+def hosting(config: RunConfig, key: bytes | None) -> Iterator[tuple[EncoderServer, BackboneHost, bytes]]:
+    """Serve the run's backbone from this process while inside. A key is made when none is given.
+
+    Raises ConfigError when the port is taken, BackboneError when the model cannot be read.
+    """
+    host = BackboneHost(Backbone.find(config.backbone))
+    key = key or secrets.token_bytes(32)
+    tls = None
+    if config.encoder_tls_cert:
+        tls = ServerTls(cert=Path(config.encoder_tls_cert), key=Path(config.encoder_tls_key))
+    bind = config.encoder_bind or "127.0.0.1:0"
+    with EncoderServer(
+        host, bind=bind, key=key, tls=tls, allow_insecure=config.encoder_insecure
+    ) as server:
+        yield server, host, key
+
+
+def serve_encoder(
+    *,
+    backbone: str,
+    bind: str,
+    secret_file: Path,
+    tls_cert: Path | None = None,
+    tls_key: Path | None = None,
+    tls_client_ca: Path | None = None,
+    allow_insecure: bool = False,
+    on_ready: Callable[[str], None],
+) -> None:
+    """Serve until SIGTERM or Ctrl-C. `on_ready` gets the address once sites may dial."""
+    key = read_key(secret_file)
+    host = BackboneHost(Backbone.find(backbone))
+    tls = None
+    if tls_cert is not None and tls_key is not None:
+        tls = ServerTls(cert=tls_cert, key=tls_key, client_ca=tls_client_ca)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with EncoderServer(
+        host, bind=bind, key=key, tls=tls, allow_insecure=allow_insecure
+    ) as server:
+        on_ready(server.address)
+        # A wait without a time-out cannot be interrupted on Windows.
+        while not stop.wait(0.5):
+            pass

@@ -1,0 +1,135 @@
+"""What one site trains and tests on: its own source, or its share of a partitioned one in simulation.
+
+Called by federation/site.py with the run's settings and the site's own (Flower's node config). Split by
+seed and name alone, so the same site sees the same samples in every round and in every process.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsplit.core.config import RunConfig
+from fedsplit.core.cut import Cut
+from fedsplit.core.errors import ConfigError, DataError
+from fedsplit.model.backbone import Backbone
+from fedsplit.training.data import (
+    CachedTransform,
+    Examples,
+    ImageTransform,
+    TextTransform,
+    load_source,
+    parse_partition,
+    partition,
+    train_test_split,
+)
+
+NodeConfig = Mapping[str, str | int | float | bool | bytes]
+Index = NDArray[np.int64]
+# What a site may say of itself; the first two are Flower's own in simulation.
+NODE_KEYS = ("partition-id", "num-partitions", "site", "data", "cut", "encoder-tls-ca", "threads")
+
+
+@dataclass(frozen=True)
+class SiteSettings:
+    """A site's own settings, from its node config."""
+
+    name: str
+    data: str | None
+    """The site's own source; None: the run's, partitioned when `partition` says so."""
+    cut: Cut | None
+    partition: tuple[int, int] | None
+    """(this site's number, number of sites) of a partitioned source."""
+    encoder_tls_ca: str
+    threads: int
+    """Threads for torch; 0: torch's own choice."""
+
+    @classmethod
+    def from_node(cls, node: NodeConfig, *, node_id: int) -> SiteSettings:
+        """Read a node config. Raises ConfigError with every fault."""
+        faults = [
+            f"unknown node-config key {key!r}; known: {', '.join(NODE_KEYS)}"
+            for key in node
+            if key not in NODE_KEYS
+        ]
+        number, of = node.get("partition-id"), node.get("num-partitions")
+        share = (number, of) if isinstance(number, int) and isinstance(of, int) else None
+        if share and not 0 <= share[0] < share[1]:
+            faults.append(f"partition-id={number} is not in 0..{of}-1")
+        threads = node.get("threads", 0)
+        if not isinstance(threads, int) or threads < 0:
+            faults.append(f"threads={threads!r} is not a number of threads")
+        if faults:
+            raise ConfigError("the site's node config has faults:\n" + "\n".join(faults))
+        cut = node.get("cut")
+        default = f"site-{number}" if share else f"node-{node_id}"
+        return cls(
+            name=str(node.get("site", default)),
+            data=str(node["data"]) if "data" in node else None,
+            cut=Cut.parse(str(cut)) if cut is not None else None,
+            partition=share,
+            encoder_tls_ca=str(node.get("encoder-tls-ca", "")),
+            threads=int(threads) if isinstance(threads, int) else 0,
+        )
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """Samples of one site and what turns them into tensors."""
+
+    examples: Examples
+    train: Index
+    test: Index
+    test_everywhere: Index
+    """Test samples of all sites where they are to be had (simulation); this site's own otherwise."""
+    transform: CachedTransform
+
+
+@functools.lru_cache(maxsize=32)
+def open_site(
+    config: RunConfig, site: SiteSettings, backbone: Backbone, classes: tuple[str, ...] | None
+) -> SiteData:
+    """Load, deal and split a site's samples. Raises DataError naming the site and the file."""
+    examples = _load(config, site.data or config.data, site.name, classes)
+    if examples.kind != backbone.family.kind:
+        raise DataError(
+            f"site {site.name!r}: {site.data or config.data} holds {examples.kind}s, backbone "
+            f"{backbone.name!r} reads {backbone.family.kind}s; change data or backbone"
+        )
+    train, test, everywhere = _split(config, site, examples)
+    return SiteData(examples, train, test, everywhere, _transform(config, backbone))
+
+
+@functools.lru_cache(maxsize=4)
+def _load(config: RunConfig, spec: str, name: str, classes: tuple[str, ...] | None) -> Examples:
+    return load_source(spec, site=name, classes=classes, max_samples=config.max_samples)
+
+
+def _split(config: RunConfig, site: SiteSettings, examples: Examples) -> tuple[Index, Index, Index]:
+    if site.partition is None or site.data is not None:
+        seed = config.seed ^ zlib.crc32(site.name.encode())
+        train, test = train_test_split(examples.labels, config.test_fraction, seed, site=site.name)
+        return train, test, test
+    number, of = site.partition
+    shares = partition(examples.labels, parse_partition(config.partition), of, config.seed)
+    splits = []
+    for i, share in enumerate(shares):
+        train, test = train_test_split(
+            examples.labels[share], config.test_fraction, config.seed + i, site=f"site-{i}"
+        )
+        splits.append((share[train], share[test]))
+    everywhere = np.sort(np.concatenate([test for _, test in splits]))
+    return (*splits[number], everywhere)
+
+
+@functools.lru_cache(maxsize=4)
+def _transform(config: RunConfig, backbone: Backbone) -> CachedTransform:
+    if backbone.family.kind == "image":
+        image = ImageTransform.from_backbone(backbone.path, image_size=config.image_size)
+        return CachedTransform(image)
+    return CachedTransform(TextTransform.from_backbone(backbone.path, config.max_length))

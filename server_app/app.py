@@ -1,0 +1,59 @@
+"""The Flower ServerApp: the encoder lives as long as the app (its lifespan), the run is federation/server.py's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from fedsplit.core.config import RunConfig
+from fedsplit.federation.endpoint import Endpoint, external
+from fedsplit.federation.server import Run, settle, simulated
+from fedsplit.report import write_plots
+from fedsplit.serving.process import hosting
+from fedsplit.transport.keys import read_key
+
+app = ServerApp()
+# Flower hands the lifespan and main the same context, but nothing from the one to the other.
+_open: dict[int, tuple[RunConfig, Endpoint]] = {}
+
+
+@app.lifespan()
+def lifespan(context: Context) -> Iterator[None]:
+    """Host the encoder while the app runs, unless the settings name one elsewhere."""
+    config = settle(RunConfig.from_flat(context.run_config))
+    with _endpoint(config) as endpoint:
+        _open[context.run_id] = config, endpoint
+        try:
+            yield
+        finally:
+            del _open[context.run_id]
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Train from roll call to summary, then draw the plots."""
+    config, endpoint = _open[context.run_id]
+    run = Run(grid, config, endpoint, simulated=simulated(grid))
+    run.go()
+    write_plots(run.dir.path)
+
+
+@contextmanager
+def _endpoint(config: RunConfig) -> Iterator[Endpoint]:
+    if config.encoder_address and not config.encoder_bind:
+        yield external(config)
+        return
+    secret = Path(config.encoder_secret_file)
+    key = read_key(secret) if config.encoder_secret_file else None
+    with hosting(config, key) as (server, host, key):
+        yield Endpoint(
+            address=config.encoder_address or server.address,
+            key=key,
+            tls=bool(config.encoder_tls_cert),
+            ca_file=config.encoder_tls_ca,
+            publish=host.publish,
+        )

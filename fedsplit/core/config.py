@@ -128,7 +128,9 @@ class RunConfig(BaseModel):
                 f"min-sites={self.min_sites} is more than sites={self.sites}; lower min-sites"
             )
         if bool(self.encoder_tls_cert) != bool(self.encoder_tls_key):
-            raise ValueError("encoder-tls-cert and encoder-tls-key go together; set both or neither")
+            raise ValueError(
+                "encoder-tls-cert and encoder-tls-key go together; set both or neither"
+            )
         return self
 
     @property
@@ -151,7 +153,9 @@ class RunConfig(BaseModel):
         except ValidationError as err:
             faults += [_fault(e) for e in err.errors()]
         if faults:
-            raise ConfigError("the run's settings have faults:\n" + "\n".join(f"  - {f}" for f in faults))
+            raise ConfigError(
+                "the run's settings have faults:\n" + "\n".join(f"  - {f}" for f in faults)
+            )
         return config
 
     @classmethod

@@ -109,7 +109,9 @@ class Ledger:
             accuracy_local_only=_share(alone.correct_everywhere, alone.total_everywhere)
             if alone
             else None,
-            accuracy_local_only_personal=_share(alone.correct_own, alone.total_own) if alone else None,
+            accuracy_local_only_personal=_share(alone.correct_own, alone.total_own)
+            if alone
+            else None,
             bytes_up=sum(m.bytes_activation_up + m.bytes_module_up for m in rows),
             bytes_down=sum(m.bytes_activation_down + m.bytes_module_down for m in rows),
             seconds_device=sum(m.seconds_device for m in rows),

@@ -104,7 +104,9 @@ def read(content: RecordDict, name: str, model: type[_Model]) -> _Model:
     record = content.config_records.get(name)
     text = record.get("json") if record is not None else None
     if not isinstance(text, str) or len(text) > MAX_JSON_CHARS:
-        raise FederationError(f"a message has no readable {name!r} part; do both ends run fedsplit?")
+        raise FederationError(
+            f"a message has no readable {name!r} part; do both ends run fedsplit?"
+        )
     try:
         return model.model_validate_json(text)
     except ValidationError as err:
@@ -137,7 +139,9 @@ def fault_reply(error: FedsplitError, message: Message) -> Message:
 
 def to_arrays(tensors: Tensors) -> ArrayRecord:
     """Module tensors as a Flower record, in the order of their names."""
-    return ArrayRecord({name: Array(np.ascontiguousarray(tensors[name])) for name in sorted(tensors)})
+    return ArrayRecord(
+        {name: Array(np.ascontiguousarray(tensors[name])) for name in sorted(tensors)}
+    )
 
 
 def from_arrays(content: RecordDict, name: str) -> dict[str, NDArray[np.float32]]:

@@ -10,12 +10,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +64,9 @@ class RunDir:
         path = runs.expanduser().absolute() / name
         if not (path / "config.json").is_file():
             there = sorted(p.parent.name for p in path.parent.glob("*/config.json"))
-            raise RunDirError(f"there is no run {name!r} in {path.parent} to go on from; runs: {there}")
+            raise RunDirError(
+                f"there is no run {name!r} in {path.parent} to go on from; runs: {there}"
+            )
         return cls(path)
 
     @property
@@ -86,14 +88,19 @@ class RunDir:
     def read_config(self) -> dict[str, Any]:
         """config.json. Raises RunDirError when it is damaged."""
         try:
-            value: dict[str, Any] = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+            value: dict[str, Any] = json.loads(
+                (self.path / "config.json").read_text(encoding="utf-8")
+            )
         except (OSError, ValueError) as err:
             raise RunDirError(f"{self.path / 'config.json'} cannot be read: {err}") from err
         return value
 
     def add_metrics(self, metrics: RoundMetrics) -> None:
         """Append one line to metrics.jsonl."""
-        with _translated(self.path), (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with (
+            _translated(self.path),
+            (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file,
+        ):
             file.write(metrics.model_dump_json() + "\n")
 
     def read_metrics(self) -> list[RoundMetrics]:
@@ -123,7 +130,10 @@ class RunDir:
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Write the checkpoint of a round, then drop all but the last few. Raises RunDirError."""
         root = self.path / "checkpoints"
-        final, part = root / f"round-{checkpoint.round:05d}", root / f".round-{checkpoint.round:05d}.part"
+        final, part = (
+            root / f"round-{checkpoint.round:05d}",
+            root / f".round-{checkpoint.round:05d}.part",
+        )
         with _translated(root):
             shutil.rmtree(part, ignore_errors=True)
             try:
@@ -134,7 +144,9 @@ class RunDir:
                     "state": checkpoint.state,
                     "sha256": {MODULE_FILE: _sha256(part / MODULE_FILE)},
                 }
-                (part / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+                (part / MANIFEST).write_text(
+                    json.dumps(manifest, indent=2) + "\n", encoding="utf-8"
+                )
                 _flush(part / MODULE_FILE, part / MANIFEST)
                 shutil.rmtree(final, ignore_errors=True)
                 part.replace(final)

@@ -26,10 +26,10 @@ from fedsplit.federation.exchange import exchange
 from fedsplit.federation.ledger import Ledger
 from fedsplit.federation.messages import LocalOnly, Order, RollCall
 from fedsplit.federation.run_dir import RunDir
-from fedsplit.federation.site import module_spec
 from fedsplit.federation.strategy import Site, SplitStrategy
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
+from fedsplit.model.module import ModuleSpec
 
 SUMMARY_MARK = "FEDSPLIT_SUMMARY"
 # What a resumed run takes from its new settings; all else is what the run was started with.
@@ -89,7 +89,7 @@ class Run:
         nodes = self._wait_for_nodes()
         sites = self._roll_call(nodes)
         classes = self._classes(sites)
-        spec = module_spec(self.config, classes)
+        spec = ModuleSpec.of(self.config, classes)
         self._write_config(classes, sites)
         strategy = self._strategy = SplitStrategy(
             config=self.config,
@@ -197,7 +197,9 @@ class Run:
             sorted({name for site in sites for name in site.call.classes})
         )
         if len(classes) < 2:
-            raise ConfigError(f"the task has {len(classes)} class ({classes}); two or more are wanted")
+            raise ConfigError(
+                f"the task has {len(classes)} class ({classes}); two or more are wanted"
+            )
         return classes
 
     def _write_config(self, classes: tuple[str, ...], sites: list[Site]) -> None:
@@ -254,4 +256,3 @@ class Run:
 def simulated(grid: Grid) -> bool:
     """Does this grid belong to Flower's simulation engine?"""
     return type(grid).__name__ == "InMemoryGrid"
-

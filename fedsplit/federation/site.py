@@ -153,7 +153,7 @@ class _Round:
     def _split_model(self, tensors: module.ModuleTensors) -> Iterator[tuple[Any, Any, Any]]:
         """(split model, wait meter or None, stream or None), the stream closed at the end."""
         cut = Cut.parse(self.order.cut)
-        part = device_part(self.backbone, cut, module_spec(self.config, self.order.classes or ()))
+        part = device_part(self.backbone, cut, ModuleSpec.of(self.config, self.order.classes or ()))
         module.load(part, tensors)
         if self.config.device_training == "tail":
             module.freeze_head(part, cut.a)
@@ -203,17 +203,6 @@ class _Round:
             batch_size=self.config.batch_size,
             seed=zlib.crc32(key.encode()),
         )
-
-
-def module_spec(config: RunConfig, classes: tuple[str, ...]) -> ModuleSpec:
-    """The module that the settings ask for."""
-    return ModuleSpec(
-        classes=classes,
-        lora=config.module == "lora",
-        rank=config.lora_rank,
-        alpha=config.lora_alpha,
-        targets=tuple(t.strip() for t in config.lora_targets.split(",") if t.strip()),
-    )
 
 
 def peak_rss_bytes() -> int:

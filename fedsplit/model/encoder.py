@@ -54,7 +54,9 @@ class LocalEncoder:
         with self._lock:
             held = self._kept.pop(step, None)
         if held is None:
-            raise ProtocolError(f"step {step} is not held; its gradient was sent before or never asked for")
+            raise ProtocolError(
+                f"step {step} is not held; its gradient was sent before or never asked for"
+            )
         h, z = held
         (dh,) = torch.autograd.grad(z, h, as_tensor(dz))
         return dh.contiguous().numpy()

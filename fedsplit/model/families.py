@@ -49,7 +49,8 @@ class Family:
 
 
 def _norm_first(backbone: Any, h_BTD: Tensor) -> Tensor:
-    return backbone.layernorm(h_BTD)[:, 0, :]
+    first_BD: Tensor = backbone.layernorm(h_BTD)[:, 0, :]
+    return first_BD
 
 
 def _norm_first_and_mean(backbone: Any, h_BTD: Tensor) -> Tensor:

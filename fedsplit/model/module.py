@@ -20,6 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import BackboneError, ConfigError, ProtocolError
 from fedsplit.model.backbone import Backbone, Part
@@ -38,6 +39,17 @@ class ModuleSpec:
     alpha: int = 16
     targets: tuple[str, ...] = ()
     """Names of the linear layers that get LoRA; empty: the family's query and value."""
+
+    @classmethod
+    def of(cls, config: RunConfig, classes: tuple[str, ...]) -> ModuleSpec:
+        """The module that a run's settings ask for."""
+        return cls(
+            classes=classes,
+            lora=config.module == "lora",
+            rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            targets=tuple(t.strip() for t in config.lora_targets.split(",") if t.strip()),
+        )
 
 
 def attach(part: Part, spec: ModuleSpec) -> None:
@@ -230,7 +242,12 @@ def pack(spec: ModuleSpec, tensors: Mapping[str, NDArray[np.float32]]) -> bytes:
     """A module version as safetensors bytes, with what LoRA needs beside the weights as metadata."""
     from safetensors.numpy import save
 
-    about = {"rank": spec.rank, "alpha": spec.alpha, "targets": list(spec.targets), "lora": spec.lora}
+    about = {
+        "rank": spec.rank,
+        "alpha": spec.alpha,
+        "targets": list(spec.targets),
+        "lora": spec.lora,
+    }
     return save(dict(tensors), metadata={"fedsplit": json.dumps(about)})
 
 
@@ -248,12 +265,21 @@ def unpack(data: bytes) -> tuple[ModuleSpec, ModuleTensors]:
         if not (good and 0 < rank <= 1024 and all(isinstance(t, str) for t in targets)):
             raise ValueError("rank, alpha, targets or lora is out of range")
         tensors = load_bytes(data)
-    except (SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+    except (
+        SafetensorError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as err:
         raise ProtocolError(
             f"a module version could not be read ({type(err).__name__}: {str(err)[:200]}); it is safetensors "
             f"bytes as fedsplit packs them"
         ) from err
-    if wrong := [n for n, t in tensors.items() if t.dtype != np.float32 or not np.isfinite(t).all()]:
+    if wrong := [
+        n for n, t in tensors.items() if t.dtype != np.float32 or not np.isfinite(t).all()
+    ]:
         raise ProtocolError(f"module tensor {wrong[0]!r} is not finite float32")
     spec = ModuleSpec(classes=("?",), lora=lora, rank=rank, alpha=alpha, targets=tuple(targets))
     return spec, tensors

@@ -18,7 +18,9 @@ from fedsplit.transport.wiring import ServerTls
 
 
 @contextmanager
-def hosting(config: RunConfig, key: bytes | None) -> Iterator[tuple[EncoderServer, BackboneHost, bytes]]:
+def hosting(
+    config: RunConfig, key: bytes | None
+) -> Iterator[tuple[EncoderServer, BackboneHost, bytes]]:
     """Serve the run's backbone from this process while inside. A key is made when none is given.
 
     Raises ConfigError when the port is taken, BackboneError when the model cannot be read.
@@ -55,9 +57,7 @@ def serve_encoder(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    with EncoderServer(
-        host, bind=bind, key=key, tls=tls, allow_insecure=allow_insecure
-    ) as server:
+    with EncoderServer(host, bind=bind, key=key, tls=tls, allow_insecure=allow_insecure) as server:
         on_ready(server.address)
         # A wait without a time-out cannot be interrupted on Windows.
         while not stop.wait(0.5):

@@ -29,7 +29,7 @@ from fedsplit.training.data import (
     train_test_split,
 )
 
-NodeConfig = Mapping[str, str | int | float | bool | bytes]
+NodeConfig = Mapping[str, str | int | float | bool]
 Index = NDArray[np.int64]
 # What a site may say of itself; the first two are Flower's own in simulation.
 NODE_KEYS = ("partition-id", "num-partitions", "site", "data", "cut", "encoder-tls-ca", "threads")

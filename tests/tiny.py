@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import transformers
 
 _IMAGE = {"image_size": 16, "patch_size": 4, "num_channels": 3}
-_SMALL = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 3, "intermediate_size": 48}
+_SMALL = {
+    "hidden_size": 24,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 3,
+    "intermediate_size": 48,
+}
 _TEXT = {"vocab_size": 50, "max_position_embeddings": 40, **_SMALL}
 CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "vit": ("ViTConfig", "ViTModel", _IMAGE | _SMALL),
@@ -21,15 +25,20 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "distilbert": (
         "DistilBertConfig",
         "DistilBertModel",
-        {"vocab_size": 50, "max_position_embeddings": 40, "dim": 24, "n_layers": 4, "n_heads": 3, "hidden_dim": 48},
+        {
+            "vocab_size": 50,
+            "max_position_embeddings": 40,
+            "dim": 24,
+            "n_layers": 4,
+            "n_heads": 3,
+            "hidden_dim": 48,
+        },
     ),
 }
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """family -> directory of a tiny backbone with random weights."""
-    root = tmp_path_factory.mktemp("backbones")
+def save_all(root: Path) -> dict[str, Path]:
+    """family -> directory of a tiny backbone with random weights, under `root`."""
     for family, (config_name, model_name, settings) in CONFIGS.items():
         torch.manual_seed(0)
         config = getattr(transformers, config_name)(**settings)

@@ -1,0 +1,189 @@
+"""Images from arrays: a `.npz` file, or scikit-learn's digits. Held in memory as they come.
+
+An npz is a zip of arrays, so each member's claimed size is checked against caps and against its own header
+before anything is allocated, and pickled objects are never loaded. Called by source.py.
+"""
+
+from __future__ import annotations
+
+import struct
+import tokenize
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+from fedsplit.training.data.examples import Examples, Image, Request, build
+
+MAX_ARRAY_BYTES = 2 * 2**30
+"""Decompressed; a compressed npz can claim a thousand times its size on disk."""
+
+_NPZ_ERRORS = (
+    OSError,
+    ValueError,
+    EOFError,
+    KeyError,
+    IndexError,
+    TypeError,
+    SyntaxError,
+    OverflowError,
+    MemoryError,
+    RecursionError,
+    RuntimeError,
+    UserWarning,
+    struct.error,
+    tokenize.TokenError,
+    zlib.error,
+    zipfile.BadZipFile,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ArrayItems:
+    """Images in one array [N, H, W] or [N, H, W, C]; `scale` turns its values into 0 .. 255."""
+
+    array: NDArray[Any]
+    scale: float
+    where: str
+
+    def get(self, i: int) -> Image:
+        """Image `i` as uint8 RGB; grey is repeated, a fourth channel dropped."""
+        image = self.array[i]
+        if image.dtype != np.uint8 or self.scale != 1:
+            image = np.rint(image.astype(np.float64) * self.scale).astype(np.uint8)
+        if image.ndim == 2:
+            image = image[:, :, None]
+        if image.shape[2] == 1:
+            image = np.repeat(image, 3, axis=2)
+        return np.ascontiguousarray(image[:, :, :3], dtype=np.uint8)
+
+    def origin(self, i: int) -> str:
+        """Array and position."""
+        return f"{self.where}[{i}]"
+
+
+def read_digits(request: Request) -> Examples:
+    """Read `digits`: 1,797 scans of handwritten digits, 8x8, values 0 .. 16, part of scikit-learn."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    items = ArrayItems(np.asarray(bunch.images), 255 / 16, "digits")
+    names = [str(int(label)) for label in bunch.target]
+    return build(request, "digits", "image", items=items, names=names)
+
+
+def read_npz(path: Path, request: Request) -> Examples:
+    """Read `npz:PATH`: `x` uint8 or float [N, H, W(, C)], `y` [N] int or str, optional `classes` [K] str.
+
+    Floats are 0 .. 1 where none is above 1, else 0 .. 255. Without `classes` an int label's name is its
+    digits. Raises DataError.
+    """
+    arrays = _load(path, request)
+    for name in ("x", "y"):
+        if name not in arrays:
+            raise request.fault(
+                path,
+                f"no array {name!r} among {sorted(arrays)}; save it with np.savez(x=..., y=...)",
+            )
+    x, y = arrays["x"], arrays["y"]
+    scale = _check_images(path, request, x)
+    if y.shape != x.shape[:1]:
+        raise request.fault(
+            path, f"y has shape {y.shape}, x {x.shape}; y must hold one label for each image"
+        )
+    items = ArrayItems(x, scale, f"{path}[x]")
+    names = _label_names(path, request, y, arrays.get("classes"))
+    return build(request, path, "image", items=items, names=names)
+
+
+def _check_images(path: Path, request: Request, x: NDArray[Any]) -> float:
+    """Check dtype, shape and range of `x`; the factor that brings it to 0 .. 255."""
+    channels = x.shape[3] if x.ndim == 4 else 1
+    if x.ndim not in {3, 4} or channels not in {1, 3, 4} or 0 in x.shape[1:]:
+        raise request.fault(
+            path,
+            f"x has shape {x.shape}; it must be [N, H, W] or [N, H, W, C] with 1, 3 or 4 channels",
+        )
+    if x.dtype == np.uint8 or x.size == 0:
+        return 1.0
+    if x.dtype.kind != "f":
+        raise request.fault(path, f"x is {x.dtype}; save it as uint8 (0 .. 255) or float")
+    low, high = float(x.min()), float(x.max())
+    if not (low >= 0 and high <= 255):
+        raise request.fault(
+            path,
+            f"x lies in {low:g} .. {high:g}; floats must lie in 0 .. 1 or 0 .. 255, without NaN",
+        )
+    return 255.0 if high <= 1 else 1.0
+
+
+def _label_names(
+    path: Path, request: Request, y: NDArray[Any], classes: NDArray[Any] | None
+) -> Sequence[str]:
+    if classes is not None and (classes.dtype.kind != "U" or classes.ndim != 1):
+        raise request.fault(
+            path, f"classes is {classes.dtype} {classes.shape}; it must be a list of strings"
+        )
+    if y.dtype.kind == "U":
+        return [str(name).strip() for name in y]
+    if y.dtype.kind not in "iu":
+        raise request.fault(path, f"y is {y.dtype}; save labels as integers or strings")
+    if classes is None:
+        return [str(int(label)) for label in y]
+    known = [str(name).strip() for name in classes]
+    for i, label in enumerate(y):
+        if not 0 <= int(label) < len(known):
+            raise request.fault(
+                f"{path}[y][{i}]",
+                f"label {int(label)} has no name: 'classes' holds {len(known)}; correct y or classes",
+            )
+    return [known[int(label)] for label in y]
+
+
+def _load(path: Path, request: Request) -> dict[str, NDArray[Any]]:
+    """The arrays x, y and classes, as far as they are there; of others only the names."""
+    found: dict[str, NDArray[Any]] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                name = info.filename.removesuffix(".npy")
+                if name not in {"x", "y", "classes"} or info.filename == name:
+                    continue
+                if info.file_size > MAX_ARRAY_BYTES:
+                    raise request.fault(
+                        path,
+                        f"{name!r} takes {info.file_size} bytes, more than the {MAX_ARRAY_BYTES} "
+                        "allowed; split the file",
+                    )
+                with archive.open(info) as header:
+                    _check_header(header, info.file_size)
+                with archive.open(info) as member:
+                    found[name] = npy.read_array(member, allow_pickle=False)
+    except _NPZ_ERRORS as err:
+        reason = str(err)[:300] or type(err).__name__
+        raise request.fault(
+            path, f"not a usable npz file ({reason}); write it with np.savez, without objects"
+        ) from err
+    return found
+
+
+def _check_header(member: IO[bytes], size: int) -> None:
+    """Raise ValueError unless the array that a member's header announces is as large as the member."""
+    major, _ = npy.read_magic(member)
+    read = npy.read_array_header_1_0 if major == 1 else npy.read_array_header_2_0
+    shape, _, dtype = read(member)
+    if dtype.hasobject:
+        raise ValueError("it holds pickled objects")
+    count = 1
+    for side in shape:
+        if side < 0:
+            raise ValueError(f"its shape is {shape}")
+        count *= side
+    if count * dtype.itemsize != size - member.tell():
+        raise ValueError(f"its header announces {shape} {dtype}, which is not what follows")

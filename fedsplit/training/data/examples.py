@@ -1,0 +1,165 @@
+"""Examples: labels and classes in memory, the samples themselves read when asked for.
+
+Every source (tables.py, folder.py, arrays.py, hub.py) ends in `build`, so labels are checked and numbered
+in one place. The loader and the round read `Examples`; nothing here knows file formats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsplit.core.errors import ConfigError, DataError
+
+Image = NDArray[np.uint8]
+Index = NDArray[np.int64]
+Kind = Literal["image", "text"]
+
+_SUBSAMPLE_SEED = 0
+_NAMES_SHOWN = 20
+
+
+class Items(Protocol):
+    """What a source gives: the samples in its own order, each with a place that a person can look up."""
+
+    def get(self, i: int) -> Image | str:
+        """Sample `i`: uint8 [H, W, 3] or a text. Raises DataError when it cannot be read."""
+        ...
+
+    def origin(self, i: int) -> str:
+        """Where sample `i` lies: a path, a path with a line, or an array with a position."""
+        ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the caller of `load_source` wants; handed to every source unchanged."""
+
+    site: str
+    classes: tuple[str, ...] | None = None
+    max_samples: int = 0
+    text_column: str = "text"
+    label_column: str = "label"
+
+    def __post_init__(self) -> None:
+        if self.max_samples < 0:
+            raise ConfigError(f"max-samples={self.max_samples} is negative; use 0 for all samples")
+        if self.classes is not None:
+            _check_classes(self.classes)
+
+    def fault(self, where: object, problem: str) -> DataError:
+        """The error for a fault in this site's data; `problem` ends with what to do."""
+        return DataError(f"site {self.site!r}: {where}: {problem}")
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Labelled samples of one site. `labels` [N] are positions in `classes`."""
+
+    kind: Kind
+    labels: Index
+    classes: tuple[str, ...]
+    site: str
+    items: Items
+    """All samples of the source; this selection is `keys` of them."""
+    keys: Index
+    """[N], a sample's position in its source: stable across `subset`, so caches can name it."""
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def image(self, i: int) -> Image:
+        """Sample `i` as uint8 [H, W, 3] in RGB. Raises DataError naming site and file."""
+        item = self.items.get(int(self.keys[i]))
+        if isinstance(item, str):
+            raise TypeError("these examples are texts; use text(i)")
+        return item
+
+    def text(self, i: int) -> str:
+        """Sample `i` as a string."""
+        item = self.items.get(int(self.keys[i]))
+        if not isinstance(item, str):
+            raise TypeError("these examples are images; use image(i)")
+        return item
+
+    def origin(self, i: int) -> str:
+        """Where sample `i` comes from, for error messages."""
+        return self.items.origin(int(self.keys[i]))
+
+    def subset(self, indices: Sequence[int] | NDArray[np.integer]) -> Examples:
+        """The samples at `indices`, in that order."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return replace(self, labels=self.labels[chosen], keys=self.keys[chosen])
+
+    def with_classes(self, classes: tuple[str, ...]) -> Examples:
+        """The same samples numbered after other classes, such as the union of all sites' classes."""
+        _check_classes(classes)
+        names = [self.classes[label] for label in self.labels]
+        request = Request(site=self.site, classes=classes)
+        labels, _ = _number(request, names, self)
+        return replace(self, labels=labels, classes=classes)
+
+
+class _HasOrigin(Protocol):
+    def origin(self, i: int) -> str: ...
+
+
+def build(
+    request: Request, where: object, kind: Kind, *, items: Items, names: Sequence[str]
+) -> Examples:
+    """Number the label `names` of all `items` and keep at most `max_samples`, chosen alike every time."""
+    if len(names) == 0:
+        raise request.fault(where, "there is no sample in it; add labelled samples")
+    labels, classes = _number(request, names, items)
+    keys = np.arange(len(names), dtype=np.int64)
+    if 0 < request.max_samples < len(keys):
+        rng = np.random.default_rng(_SUBSAMPLE_SEED)
+        keys = np.sort(rng.permutation(keys)[: request.max_samples])
+    if len(keys) < 2:
+        raise request.fault(
+            where, "only one sample; training and testing need at least two, add more"
+        )
+    return Examples(kind, labels[keys], classes, request.site, items, keys)
+
+
+def _number(
+    request: Request, names: Sequence[str], items: _HasOrigin
+) -> tuple[Index, tuple[str, ...]]:
+    """Label names -> positions in the declared classes, or else in the sorted names that occur."""
+    for i, name in enumerate(names):
+        if not name:
+            raise request.fault(
+                items.origin(i), "the label is empty; label the sample or remove it"
+            )
+    classes = request.classes or tuple(sorted(set(names)))
+    number = {name: i for i, name in enumerate(classes)}
+    labels = np.empty(len(names), dtype=np.int64)
+    for i, name in enumerate(names):
+        if name not in number:
+            raise request.fault(
+                items.origin(i),
+                f"label {name[:200]!r} is not one of the task's classes: {_shown(classes)}; "
+                "correct the label or declare the class in the task",
+            )
+        labels[i] = number[name]
+    return labels, classes
+
+
+def _shown(classes: tuple[str, ...]) -> str:
+    shown = ", ".join(repr(name) for name in classes[:_NAMES_SHOWN])
+    more = len(classes) - _NAMES_SHOWN
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _check_classes(classes: tuple[str, ...]) -> None:
+    if not classes or not all(classes):
+        raise ConfigError(
+            f"classes={classes!r} is empty or has an empty name; name each class once"
+        )
+    if len(set(classes)) < len(classes):
+        twice = sorted({name for name in classes if classes.count(name) > 1})
+        raise ConfigError(f"the classes {twice} are declared more than once; name each class once")

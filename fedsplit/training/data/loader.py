@@ -1,0 +1,83 @@
+"""Examples -> batches, in an order that only the seed decides. Called by the round, once an epoch.
+
+No worker processes: they would cost a device more memory than they save time. What repeats each epoch,
+decoding, resizing, tokenising, is kept by `CachedTransform`, the same object over all epochs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedsplit.core.errors import ConfigError
+from fedsplit.training.data.examples import Examples, Items
+from fedsplit.training.data.transform import Batch, Prepared, Transform, collate
+
+CACHE_BYTES = 256 * 2**20
+
+
+def batches(
+    examples: Examples,
+    indices: Sequence[int] | NDArray[np.integer],
+    transform: Transform,
+    *,
+    batch_size: int,
+    seed: int | None = None,
+) -> Iterator[Batch]:
+    """The samples at `indices` once, the last batch maybe smaller.
+
+    Shuffled by `seed`, alike on every machine; in the given order when it is None. Give each epoch its own.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch-size={batch_size} must be at least 1")
+    order = np.asarray(indices, dtype=np.int64)
+    if seed is not None:
+        order = np.random.default_rng(seed).permutation(order)
+    return (
+        transform.collate(examples, order[start : start + batch_size].tolist())
+        for start in range(0, len(order), batch_size)
+    )
+
+
+class CachedTransform:
+    """A transform that keeps what it prepared, up to `cache_bytes`; then the rest is prepared each time.
+
+    Nothing is evicted: epochs visit every sample once, so the oldest entry is as good as the newest. Texts
+    and images come out equal to the bare transform's. Safe to use from several threads.
+    """
+
+    def __init__(self, transform: Transform, *, cache_bytes: int = CACHE_BYTES) -> None:
+        self._transform = transform
+        self._room = cache_bytes
+        self._kept: dict[tuple[Items, int], Prepared] = {}
+        self._lock = threading.Lock()
+
+    def prepare(self, examples: Examples, indices: Sequence[int]) -> list[Prepared]:
+        """As the inner transform, from memory where possible."""
+        names = [(examples.items, int(examples.keys[i])) for i in indices]
+        found = [self._kept.get(name) for name in names]
+        missing = [at for at, value in enumerate(found) if value is None]
+        fresh = self._transform.prepare(examples, [indices[at] for at in missing])
+        for at, value in zip(missing, fresh, strict=True):
+            found[at] = value
+            self._keep(names[at], value)
+        return [value for value in found if value is not None]
+
+    def _keep(self, name: tuple[Items, int], value: Prepared) -> None:
+        with self._lock:
+            if name not in self._kept and value.nbytes <= self._room:
+                self._kept[name] = value
+                self._room -= value.nbytes
+
+    def assemble(self, prepared: Sequence[Prepared]) -> tuple[dict[str, torch.Tensor], Any]:
+        """As the inner transform."""
+        return self._transform.assemble(prepared)
+
+    def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
+        """A batch of the samples at `indices`."""
+        return collate(self, examples, indices)

@@ -1,0 +1,61 @@
+"""From a source's spec to `Examples`: digits | folder:PATH | csv:PATH | jsonl:PATH | npz:PATH | hf:NAME.
+
+The readers live in folder.py, tables.py, arrays.py and hub.py; this file only chooses one. Called by the
+ClientApp with the site's own spec, and by simulation and the CLI with the run's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fedsplit.core.errors import ConfigError
+from fedsplit.training.data.arrays import read_digits, read_npz
+from fedsplit.training.data.examples import Examples, Request
+from fedsplit.training.data.folder import read_folder
+from fedsplit.training.data.hub import read_hub
+from fedsplit.training.data.tables import read_csv, read_jsonl
+
+SOURCES = ("digits", "folder:PATH", "csv:PATH", "jsonl:PATH", "npz:PATH", "hf:NAME")
+
+_FILES: dict[str, Callable[[Path, Request], Examples]] = {
+    "csv": read_csv,
+    "jsonl": read_jsonl,
+    "npz": read_npz,
+}
+
+
+def load_source(
+    spec: str,
+    *,
+    site: str,
+    classes: tuple[str, ...] | None = None,
+    max_samples: int = 0,
+    text_column: str = "text",
+    label_column: str = "label",
+) -> Examples:
+    """Read a site's labelled samples; images stay on disk until they are asked for.
+
+    `classes` are the task's, in its order; without them the sorted names that occur. `max_samples` keeps a
+    fixed random choice of that many. A relative PATH starts at the working directory, `~` is the home.
+
+    Raises ConfigError for an unknown spec and DataError, naming site and file, for data that cannot be used.
+    """
+    request = Request(site, classes, max_samples, text_column, label_column)
+    name, _, argument = spec.partition(":")
+    if spec == "digits":
+        return read_digits(request)
+    if name not in {*_FILES, "folder", "hf"} or not argument.strip() or "\0" in argument:
+        raise ConfigError(
+            f"site {site!r}: data source {spec!r} is not known; use one of {', '.join(SOURCES)}"
+        )
+    if name == "hf":
+        return read_hub(argument, request)
+    path = Path(argument).expanduser().absolute()
+    if not path.exists():
+        raise request.fault(path, "does not exist; check the path in the site's data setting")
+    if name == "folder":
+        return read_folder(path, request)
+    if not path.is_file():
+        raise request.fault(path, f"not a file; {name}: reads one file, folder: reads a folder")
+    return _FILES[name](path, request)

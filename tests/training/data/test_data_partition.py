@@ -1,0 +1,178 @@
+"""Partitions and splits: disjoint, complete, the same for the same seed, and as skewed as they say."""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedsplit.core.config import RunConfig
+from fedsplit.core.errors import ConfigError, DataError
+from fedsplit.training.data import Partition, parse_partition, partition, train_test_split
+
+LABELS = np.random.default_rng(1).integers(0, 10, size=1200)
+GOOD = ["iid", "dirichlet:0.3", "dirichlet:100", "pathological:2", "quantity:0.5"]
+
+
+def test_parsing() -> None:
+    assert parse_partition("iid") == Partition("iid")
+    assert parse_partition("dirichlet:0.3") == Partition("dirichlet", 0.3)
+    assert parse_partition("pathological:2") == Partition("pathological", 2)
+    assert [str(parse_partition(text)) for text in GOOD] == GOOD
+    for text in GOOD:
+        assert RunConfig(partition=text).partition == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *["", "iid:1", "natural:site", "pathological:1.5", "pathological:0", "quantity:x"],
+        *[
+            "dirichlet",
+            "dirichlet:",
+            "dirichlet:0",
+            "dirichlet:-1",
+            "dirichlet:nan",
+            "dirichlet:inf",
+        ],
+    ],
+)
+def test_an_unknown_partition_lists_the_known_ones(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"not known; use iid, dirichlet:ALPHA, pathological"):
+        parse_partition(text)
+
+
+@pytest.mark.parametrize("spec", [*GOOD, "dirichlet:0.1"])
+@pytest.mark.parametrize("sites", [1, 5, 7])
+def test_disjoint_complete_deterministic(spec: str, sites: int) -> None:
+    parts = partition(LABELS, spec, sites, 3)
+    assert len(parts) == sites
+    together = np.concatenate(parts)
+    assert len(np.unique(together)) == len(together)
+    if sites > 1 or spec != "pathological:2":
+        assert np.array_equal(np.sort(together), np.arange(len(LABELS)))
+    assert min(len(part) for part in parts) >= 4
+    again = partition(LABELS, parse_partition(spec), sites, 3)
+    assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
+    if sites > 1:
+        other = partition(LABELS, spec, sites, 4)
+        assert not all(np.array_equal(a, b) for a, b in zip(parts, other, strict=True))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    labels=st.lists(st.sampled_from([0, 2, 3, 9]), min_size=1, max_size=60),
+    spec=st.sampled_from([*GOOD, "pathological:3"]),
+    sites=st.integers(1, 8),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_labels_give_a_partition_or_a_config_error(
+    labels: list[int], spec: str, sites: int, seed: int
+) -> None:
+    try:
+        parts = partition(np.array(labels), spec, sites, seed)
+    except ConfigError:
+        return
+    together = np.concatenate(parts)
+    assert len(np.unique(together)) == len(together) <= len(labels)
+    assert min(len(part) for part in parts) >= 4
+
+
+def _skew(parts: list[np.ndarray]) -> float:
+    """Mean distance of the sites' class shares from the whole's, 0 .. 1."""
+    whole = np.bincount(LABELS, minlength=10) / len(LABELS)
+    shares = [np.bincount(LABELS[part], minlength=10) / len(part) for part in parts]
+    return float(np.mean([np.abs(share - whole).sum() / 2 for share in shares]))
+
+
+def test_the_skew_is_there() -> None:
+    iid, mild, strong = (
+        _skew(partition(LABELS, spec, 6, 0)) for spec in ("iid", "dirichlet:1", "dirichlet:0.1")
+    )
+    assert iid < 0.15 < mild < strong
+    assert strong > 0.5
+
+
+@pytest.mark.parametrize(("sites", "each"), [(5, 2), (10, 1), (4, 3), (10, 10)])
+def test_pathological_sites_have_that_many_classes_and_use_all(sites: int, each: int) -> None:
+    parts = partition(LABELS, f"pathological:{each}", sites, 0)
+    assert [len(np.unique(LABELS[part])) for part in parts] == [each] * sites
+    assert sum(len(part) for part in parts) == len(LABELS)
+
+
+def test_classes_that_find_no_site_are_reported(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        parts = partition(LABELS, "pathological:2", 3, 0)
+    assert "leaves out 4 of 10 classes" in caplog.text
+    assert len(np.unique(LABELS[np.concatenate(parts)])) == 6
+
+
+def test_quantity_skews_sizes_only() -> None:
+    parts = partition(LABELS, "quantity:0.5", 4, 0)
+    sizes = sorted(len(part) for part in parts)
+    assert sizes[-1] > 3 * sizes[0]
+    largest = max(parts, key=len)
+    assert _skew([largest]) < 0.15
+
+
+@pytest.mark.parametrize(
+    ("labels", "spec", "sites", "pattern"),
+    [
+        (LABELS[:5], "iid", 6, "5 samples are too few for 6 sites.*fewer sites"),
+        (LABELS, "iid", 0, "sites=0 must be at least 1"),
+        (LABELS, "pathological:11", 3, "wants 11 classes a site, the data has 10"),
+        (np.arange(40), "pathological:40", 2, "needs more samples of a class"),
+        (LABELS[:80], "dirichlet:0.001", 20, r"fewer than 4 of 80 .*larger ALPHA"),
+        (np.repeat([0, 1], [200, 5]), "pathological:1", 4, "leaves a site 2 of 205 samples"),
+    ],
+)
+def test_what_cannot_be_done_is_explained(
+    labels: np.ndarray, spec: str, sites: int, pattern: str
+) -> None:
+    with pytest.raises(ConfigError, match=pattern):
+        partition(labels, spec, sites, 0)
+
+
+@given(
+    labels=st.lists(st.integers(0, 5), min_size=2, max_size=80),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_split_is_disjoint_complete_and_two_sided(
+    labels: list[int], fraction: float, seed: int
+) -> None:
+    array = np.array(labels)
+    train, test = train_test_split(array, fraction, seed)
+    assert np.array_equal(np.sort(np.concatenate([train, test])), np.arange(len(labels)))
+    assert min(len(train), len(test)) >= 1
+    counts = np.bincount(array)
+    if counts.max() > 1:
+        assert set(array[test]) <= set(array[train])
+    else:
+        assert len(test) == 1
+    for label in np.flatnonzero(counts > 1):
+        share = counts[label] * fraction
+        assert math.floor(share) <= np.sum(array[test] == label) <= math.floor(share) + 1
+
+
+def test_a_split_is_stratified_and_deterministic() -> None:
+    labels = np.repeat([0, 1, 2, 3], [100, 50, 10, 1])
+    train, test = train_test_split(labels, 0.2, 5)
+    assert np.bincount(labels[test], minlength=4).tolist() == [20, 10, 2, 0]
+    again = train_test_split(labels, 0.2, 5)
+    assert np.array_equal(train, again[0])
+    assert np.array_equal(test, again[1])
+    assert not np.array_equal(test, train_test_split(labels, 0.2, 6)[1])
+
+
+def test_what_cannot_be_split() -> None:
+    with pytest.raises(DataError, match=r"'press-3': 1 samples cannot be split.*add more"):
+        train_test_split(np.array([1]), 0.2, 0, site="press-3")
+    with pytest.raises(DataError, match="0 samples"):
+        train_test_split(np.array([], dtype=np.int64), 0.2, 0)
+    with pytest.raises(ConfigError, match=r"test-fraction=1\.0"):
+        train_test_split(np.array([1, 1]), 1.0, 0)

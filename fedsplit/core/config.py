@@ -53,7 +53,7 @@ class RunConfig(BaseModel):
     rounds: int = Field(5, ge=1, le=100_000)
     local_epochs: int = Field(1, ge=1, le=1000)
     batch_size: int = Field(32, ge=1, le=4096)
-    learning_rate: float = Field(0.005, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(0.003, gt=0, allow_inf_nan=False)
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     codec: str = Field("fp32", pattern=r"^[a-z0-9-]{1,32}$")

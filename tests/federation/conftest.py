@@ -1,0 +1,59 @@
+"""A small federation: the bundled backbone, a few digits, sites in this process, a real encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fedsplit.core.config import RunConfig
+from fedsplit.federation.endpoint import Endpoint
+from fedsplit.federation.server import Run
+from fedsplit.serving.process import hosting
+from tests.federation.grid import InProcessGrid
+
+Federate = Callable[..., Run]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Small matrices on a small machine: one thread is fastest, and the order of sums is fixed."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def settings(runs: Path, **other: Any) -> RunConfig:
+    flat = {
+        "max-samples": 160,
+        "rounds": 2,
+        "cut": "0,6;1,5",
+        "runs-dir": str(runs),
+        "run-name": "run",
+        "partition": "iid",
+        "deadline-s": 60.0,
+    }
+    return RunConfig.from_flat(flat | {k.replace("_", "-"): v for k, v in other.items()})
+
+
+def simulated(sites: int) -> list[dict[str, Any]]:
+    return [{"partition-id": i, "num-partitions": sites} for i in range(sites)]
+
+
+@contextmanager
+def prepared(
+    config: RunConfig, nodes: list[dict[str, Any]], **grid: Any
+) -> Iterator[tuple[Run, InProcessGrid]]:
+    """A run that is ready to go, with its encoder up."""
+    with hosting(config, None) as (server, host, key):
+        endpoint = Endpoint(server.address, key, tls=False, ca_file="", publish=host.publish)
+        net = InProcessGrid(nodes, **grid)
+        try:
+            yield Run(net, config, endpoint, simulated=True), net
+        finally:
+            net.close()
+            assert server.stats().live_sessions == 0

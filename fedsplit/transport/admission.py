@@ -1,0 +1,163 @@
+"""Who may have a session: the server's limits, and the counts that they are held against.
+
+One `Admission` a server, used by server.py (streams) and session.py (steps); it is the one place that knows what
+is live, so `stats()` is exact.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from fedsplit.core.errors import OverloadedError, RefusedError
+from fedsplit.transport.tokens import LEEWAY_S, SiteToken
+
+
+class Limits(BaseModel):
+    """What the encoder's port allows, whatever a token says. Memory: see `session_bytes`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_sessions: int = Field(default=32, ge=1, le=1024)
+    """Live streams in all; each has two threads."""
+    max_sessions_per_site: int = Field(default=4, ge=1)
+    """Live streams of one site of one run."""
+    max_message_bytes: int = Field(default=64 << 20, ge=1 << 10, lt=1 << 32)
+    """Payload of one tensor as it travels."""
+    max_kept_steps: int = Field(default=8, ge=1)
+    """Steps of a session whose graph waits for its gradient."""
+    max_kept_bytes: int = Field(default=512 << 20, ge=1 << 10)
+    """Activations (float32) of those steps; the graphs take a multiple that depends on the backbone."""
+    max_publish_bytes: int = Field(default=256 << 20, ge=1)
+    """One module version."""
+    hello_timeout_s: float = Field(default=20.0, gt=0)
+    """A stream that has said nothing by then is ended."""
+    idle_timeout_s: float = Field(default=300.0, gt=0)
+    """So long may a session be silent, or not read what is sent to it."""
+    retry_after_s: float = Field(default=2.0, gt=0)
+    """What a site is told that finds no free session."""
+    clock_leeway_s: float = Field(default=LEEWAY_S, ge=0)
+    """So far may the clocks of signer and encoder differ."""
+
+    @property
+    def session_bytes(self) -> int:
+        """Most tensor bytes that one session holds here outside the host.
+
+        In messages: one in assembly, two ahead, one in work and decoded to float32 (2, were it fp16), the
+        answer (2) and its encoding: 9. Plus what is kept.
+        """
+        return 9 * self.max_message_bytes + self.max_kept_bytes
+
+
+class Stats(BaseModel):
+    """Counters since the server's start, and what is live now."""
+
+    model_config = ConfigDict(frozen=True)
+
+    live_sessions: int
+    kept_steps: int
+    sessions: int
+    encoded: int
+    backpropped: int
+    published: int
+    refused: dict[str, int]
+    """By reason: token, certificate, overloaded, and the wire's error codes."""
+
+
+@dataclass
+class _Used:
+    steps: int = 0
+    expires: float = 0.0
+    live: bool = False
+
+
+@dataclass
+class Admission:
+    """Counts live sessions by site and token, and steps by token."""
+
+    limits: Limits
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _sites: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _tokens: dict[str, _Used] = field(default_factory=dict)
+    _counts: Counter[str] = field(default_factory=Counter)
+    _refused: Counter[str] = field(default_factory=Counter)
+
+    @contextmanager
+    def admit(self, token: SiteToken) -> Iterator[None]:
+        """Hold a session's place. Raises OverloadedError when there is none."""
+        site = (token.grant.run, token.grant.site)
+        with self._lock:
+            self._forget_expired()
+            self._check_room(site, token)
+            self._sites[site] += 1
+            used = self._tokens.setdefault(token.id, _Used(expires=token.expires))
+            used.live = True
+            self._counts["sessions"] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._sites[site] -= 1
+                if not self._sites[site]:
+                    del self._sites[site]
+                used.live = False
+
+    def take_step(self, token: SiteToken) -> None:
+        """Count a step against the token, over all its streams. Raises RefusedError beyond its limit."""
+        with self._lock:
+            used = self._tokens[token.id]
+            if used.steps >= token.grant.max_steps:
+                raise RefusedError(
+                    f"the token allows {token.grant.max_steps} steps and all are used; ask for a new one"
+                )
+            used.steps += 1
+
+    def count(self, what: str, by: int = 1) -> None:
+        """Count something for `stats`: encoded, backpropped, published, kept (also downwards)."""
+        with self._lock:
+            self._counts[what] += by
+
+    def refuse(self, reason: str) -> None:
+        """Count a refusal."""
+        with self._lock:
+            self._refused[reason] += 1
+
+    def stats(self) -> Stats:
+        """A snapshot."""
+        with self._lock:
+            c = self._counts
+            return Stats(
+                live_sessions=self._sites.total(),
+                kept_steps=c["kept"],
+                sessions=c["sessions"],
+                encoded=c["encoded"],
+                backpropped=c["backpropped"],
+                published=c["published"],
+                refused=dict(self._refused),
+            )
+
+    def _check_room(self, site: tuple[str, str], token: SiteToken) -> None:
+        limits, live = self.limits, self._sites.total()
+        used = self._tokens.get(token.id)
+        if used is not None and used.live:
+            what = "this token already has a live stream; a token is for one stream at a time"
+        elif self._sites[site] >= limits.max_sessions_per_site:
+            what = f"site {site[1]} already has {self._sites[site]} live sessions, {limits.max_sessions_per_site} are allowed"
+        elif live >= limits.max_sessions:
+            what = f"{live} sessions are live, {limits.max_sessions} are allowed"
+        else:
+            return
+        raise OverloadedError(what, retry_after_s=limits.retry_after_s)
+
+    def _forget_expired(self) -> None:
+        now = time.time() - 2 * self.limits.clock_leeway_s
+        for token_id in [
+            i for i, used in self._tokens.items() if used.expires < now and not used.live
+        ]:
+            del self._tokens[token_id]

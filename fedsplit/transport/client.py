@@ -1,0 +1,264 @@
+"""A site's end of the wire: `StreamEncoder` is an Encoder that happens to be on another machine.
+
+It turns tensors into messages and keeps the order of steps; duplex.py moves the frames. The small calls are in calls.py and
+are offered here too.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from types import TracebackType
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict
+
+import fedsplit
+from fedsplit.core.encoder import Array, Grant, Mask
+from fedsplit.core.errors import (
+    ConfigError,
+    EncoderError,
+    ProtocolError,
+    RefusedError,
+    UnreachableError,
+)
+from fedsplit.transport.calls import capabilities, publish
+from fedsplit.transport.codec import Dims, Encoded, check_finite, encode_mask, find_codec
+from fedsplit.transport.duplex import Duplex, Reply
+from fedsplit.transport.frames import VERSION, Flag, Kind, frames_of
+from fedsplit.transport.messages import Hello
+from fedsplit.transport.shapes import check_h_dims, check_size, z_dims
+from fedsplit.transport.wiring import ClientTls, open_channel
+
+__all__ = ["ClientTls", "StreamEncoder", "Traffic", "capabilities", "publish"]
+
+
+class Traffic(BaseModel):
+    """What a stream has moved so far. Bytes include headers, masks and handshake; payload is tensors and masks."""
+
+    model_config = ConfigDict(frozen=True)
+
+    bytes_up: int
+    bytes_down: int
+    payload_up: int
+    payload_down: int
+    steps: int
+    wait_s: float
+    """Time that callers spent waiting, added up over threads."""
+
+
+class _Kept(NamedTuple):
+    wire_step: int
+    h_dims: Dims
+    z_dims: Dims
+
+
+class StreamEncoder:
+    """Encoder over one gRPC stream. Connects when made; `close` it, or use it in a `with`.
+
+    Several threads may call it at once; `max_in_flight` of them have a step on the wire. Step ids are the callers' labels:
+    the wire numbers the steps in the order in which they leave, so threads need not agree on one. After an error from the
+    encoder the stream is over: make a new one. Arrays that it returns are writable and the caller's.
+    Raises ConfigError, RefusedError, ProtocolError, OverloadedError and UnreachableError.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        token: str,
+        grant: Grant,
+        *,
+        codec: str = "fp32",
+        tls: ClientTls | None = None,
+        max_in_flight: int = 2,
+        step_timeout_s: float = 120.0,
+        connect_timeout_s: float = 20.0,
+        allow_insecure: bool = False,
+    ) -> None:
+        """`step_timeout_s` starts anew with every chunk that moves. `allow_insecure`: plaintext beyond loopback."""
+        if max_in_flight < 1:
+            raise ConfigError(f"max_in_flight is {max_in_flight}: 1 or more is wanted")
+        self._codec = find_codec(codec)
+        self._step_timeout_s = step_timeout_s
+        self._slots = threading.BoundedSemaphore(max_in_flight)
+        self._order = threading.Lock()
+        self._kept: dict[int, _Kept] = {}
+        self._next_step = 0
+        self._closed = False
+        self._payload_up = self._payload_down = self._steps = 0
+        self._wait_s = 0.0
+        self._channel = open_channel(address, tls, allow_insecure=allow_insecure)
+        self._duplex = Duplex(self._channel, address, token, self._codec, tls=tls is not None)
+        try:
+            self.welcome = self._duplex.greet(_hello(grant, codec), connect_timeout_s)
+        except EncoderError:
+            self.close()
+            raise
+
+    def __enter__(self) -> StreamEncoder:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def encode(
+        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
+    ) -> Array:
+        """Activations [B, T, D] -> [B, T, D], or [B, P] where the server pools."""
+        h_dims = h_BTD.shape
+        check_h_dims(h_dims, self.welcome)
+        if mask_BT is not None and mask_BT.shape != h_dims[:2]:
+            raise ProtocolError(f"the mask has shape {mask_BT.shape}: {h_dims[:2]} is wanted")
+        body = self._encoded(h_BTD)
+        mask = None if mask_BT is None else encode_mask(mask_BT)
+        out_dims = z_dims(h_dims, self.welcome)
+        with self._in_flight():
+            with self._order:
+                if keep:
+                    self._check_keep(step)
+                wire_step = self._next_step
+                frames = self._encode_frames(wire_step, body, mask, keep=keep)
+                reply = self._duplex.post(frames, Kind.ENCODED, wire_step, out_dims)
+                self._next_step += 1
+                self._steps += 1
+                self._payload_up += len(body.data) + (len(mask.data) if mask else 0)
+                if keep:
+                    self._kept[step] = _Kept(wire_step, h_dims, out_dims)
+            return self._answer(reply, f"ENCODE step {step}")
+
+    def backprop(self, step: int, dz: Array) -> Array:
+        """Gradient at the encoder's output -> gradient at its input [B, T, D]. Frees the step."""
+        body = self._encoded(dz)
+        with self._in_flight():
+            with self._order:
+                kept = self._kept.get(step)
+                if kept is None:
+                    raise ProtocolError(
+                        f"step {step} is not kept: encode it with keep=True and backprop it once"
+                    )
+                if dz.shape != kept.z_dims:
+                    raise ProtocolError(
+                        f"dz of step {step} has shape {dz.shape}: {kept.z_dims} is wanted"
+                    )
+                frames = self._frames(Kind.BACKPROP, kept.wire_step, body)
+                reply = self._duplex.post(frames, Kind.GRAD, kept.wire_step, kept.h_dims)
+                del self._kept[step]
+                self._payload_up += len(body.data)
+            return self._answer(reply, f"BACKPROP step {step}")
+
+    def close(self) -> None:
+        """End the session, its thread and its connection. Twice is harmless."""
+        self._closed = True
+        self._duplex.close()
+        self._channel.close()
+
+    def traffic(self) -> Traffic:
+        """A snapshot of the counters."""
+        with self._order:
+            return Traffic(
+                bytes_up=self.bytes_up,
+                bytes_down=self.bytes_down,
+                payload_up=self._payload_up,
+                payload_down=self._payload_down,
+                steps=self._steps,
+                wait_s=self._wait_s,
+            )
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes of all messages that left, headers included."""
+        return self._duplex.outbox.sent_bytes
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes of all messages that came, headers included."""
+        return self._duplex.received_bytes
+
+    @property
+    def payload_up(self) -> int:
+        """Bytes of tensors and masks that were sent."""
+        return self._payload_up
+
+    @property
+    def payload_down(self) -> int:
+        """Bytes of tensors that came."""
+        return self._payload_down
+
+    @property
+    def steps(self) -> int:
+        """Encodes so far."""
+        return self._steps
+
+    @property
+    def wait_s(self) -> float:
+        """Time that callers spent waiting, added up over threads."""
+        return self._wait_s
+
+    def _encoded(self, array: Array) -> Encoded:
+        body = self._codec.encode(array)
+        check_size(len(body.data), self.welcome.max_message_bytes)
+        return body
+
+    def _frames(
+        self, kind: Kind, step: int, body: Encoded, flags: Flag = Flag.NONE
+    ) -> Iterator[bytes]:
+        session = self.welcome.session
+        return frames_of(kind, body, codec=self._codec.id, flags=flags, session=session, step=step)
+
+    def _encode_frames(
+        self, step: int, body: Encoded, mask: Encoded | None, *, keep: bool
+    ) -> Iterable[bytes]:
+        keep_flag = Flag.KEEP if keep else Flag.NONE
+        if mask is None:
+            return self._frames(Kind.ENCODE, step, body, keep_flag)
+        first = frames_of(Kind.MASK, mask, session=self.welcome.session, step=step)
+        return chain(first, self._frames(Kind.ENCODE, step, body, keep_flag | Flag.MASK))
+
+    def _check_keep(self, step: int) -> None:
+        if step in self._kept:
+            raise ProtocolError(f"step {step} is already kept: step ids must not repeat")
+        if len(self._kept) >= self.welcome.max_kept_steps:
+            raise RefusedError(
+                f"step {step} cannot be kept: {len(self._kept)} steps wait for their gradient, which is all that the "
+                "encoder allows; backprop them first"
+            )
+
+    @contextmanager
+    def _in_flight(self) -> Iterator[None]:
+        started = time.monotonic()
+        with self._slots:
+            if self._closed:
+                raise UnreachableError("the stream is closed: make a new one")
+            try:
+                yield
+            finally:
+                with self._order:
+                    self._wait_s += time.monotonic() - started
+
+    def _answer(self, reply: Reply, what: str) -> Array:
+        message = self._duplex.wait(reply, what, self._step_timeout_s)
+        array = self._codec.decode(message.header.dims, message.payload)
+        check_finite(array, f"the encoder's answer to {what}")
+        with self._order:
+            self._payload_down += message.header.total
+        return array
+
+
+def _hello(grant: Grant, codec: str) -> Hello:
+    return Hello(
+        protocol=VERSION,
+        fedsplit_version=fedsplit.__version__,
+        backbone_sha256=grant.backbone_sha256,
+        a=grant.a,
+        b=grant.b,
+        version=grant.version,
+        codec=codec,
+    )

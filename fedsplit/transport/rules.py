@@ -1,0 +1,181 @@
+"""What a session at the encoder allows: the checks of HELLO and of each message's first header.
+
+Pure: no threads, no gRPC, nothing allocated. `Rules.admit` runs in the session's reader thread, `keep` and
+`release` in its worker (session.py); both only touch the dict of kept steps with single operations.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fedsplit.core.encoder import Capabilities, Grant
+from fedsplit.core.errors import ConfigError, ProtocolError, RefusedError
+from fedsplit.transport.admission import Limits
+from fedsplit.transport.codec import Codec, CodecId, Dims, Dtype, find_codec
+from fedsplit.transport.frames import JSON_KINDS, VERSION, Flag, Header, Kind, check_json
+from fedsplit.transport.messages import Hello, Welcome
+from fedsplit.transport.shapes import check_batch, check_h_dims, check_payload
+
+FROM_SITE = frozenset({Kind.HELLO, Kind.MASK, Kind.ENCODE, Kind.BACKPROP})
+
+
+class Kept(NamedTuple):
+    """A step whose graph the host holds."""
+
+    h_dims: Dims
+    z_dims: Dims
+    h_bytes: int
+
+
+def agree(
+    hello: Hello, grant: Grant, offers: Capabilities, limits: Limits, session: int
+) -> Welcome:
+    """The session's terms. Raises RefusedError that names everything that does not fit, with both values."""
+    pairs = (
+        ("protocol version", hello.protocol, VERSION),
+        ("fedsplit version", hello.fedsplit_version, offers.fedsplit_version),
+        ("token's fedsplit version", grant.fedsplit_version, offers.fedsplit_version),
+        ("backbone sha256", hello.backbone_sha256, offers.backbone_sha256),
+        ("token's backbone sha256", grant.backbone_sha256, offers.backbone_sha256),
+    )
+    faults = [
+        f"{what} is {got}, the encoder's is {want}" for what, got, want in pairs if got != want
+    ]
+    if (hello.a, hello.b) != (grant.a, grant.b):
+        faults.append(f"cut is {hello.a},{hello.b}, the token's is {grant.a},{grant.b}")
+    if hello.version != grant.version:
+        faults.append(f"module version is {hello.version!r}, the token's is {grant.version!r}")
+    if not grant.a < grant.b <= offers.blocks:
+        faults.append(
+            f"cut {grant.a},{grant.b} leaves the encoder nothing to run or ends beyond block {offers.blocks}"
+        )
+    try:
+        find_codec(hello.codec)
+    except ConfigError as error:
+        faults.append(str(error))
+    if faults:
+        raise RefusedError("the session does not fit: " + "; ".join(faults))
+    return Welcome(
+        session=session,
+        width=offers.width,
+        pooled_width=offers.pooled_width,
+        pooled=grant.cut.pooled(offers.blocks),
+        max_batch=grant.max_batch,
+        max_tokens=grant.max_tokens,
+        max_steps=grant.max_steps,
+        max_kept_steps=limits.max_kept_steps,
+        max_message_bytes=limits.max_message_bytes,
+        idle_timeout_s=limits.idle_timeout_s,
+    )
+
+
+class Rules:
+    """One session's state as far as it decides which frame may come next."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._welcome: Welcome | None = None
+        self._codec: Codec | None = None
+        self._greeted = False
+        self._last_step = -1
+        self._mask: tuple[int, Dims] | None = None
+        self.kept: dict[int, Kept] = {}
+
+    def welcome(self, welcome: Welcome, codec: Codec) -> None:
+        """From now on steps are allowed."""
+        self._codec, self._welcome = codec, welcome
+
+    def admit(self, header: Header) -> None:
+        """Raise unless this message may come now. Called with its first header, before allocation."""
+        kind = header.kind
+        if kind not in FROM_SITE:
+            raise ProtocolError(f"{kind.name} is not a site's to send")
+        if kind in JSON_KINDS:
+            self._admit_hello(header)
+            return
+        if self._welcome is None or self._codec is None:
+            raise ProtocolError(
+                f"{kind.name} came before the session was opened: HELLO, then wait for WELCOME"
+            )
+        if header.session != self._welcome.session:
+            raise ProtocolError(
+                f"{kind.name} is for session {header.session:#x}, this is another one"
+            )
+        if self._mask is not None and kind is not Kind.ENCODE:
+            raise ProtocolError(f"{kind.name} came between MASK and its ENCODE")
+        if kind is Kind.MASK:
+            self._admit_mask(header, self._welcome)
+        elif kind is Kind.ENCODE:
+            self._admit_encode(header, self._welcome, self._codec)
+        else:
+            self._admit_backprop(header, self._codec)
+
+    def keep(self, step: int, h_dims: Dims, out_dims: Dims) -> None:
+        """Note a step whose graph the host will hold. Raises RefusedError when too much is kept already."""
+        h_bytes = 4 * h_dims[0] * h_dims[1] * h_dims[2]
+        limits, held = self._limits, sum(k.h_bytes for k in self.kept.values())
+        if len(self.kept) >= limits.max_kept_steps or held + h_bytes > limits.max_kept_bytes:
+            raise RefusedError(
+                f"step {step} cannot be kept: {len(self.kept)} steps of {held} bytes wait for their gradient, "
+                f"{limits.max_kept_steps} steps and {limits.max_kept_bytes} bytes are allowed; backprop them first"
+            )
+        self.kept[step] = Kept(h_dims, out_dims, h_bytes)
+
+    def release(self, step: int) -> Kept:
+        """Take a kept step out. Raises ProtocolError when there is none."""
+        kept = self.kept.pop(step, None)
+        if kept is None:
+            raise ProtocolError(
+                f"BACKPROP of step {step}: it is not kept, or its gradient was already taken"
+            )
+        return kept
+
+    def _admit_hello(self, header: Header) -> None:
+        if self._greeted:
+            raise ProtocolError("a second HELLO: one a stream is allowed")
+        self._greeted = True
+        check_json(header)
+
+    def _admit_mask(self, header: Header, welcome: Welcome) -> None:
+        self._check_order(header)
+        if (
+            header.dtype is not Dtype.BOOL
+            or header.codec is not CodecId.RAW
+            or len(header.dims) != 2
+        ):
+            raise ProtocolError("a mask must be BOOL, RAW and of shape [batch, tokens]")
+        check_batch(*header.dims, welcome)
+        if header.total != header.dims[0] * header.dims[1]:
+            raise ProtocolError(f"a mask of shape {header.dims} has {header.total} payload bytes")
+        self._mask = (header.step, header.dims)
+
+    def _admit_encode(self, header: Header, welcome: Welcome, codec: Codec) -> None:
+        self._check_order(header)
+        check_h_dims(header.dims, welcome)
+        mask, self._mask = self._mask, None
+        wanted = (header.step, header.dims[:2]) if header.flags & Flag.MASK else None
+        if mask != wanted:
+            raise ProtocolError(
+                f"ENCODE step {header.step} of shape {header.dims} does not go with its mask: "
+                f"(step, shape) is {mask}, {wanted} is wanted"
+            )
+        check_payload(header, codec, self._limits.max_message_bytes)
+        self._last_step = header.step
+
+    def _admit_backprop(self, header: Header, codec: Codec) -> None:
+        kept = self.kept.get(header.step)
+        if kept is None:
+            raise ProtocolError(
+                f"BACKPROP of step {header.step}: it is not kept, or its gradient was already taken"
+            )
+        if header.dims != kept.z_dims:
+            raise ProtocolError(
+                f"BACKPROP of step {header.step} has shape {header.dims}: {kept.z_dims} is wanted"
+            )
+        check_payload(header, codec, self._limits.max_message_bytes)
+
+    def _check_order(self, header: Header) -> None:
+        if header.step <= self._last_step:
+            raise ProtocolError(
+                f"{header.kind.name} step {header.step} came after step {self._last_step}: steps increase"
+            )

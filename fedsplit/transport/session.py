@@ -1,0 +1,226 @@
+"""One site's session at the encoder: a reader thread that puts messages together, and a worker that answers.
+
+`Session.run` is the response iterator that gRPC drives in one of the server's threads (server.py). The reader works at most
+two messages ahead of it, so that receiving overlaps computing; the rest waits in gRPC's flow control.
+Whatever ends a session, its Encoder is closed.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+
+import grpc
+
+from fedsplit.core.encoder import Array, Encoder, EncoderHost, Mask
+from fedsplit.core.errors import EncoderError, UnreachableError
+from fedsplit.transport.admission import Admission
+from fedsplit.transport.codec import Codec, Dims, check_finite, decode_mask, find_codec
+from fedsplit.transport.frames import Assembler, Flag, Kind, Message, frames_of, json_frame
+from fedsplit.transport.messages import Hello, Welcome, code_of, error_frame, read_body
+from fedsplit.transport.rules import Rules, agree
+from fedsplit.transport.shapes import z_dims
+from fedsplit.transport.tokens import SiteToken
+
+log = logging.getLogger(__name__)
+
+_AHEAD = 2
+
+
+class Inbox:
+    """Messages on their way from reader to worker: bounded, and timed by the last sign of life."""
+
+    def __init__(self) -> None:
+        self._items: deque[Message] = deque()
+        self._changed = threading.Condition()
+        self._ended = False
+        self._error: EncoderError | None = None
+        self._alive = time.monotonic()
+
+    def touch(self) -> None:
+        """Something came or went."""
+        self._alive = time.monotonic()
+
+    def put(self, message: Message) -> bool:
+        """Wait for room. False when nobody will take it."""
+        with self._changed:
+            self._changed.wait_for(lambda: len(self._items) < _AHEAD or self._ended)
+            if self._ended:
+                return False
+            self._items.append(message)
+            self._changed.notify_all()
+            return True
+
+    def end(self, error: EncoderError | None = None) -> None:
+        """No more will come; `get` gives what is there, then raises `error` or returns None. The first end counts."""
+        with self._changed:
+            if not self._ended:
+                self._ended, self._error = True, error
+            self._changed.notify_all()
+
+    def get(self, idle_s: float) -> Message | None:
+        """The next message; None at the end of the stream. Raises UnreachableError after `idle_s` of silence."""
+        with self._changed:
+            while not self._items:
+                if self._ended and self._error is not None:
+                    raise self._error
+                if self._ended:
+                    return None
+                left_s = self._alive + idle_s - time.monotonic()
+                if left_s <= 0:
+                    raise UnreachableError(
+                        f"nothing came for {idle_s:g} s, which is as long as a session may idle"
+                    )
+                self._changed.wait(left_s)
+            message = self._items.popleft()
+            self._changed.notify_all()
+            return message
+
+
+class Session:
+    """From HELLO to the stream's end. `run` once, from one thread; `stop` from any."""
+
+    def __init__(
+        self, host: EncoderHost, token: SiteToken, admission: Admission, requests: Iterable[bytes]
+    ) -> None:
+        self.id = secrets.randbits(63) + 1
+        self.sending_since: float | None = None
+        """When the chunk that gRPC has not taken yet was handed to it; None while there is none."""
+        self._host = host
+        self._token = token
+        self._admission = admission
+        self._requests = requests
+        self._limits = admission.limits
+        self._rules = Rules(admission.limits)
+        self._inbox = Inbox()
+        self._encoder: Encoder | None = None
+
+    def __str__(self) -> str:
+        grant = self._token.grant
+        return f"session {self.id:x} (run {grant.run}, site {grant.site}, round {grant.round})"
+
+    def run(self) -> Iterator[bytes]:
+        """The frames to send, until the session is over. An error becomes an ERROR frame."""
+        threading.Thread(target=self._read, name=f"fedsplit-read-{self.id:x}", daemon=True).start()
+        try:
+            yield from self._send(self._guarded())
+        finally:  # also when gRPC drops this generator because the peer is gone
+            self._inbox.end()
+            self._close_encoder()
+
+    def stop(self, error: EncoderError) -> None:
+        """End the session after what it has received."""
+        self._inbox.end(error)
+
+    def _guarded(self) -> Iterator[bytes]:
+        try:
+            yield from self._serve()
+        except EncoderError as error:
+            kind, text = type(error).__name__, str(error)
+            log.warning("%s ends: %s: %r", self, kind, text)  # %r: a peer's words forge no lines
+            self._admission.refuse(code_of(error))
+            yield error_frame(error, session=self.id)
+        except Exception:  # the outermost handler of the stream
+            log.exception("%s ends: the host failed", self)
+            self._admission.refuse("internal")
+            short = EncoderError(f"the encoder failed; its log says why, under session {self.id:x}")
+            yield error_frame(short, session=self.id)
+
+    def _send(self, frames: Iterator[bytes]) -> Iterator[bytes]:
+        for frame in frames:
+            self.sending_since = time.monotonic()
+            yield frame
+            self.sending_since = None
+            self._inbox.touch()
+
+    def _read(self) -> None:
+        assembler = Assembler(self._rules.admit)
+        try:
+            for frame in self._requests:
+                self._inbox.touch()
+                message = assembler.feed(frame)
+                if message is not None and not self._inbox.put(message):
+                    return
+            assembler.finish()
+        except EncoderError as error:
+            self._inbox.end(error)
+        except grpc.RpcError:  # the call is over, whoever ended it
+            self._inbox.end()
+        else:
+            self._inbox.end()
+
+    def _serve(self) -> Iterator[bytes]:
+        first = self._inbox.get(self._limits.hello_timeout_s)
+        if first is None:
+            return
+        hello = read_body(Hello, first)
+        grant = self._token.grant
+        welcome = agree(hello, grant, self._host.capabilities(), self._limits, self.id)
+        encoder = self._encoder = self._host.open(grant)
+        codec = find_codec(hello.codec)
+        self._rules.welcome(welcome, codec)
+        log.info(
+            "%s opens: cut %s, codec %s, version %s", self, grant.cut, codec.name, grant.version
+        )
+        yield json_frame(Kind.WELCOME, welcome.model_dump_json(), session=self.id)
+        mask: Mask | None = None
+        while (message := self._inbox.get(self._limits.idle_timeout_s)) is not None:
+            if message.header.kind is Kind.MASK:
+                mask = decode_mask(message.header.dims, message.payload)
+            elif message.header.kind is Kind.ENCODE:
+                yield from self._encode(encoder, codec, welcome, message, mask)
+                mask = None
+            else:
+                yield from self._backprop(encoder, codec, message)
+
+    def _encode(
+        self, encoder: Encoder, codec: Codec, welcome: Welcome, message: Message, mask: Mask | None
+    ) -> Iterator[bytes]:
+        header = message.header
+        step, keep = header.step, bool(header.flags & Flag.KEEP)
+        out_dims = z_dims(header.dims, welcome)
+        h_BTD = _tensor_of(codec, message)
+        self._admission.take_step(self._token)
+        if keep:
+            self._rules.keep(step, header.dims, out_dims)
+            self._admission.count("kept")
+        z = encoder.encode(step, h_BTD, mask, keep=keep)
+        self._admission.count("encoded")
+        yield from self._reply(Kind.ENCODED, codec, step, z, out_dims)
+
+    def _backprop(self, encoder: Encoder, codec: Codec, message: Message) -> Iterator[bytes]:
+        step = message.header.step
+        dz = _tensor_of(codec, message)
+        kept = self._rules.release(step)
+        self._admission.count("kept", -1)
+        dh_BTD = encoder.backprop(step, dz)
+        self._admission.count("backpropped")
+        yield from self._reply(Kind.GRAD, codec, step, dh_BTD, kept.h_dims)
+
+    def _reply(
+        self, kind: Kind, codec: Codec, step: int, array: Array, dims: Dims
+    ) -> Iterator[bytes]:
+        if array.shape != dims:  # the host's fault, not the site's
+            raise RuntimeError(
+                f"the host answered {kind.name} step {step} with shape {array.shape}, not {dims}"
+            )
+        return frames_of(kind, codec.encode(array), codec=codec.id, session=self.id, step=step)
+
+    def _close_encoder(self) -> None:
+        self._admission.count("kept", -len(self._rules.kept))
+        self._rules.kept.clear()
+        if self._encoder is not None:
+            try:
+                self._encoder.close()
+            except Exception:  # nobody is left to tell, and the place must be freed
+                log.exception("%s: closing the host's encoder failed", self)
+
+
+def _tensor_of(codec: Codec, message: Message) -> Array:
+    array = codec.decode(message.header.dims, message.payload)
+    check_finite(array, f"{message.header.kind.name} step {message.header.step}")
+    return array

@@ -1,0 +1,81 @@
+"""gRPC's errors to fedsplit's, once, at the client's edge. The full text goes to the log."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import grpc
+
+from fedsplit.core.errors import (
+    EncoderError,
+    OverloadedError,
+    ProtocolError,
+    RefusedError,
+    UnreachableError,
+)
+from fedsplit.transport.wiring import RETRY_AFTER_KEY
+
+log = logging.getLogger(__name__)
+
+DEFAULT_RETRY_S = 2.0
+_TLS_WORDS = ("certificate", "handshake", "ssl", "tls")
+
+
+def translate(error: Any, address: str, *, tls: bool) -> EncoderError:
+    """The EncoderError for a grpc.RpcError; raise it `from` the original."""
+    code, details = error.code(), error.details() or ""
+    log.debug("gRPC call to %s failed: %s: %s", address, code, details)
+    status = grpc.StatusCode
+    if code in (status.UNAUTHENTICATED, status.PERMISSION_DENIED):
+        return RefusedError(f"the encoder at {address} refused: {details}")
+    if code is status.RESOURCE_EXHAUSTED and "larger than max" in details:
+        return ProtocolError(
+            f"the encoder at {address} got a message beyond gRPC's limit: {details}"
+        )
+    if code is status.RESOURCE_EXHAUSTED:
+        wait_s = _retry_after(error)
+        return OverloadedError(
+            f"the encoder at {address} is full: {details}; try again in {wait_s:g} s",
+            retry_after_s=wait_s,
+        )
+    if code is status.INVALID_ARGUMENT:
+        return ProtocolError(f"the encoder at {address} refused the bytes: {details}")
+    if code is status.UNIMPLEMENTED:
+        return ProtocolError(f"what answers at {address} is not a fedsplit encoder: {details}")
+    if code is status.DEADLINE_EXCEEDED:
+        return UnreachableError(
+            f"the encoder at {address} did not answer in time; is its machine overloaded?"
+        )
+    if code in (status.UNAVAILABLE, status.CANCELLED, status.UNKNOWN):
+        return UnreachableError(_why_unreachable(address, details, tls=tls))
+    return EncoderError(f"the encoder at {address} failed: {code.name}: {details}")
+
+
+def _why_unreachable(address: str, details: str, *, tls: bool) -> str:
+    low = details.lower()
+    if tls and ("wrong_version_number" in low or "wrong version number" in low):
+        return f"what answers at {address} does not speak TLS; take the CA away or give the encoder a certificate"
+    if tls and any(word in low for word in _TLS_WORDS):
+        return (
+            f"the TLS handshake with {address} failed: the root CA must have signed the encoder's certificate, the "
+            f"certificate must name the host, and with mutual TLS the client needs one of its own ({details[:300]})"
+        )
+    if not tls and "socket closed" in low:
+        return (
+            f"what listens at {address} closed the connection ({details[:300]}); if it speaks TLS, give its root CA, else "
+            "the encoder has just ended"
+        )
+    if "refused" in low or "failed to connect" in low or "dns" in low:
+        return f"no encoder answers at {address} ({details[:300]}); is `fedsplit encoder serve` running there?"
+    return f"the connection to the encoder at {address} was lost ({details[:300]})"
+
+
+def _retry_after(error: Any) -> float:
+    for key, value in error.trailing_metadata() or ():
+        if key == RETRY_AFTER_KEY:
+            try:
+                return min(max(float(value), 0.0), 3600.0)
+            except ValueError:
+                break
+    return DEFAULT_RETRY_S

@@ -1,0 +1,116 @@
+"""Starts real Flower processes on loopback for the system tests, and ends every one of them by its id."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedsplit.cli.flower import flower_environment
+from fedsplit.cli.processes import ProcessTree
+from fedsplit.core.records import Summary
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
+CONNECTION = "deployment"
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def toml_value(value: Any) -> str:
+    return json.dumps(value)
+
+
+@contextlib.contextmanager
+def deployment(home: Path, nodes: list[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
+    """A SuperLink and a SuperNode for each node config; yields the environment for `flwr`."""
+    home.mkdir(parents=True, exist_ok=True)
+    env = flower_environment(home)
+    port = free_port()
+    (home / "config.toml").write_text(
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n'
+        f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    tree = ProcessTree()
+    started = []
+    with contextlib.ExitStack() as files:
+        def start(name: str, *args: str) -> None:
+            log = files.enter_context((home / f"{name}.log").open("wb"))
+            process = subprocess.Popen(
+                [str(BIN / args[0]), *args[1:]], env=env, stdout=log, stderr=log, cwd=home
+            )
+            started.append(process)
+            tree.adopt(process.pid)
+
+        try:
+            start("superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port))
+            wait_for_http(port)
+            for i, node in enumerate(nodes):
+                config = " ".join(f"{k}={toml_value(v)}" for k, v in node.items())
+                start(
+                    f"supernode-{i}", "flower-supernode", "--insecure",
+                    "--superlink", f"127.0.0.1:{port}", "--port", str(free_port()),
+                    "--node-config", config,
+                )  # fmt: skip
+            yield env
+        finally:
+            tree.end()
+            for process in started:
+                process.wait(timeout=20)
+
+
+def wait_for_http(port: int, timeout_s: float = 60.0) -> None:
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        with contextlib.suppress(OSError), urllib.request.urlopen(
+            f"http://127.0.0.1:{port}/health", timeout=2
+        ):
+            return
+        time.sleep(0.2)
+    raise TimeoutError(f"no SuperLink at port {port} within {timeout_s:g} s")
+
+
+def flwr_run(
+    env: Mapping[str, str], runs: Path, settings: Mapping[str, Any], *, timeout_s: float
+) -> Summary:
+    """`flwr run` of this checkout; waits for the run's summary."""
+    name = str(settings["run-name"])
+    flat = {"runs-dir": str(runs), **settings}
+    config = runs / f"{name}.toml"
+    runs.mkdir(parents=True, exist_ok=True)
+    config.write_text("".join(f"{k} = {toml_value(v)}\n" for k, v in flat.items()))
+    done = subprocess.run(
+        [str(BIN / "flwr"), "run", str(ROOT), CONNECTION, "--run-config", str(config), "--format", "json"],
+        env=dict(env), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    run_id = json.loads(done.stdout[done.stdout.index("{") :])["run-id"]
+    end = time.monotonic() + timeout_s
+    summary = runs / name / "summary.json"
+    while time.monotonic() < end:
+        if summary.exists():
+            return Summary.model_validate_json(summary.read_text())
+        time.sleep(0.5)
+    log = subprocess.run(
+        [str(BIN / "flwr"), "log", run_id, CONNECTION, "--show"],
+        env=dict(env), capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    raise TimeoutError(f"no summary within {timeout_s:g} s:\n{log.stdout[-4000:]}")
+
+
+def fedsplit(*args: str, timeout_s: float = 280.0, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run the installed command as a user does."""
+    return subprocess.run(
+        [str(BIN / "fedsplit"), *args], capture_output=True, text=True, timeout=timeout_s, cwd=cwd, check=False
+    )

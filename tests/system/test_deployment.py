@@ -1,0 +1,88 @@
+"""Real SuperLink, real SuperNodes, real image folders: the module equals the one from simulation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fedsplit.training.data import parse_partition, partition
+from PIL import Image
+from safetensors.numpy import load_file
+from sklearn.datasets import load_digits
+from tests.system.flower import deployment, fedsplit, flwr_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+# Between engines the same sums run in other processes; on one machine they came out equal to the bit.
+TOLERANCE = 1e-5
+SETTINGS = {
+    "cut": "0,6;2,4",
+    "rounds": 2,
+    "seed": 3,
+    "partition": "dirichlet:0.5",
+    "min-sites": 2,
+    "sites": 2,
+    "deadline-s": 200.0,
+}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """200 scanned digits as PNG files, one folder a class."""
+    root = tmp_path_factory.mktemp("digits")
+    digits = load_digits()
+    for i in range(200):
+        folder = root / str(digits.target[i])
+        folder.mkdir(exist_ok=True)
+        pixels = (digits.images[i] * 255 / 16).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i:04d}.png")
+    return root
+
+
+def deal(pictures: Path, to: Path) -> list[Path]:
+    """Copy the files that simulation would give each site into a folder of its own."""
+    files = [f for d in sorted(pictures.iterdir()) for f in sorted(d.iterdir())]
+    labels = np.array([int(f.parent.name) for f in files])
+    spec = parse_partition(str(SETTINGS["partition"]))
+    folders = []
+    for i, share in enumerate(partition(labels, spec, 2, int(SETTINGS["seed"]))):
+        for j in share:
+            target = to / f"line-{i}" / files[j].parent.name
+            target.mkdir(parents=True, exist_ok=True)
+            shutil.copy(files[j], target)
+        folders.append(to / f"line-{i}")
+    return folders
+
+
+def test_deployment_equals_simulation(pictures: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    nodes = [
+        {"site": f"site-{i}", "data": f"folder:{folder}", "cut": cut, "threads": 1}
+        for i, (folder, cut) in enumerate(
+            zip(deal(pictures, tmp_path), ("0,6", "2,4"), strict=True)
+        )
+    ]
+    with deployment(tmp_path / "home", nodes) as env:
+        deployed = flwr_run(env, runs, SETTINGS | {"run-name": "deployed"}, timeout_s=300)
+    assert deployed.outcome == "complete", deployed
+    assert [(s.name, s.cut) for s in deployed.sites] == [("site-0", "0,6"), ("site-1", "2,4")]
+
+    pairs = SETTINGS | {"run-name": "simulated", "data": f"folder:{pictures}", "runs-dir": str(runs)}
+    sets = [arg for k, v in pairs.items() for arg in ("--set", f"{k}={v}")]
+    done = fedsplit("run", *sets, "--json")
+    assert done.returncode == 0, done.stderr
+    simulated = json.loads(done.stdout)
+    assert [s["samples"] for s in simulated["sites"]] == [s.samples for s in deployed.sites]
+
+    ours, theirs = (
+        load_file(runs / name / "module" / "adapter_model.safetensors")
+        for name in ("deployed", "simulated")
+    )
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], rtol=0, atol=TOLERANCE, err_msg=name)
+    assert deployed.accuracy_by_round == pytest.approx(simulated["accuracy_by_round"])
+    assert any(np.any(t) for n, t in ours.items() if ".lora_B." in n)

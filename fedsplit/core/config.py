@@ -8,6 +8,7 @@ reports every fault of a config at once. Defaults here equal `[tool.flwr.app.con
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ class RunConfig(BaseModel):
 
     backbone: str = "vit-glyphs"
     """A local model directory, a hub id, or the name of the bundled one."""
-    task: str = Field("digits", pattern=r"^[A-Za-z0-9._-]{1,64}$")
+    task: str = Field("digits", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")
     """Name of the task; the module is kept under it."""
     data: str = "digits"
     """digits | folder:PATH | csv:PATH | jsonl:PATH | npz:PATH | hf:NAME; a site's node config overrides."""
@@ -47,7 +48,7 @@ class RunConfig(BaseModel):
     encoder_training: Literal["frozen"] = "frozen"
     """What trains on the server."""
     lora_rank: int = Field(8, ge=1, le=1024)
-    lora_alpha: int = Field(16, ge=1)
+    lora_alpha: int = Field(16, ge=1, le=2**20)
     lora_targets: str = ""
     """Comma-separated names of the linear layers that get LoRA; empty: query and value."""
     rounds: int = Field(5, ge=1, le=100_000)
@@ -94,7 +95,7 @@ class RunConfig(BaseModel):
     """Also train every site alone, for as many epochs, and report how far that gets."""
     runs_dir: str = "runs"
     """Where runs are written, on the ServerApp's machine."""
-    run_name: str = Field("", pattern=r"^[A-Za-z0-9._-]{0,100}$")
+    run_name: str = Field("", pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]{0,99})?$")
     """Folder of this run; empty: task and date."""
     resume: str = ""
     """Name of a run in runs-dir to go on from, at its last checkpoint."""
@@ -114,23 +115,24 @@ class RunConfig(BaseModel):
         name, _, arg = value.partition(":")
         good = value == "iid"
         if name in {"dirichlet", "quantity"}:
-            good = _is_number(arg) and float(arg) > 0
+            good = _is_number(arg) and 0 < float(arg) < math.inf
         elif name == "pathological":
-            good = arg.isdigit() and int(arg) > 0
+            good = arg.isascii() and arg.isdigit() and len(arg) < 10 and int(arg) > 0
         if not good:
-            raise ValueError(f"partition {value!r} is not known; use {PARTITIONS}")
+            raise ValueError(f"partition {value[:100]!r} is not known; use {PARTITIONS}")
         return value
 
     @model_validator(mode="after")
     def _check_together(self) -> RunConfig:
+        faults = []
         if self.sites and self.min_sites > self.sites:
-            raise ValueError(
+            faults.append(
                 f"min-sites={self.min_sites} is more than sites={self.sites}; lower min-sites"
             )
         if bool(self.encoder_tls_cert) != bool(self.encoder_tls_key):
-            raise ValueError(
-                "encoder-tls-cert and encoder-tls-key go together; set both or neither"
-            )
+            faults.append("encoder-tls-cert and encoder-tls-key go together; set both or neither")
+        if faults:
+            raise ValueError("\n  - ".join(faults))
         return self
 
     @property
@@ -190,7 +192,7 @@ def _typed(value: str, kind: Any) -> str | int | float | bool:
     """The value in its key's type where it reads as such; pydantic says the rest."""
     if kind is bool and value.lower() in {"true", "false"}:
         return value.lower() == "true"
-    if kind is int and value.lstrip("-").isdigit():
+    if kind is int and _is_integer(value):
         return int(value)
     if kind is float and _is_number(value):
         return float(value)
@@ -205,15 +207,22 @@ def _is_number(text: str) -> bool:
     return True
 
 
+def _is_integer(text: str) -> bool:
+    digits = text.removeprefix("-")
+    # Python refuses to read numbers of thousands of digits.
+    return digits.isascii() and digits.isdigit() and len(digits) < 1000
+
+
 def _unknown(key: str, known: set[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
-    return f"unknown key {key!r}; {hint}"
+    return f"unknown key {key[:100]!r}; {hint}"
 
 
 def _fault(error: Any) -> str:
     where = ".".join(str(part) for part in error["loc"])
     message = str(error["msg"]).removeprefix("Value error, ")
     if where and not message.startswith(where):
-        return f"{where}={error['input']!r}: {message}"
+        shown = repr(error["input"])
+        return f"{where}={shown if len(shown) < 200 else shown[:200] + '...'}: {message}"
     return message

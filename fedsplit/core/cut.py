@@ -27,9 +27,12 @@ class Cut:
     @classmethod
     def parse(cls, text: str) -> Cut:
         """Read "a,b". Raises ConfigError on anything else."""
-        parts = text.split(",")
-        if len(parts) != 2 or not all(p.strip().isascii() and p.strip().isdigit() for p in parts):
-            raise ConfigError(f"cut {text!r} is not a cut: two block numbers are wanted, e.g. 2,10")
+        parts = [part.strip() for part in text.split(",")]
+        # Digits are counted because Python refuses to read numbers of thousands of them.
+        if len(parts) != 2 or not all(p.isascii() and p.isdigit() and len(p) < 10 for p in parts):
+            raise ConfigError(
+                f"cut {text[:100]!r} is not a cut: two block numbers are wanted, e.g. 2,10"
+            )
         return cls(int(parts[0]), int(parts[1]))
 
     def check(self, blocks: int) -> None:

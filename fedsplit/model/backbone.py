@@ -21,6 +21,10 @@ from fedsplit.core.errors import BackboneError
 from fedsplit.model.checkpoint import digest, find_backbone, load_tensors, weight_files
 from fedsplit.model.families import Family, family_of
 
+# What transformers raises for a config.json that is not what it expects.
+_BAD_CONFIG = (ValueError, KeyError, TypeError)
+_OLD_LABELS = ("id2label", "label2id", "num_labels")
+
 
 @dataclass(frozen=True)
 class Backbone:
@@ -34,13 +38,14 @@ class Backbone:
     @classmethod
     def find(cls, name: str) -> Backbone:
         """Locate and describe a backbone by directory, hub id or bundled name. Raises BackboneError."""
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import AutoConfig
 
         path = find_backbone(name)
         try:
             config = AutoConfig.from_pretrained(path, local_files_only=True)
-        except (OSError, ValueError, KeyError) as err:
-            reason = str(err).splitlines()[0]
+        except (*_BAD_CONFIG, OSError, RecursionError, StrictDataclassError) as err:
+            reason = " ".join(str(err).split())[:300]
             raise BackboneError(
                 f"backbone {path} has no usable config.json ({reason}); give a directory in Hugging "
                 f"Face format"
@@ -73,8 +78,9 @@ class Backbone:
         """Most tokens of a sample: patches and special tokens of an image, `max_length` of a text."""
         if self.family.kind == "text":
             return min(max_length, int(self.config.max_position_embeddings))
-        patches = (image_size or int(self.config.image_size)) // int(self.config.patch_size)
-        return patches * patches + 2
+        height, width = _sides(image_size or self.config.image_size)
+        patch_height, patch_width = _sides(self.config.patch_size)
+        return (height // patch_height) * (width // patch_width) + 2
 
     def weight_bytes(self) -> int:
         """Bytes of all weights in fp32: what full-model averaging would move one way."""
@@ -85,12 +91,26 @@ class Backbone:
         """The whole classification model on the meta device: names and shapes, no memory."""
         import transformers
 
-        config = type(self.config).from_dict({**self.config.to_dict(), "num_labels": classes})
+        # The old task's label names would contradict the new number of classes.
+        own = {k: v for k, v in self.config.to_dict().items() if k not in _OLD_LABELS}
+        config = type(self.config).from_dict(own | {"num_labels": classes})
         model_class = getattr(transformers, self.family.model_class)
-        with torch.device("meta"):
-            model: nn.Module = model_class._from_config(config, dtype=torch.float32)
+        try:
+            with torch.device("meta"):
+                model: nn.Module = model_class._from_config(config, dtype=torch.float32)
+        except (*_BAD_CONFIG, ZeroDivisionError, RuntimeError) as err:
+            raise BackboneError(
+                f"backbone {self.path}: no {self.family.model_class} can be made of its config.json "
+                f"({type(err).__name__}: {str(err)[:200]}); correct it"
+            ) from err
         # Frozen and without dropout for life: placement must not change the function.
         return model.eval().requires_grad_(False)
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    """(height, width) of a config's size, which is one number or two."""
+    height, width = size if isinstance(size, list | tuple) else (size, size)
+    return int(height), int(width)
 
 
 class Part:

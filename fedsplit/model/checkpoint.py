@@ -30,10 +30,15 @@ def find_backbone(name: str) -> Path:
     """The directory of a backbone: a bundled name, a local directory or a hub id. Raises BackboneError."""
     if name in BUNDLED:
         return _bundled(name)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path.resolve()
-    if path.is_absolute() or name.startswith(".") or name.count("/") != 1:
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path.resolve()
+    except (OSError, RuntimeError) as err:
+        raise BackboneError(
+            f"backbone {name[:200]!r} cannot be looked up ({str(err)[:100]}); give a directory"
+        ) from err
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise BackboneError(
             f"backbone {name!r} is not a directory here; give a directory in Hugging Face format, a hub "
             f"id like owner/name, or the bundled {BUNDLED[0]!r}"

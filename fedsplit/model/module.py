@@ -24,9 +24,12 @@ from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import BackboneError, ConfigError, ProtocolError
 from fedsplit.model.backbone import Backbone, Part
+from fedsplit.model.families import Family
 
 ModuleTensors = dict[str, NDArray[np.float32]]
 _ADAPTER = "default"
+# Far above any sane alpha; alpha / rank must stay a float.
+_MAX_ALPHA = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,21 +75,25 @@ def attach(part: Part, spec: ModuleSpec) -> None:
 
 
 def _target_paths(part: Part, spec: ModuleSpec) -> list[str]:
-    targets = spec.targets or part.family.lora_targets
     root = f"{part.family.base}.{part.family.blocks}"
-    linear = [n for n, m in part.model.named_modules() if isinstance(m, nn.Linear)]
-    for target in targets:
-        inside = [n for n in linear if n.startswith(root) and n.endswith(f".{target}")]
-        if not inside:
-            offered = sorted({n.rsplit(".", 1)[1] for n in linear if n.startswith(root)})
-            raise ConfigError(
-                f"lora-targets: no linear layer {target!r} in the blocks of family "
-                f"{part.family.model_type!r}; there are {', '.join(offered)}"
-            )
     prefixes = tuple(f"{root}.{i}." for i in part.held)
-    return [
-        n for n in linear if n.startswith(prefixes) and any(n.endswith(f".{t}") for t in targets)
-    ]
+    return [n for n in _targets(part.model, part.family, spec) if n.startswith(prefixes)]
+
+
+def _targets(model: nn.Module, family: Family, spec: ModuleSpec) -> dict[str, nn.Linear]:
+    """The linear layers of all blocks that get LoRA. Raises ConfigError when a target is not there."""
+    root = f"{family.base}.{family.blocks}."
+    linear = {
+        n: m for n, m in model.named_modules() if n.startswith(root) and isinstance(m, nn.Linear)
+    }
+    targets = spec.targets or family.lora_targets
+    if missing := [t for t in targets if not any(n.endswith(f".{t}") for n in linear)]:
+        offered = sorted({n.rsplit(".", 1)[1] for n in linear})
+        raise ConfigError(
+            f"lora-targets: no linear layer {missing[0][:100]!r} in the blocks of family "
+            f"{family.model_type!r}; there are {', '.join(offered)}"
+        )
+    return {n: m for n, m in linear.items() if any(n.endswith(f".{t}") for t in targets)}
 
 
 def parameters(part: Part) -> dict[str, nn.Parameter]:
@@ -127,23 +134,16 @@ def freeze_head(part: Part, blocks_below: int) -> None:
 
 
 def shapes(backbone: Backbone, spec: ModuleSpec) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the whole module, on all blocks. Costs no memory for weights."""
+    """Names and shapes of the whole module, on all blocks. Costs no memory for weights.
+
+    Raises ConfigError when a LoRA target is not in the blocks.
+    """
     found: dict[str, tuple[int, ...]] = {}
     skeleton: Any = backbone.skeleton(len(spec.classes))
     if spec.lora:
-        root = f"{backbone.family.base}.{backbone.family.blocks}"
-        targets = spec.targets or backbone.family.lora_targets
-        for name, layer in skeleton.named_modules():
-            if not name.startswith(root) or not isinstance(layer, nn.Linear):
-                continue
-            if any(name.endswith(f".{t}") for t in targets):
-                found[f"{name}.lora_A.weight"] = (spec.rank, layer.in_features)
-                found[f"{name}.lora_B.weight"] = (layer.out_features, spec.rank)
-        if not found:
-            raise ConfigError(
-                f"lora-targets: none of {', '.join(targets)} is a linear layer in the blocks of family "
-                f"{backbone.family.model_type!r}"
-            )
+        for name, layer in _targets(skeleton, backbone.family, spec).items():
+            found[f"{name}.lora_A.weight"] = (spec.rank, layer.in_features)
+            found[f"{name}.lora_B.weight"] = (layer.out_features, spec.rank)
     for top in backbone.family.classifier:
         for name, parameter in skeleton.get_submodule(top).named_parameters():
             found[f"{top}.{name}"] = tuple(parameter.shape)
@@ -184,13 +184,14 @@ def export(
     from peft import LoraConfig
     from safetensors.numpy import save_file
 
+    whole = dict(tensors) if spec.lora else {**tensors, **_idle_lora(backbone, spec)}
     folder.mkdir(parents=True, exist_ok=True)
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
-        # A module without LoRA still is an adapter for PEFT, which wants a target: the classifier's
-        # copy is what it then holds, and a LoRA B of zeros adds nothing.
-        target_modules=list(spec.targets or backbone.family.lora_targets),
+        # Whole names: a bare one like "dense" is met outside the blocks too. A module without LoRA still
+        # is an adapter for PEFT, which wants a target: it gets LoRA that adds nothing.
+        target_modules=sorted(n.removesuffix(".lora_A.weight") for n in whole if ".lora_A." in n),
         lora_dropout=0.0,
         bias="none",
         modules_to_save=list(backbone.family.classifier),
@@ -199,9 +200,6 @@ def export(
         inference_mode=True,
     )
     config.save_pretrained(str(folder))
-    whole = dict(tensors)
-    if not spec.lora:
-        whole |= _idle_lora(backbone, spec)
     save_file(
         {f"base_model.model.{n}": np.ascontiguousarray(t) for n, t in whole.items()},
         folder / "adapter_model.safetensors",
@@ -261,8 +259,10 @@ def unpack(data: bytes) -> tuple[ModuleSpec, ModuleTensors]:
         header = json.loads(data[8 : 8 + header_bytes])
         about = json.loads(header["__metadata__"]["fedsplit"])
         rank, alpha, targets, lora = (about[k] for k in ("rank", "alpha", "targets", "lora"))
-        good = isinstance(rank, int) and isinstance(alpha, int) and isinstance(lora, bool)
-        if not (good and 0 < rank <= 1024 and all(isinstance(t, str) for t in targets)):
+        # `type`, for True is an int to isinstance.
+        good = (type(rank), type(alpha), type(lora), type(targets)) == (int, int, bool, list)
+        good = good and 0 < rank <= 1024 and 0 < alpha <= _MAX_ALPHA
+        if not (good and all(isinstance(t, str) for t in targets)):
             raise ValueError("rank, alpha, targets or lora is out of range")
         tensors = load_bytes(data)
     except (

@@ -11,7 +11,7 @@ from collections import OrderedDict
 
 from fedsplit import __version__
 from fedsplit.core.encoder import Capabilities, Encoder, Grant
-from fedsplit.core.errors import ConfigError, ProtocolError, RefusedError
+from fedsplit.core.errors import BackboneError, ConfigError, ProtocolError, RefusedError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone, Part
 from fedsplit.model.encoder import LocalEncoder
@@ -50,17 +50,17 @@ class BackboneHost:
     def publish(self, version: str, tensors: bytes) -> None:
         """See core.encoder.EncoderHost. The oldest version goes when there are more than MAX_VERSIONS."""
         spec, values = module.unpack(tensors)
-        wanted = module.server_names(self.backbone, spec)
-        if values.keys() != wanted:
-            odd = sorted(values.keys() ^ wanted)
-            raise ProtocolError(
-                f"module version {version!r} does not fit backbone {self.backbone.name!r}: tensor "
-                f"{odd[0]!r} is missing or not wanted"
-            )
         try:
+            wanted = module.server_names(self.backbone, spec)
+            if values.keys() != wanted:
+                odd = sorted(values.keys() ^ wanted)
+                raise ProtocolError(
+                    f"module version {version!r} does not fit backbone {self.backbone.name!r}: tensor "
+                    f"{odd[0][:200]!r} is missing or not wanted"
+                )
             part = server_part(self.backbone, spec, share=self._bare)
             module.load(part, values)
-        except ConfigError as err:
+        except (BackboneError, ConfigError) as err:
             raise ProtocolError(f"module version {version!r}: {err}") from err
         with self._lock:
             self._versions[version] = part

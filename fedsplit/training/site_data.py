@@ -112,19 +112,24 @@ def _load(config: RunConfig, spec: str, name: str, classes: tuple[str, ...] | No
 
 def _split(config: RunConfig, site: SiteSettings, examples: Examples) -> tuple[Index, Index, Index]:
     if site.partition is None or site.data is not None:
-        seed = config.seed ^ zlib.crc32(site.name.encode())
-        train, test = train_test_split(examples.labels, config.test_fraction, seed, site=site.name)
+        train, test = _train_test(config, site.name, examples.labels)
         return train, test, test
     number, of = site.partition
     shares = partition(examples.labels, parse_partition(config.partition), of, config.seed)
     splits = []
     for i, share in enumerate(shares):
-        train, test = train_test_split(
-            examples.labels[share], config.test_fraction, config.seed + i, site=f"site-{i}"
+        train, test = _train_test(
+            config, site.name if i == number else f"site-{i}", examples.labels[share]
         )
         splits.append((share[train], share[test]))
     everywhere = np.sort(np.concatenate([test for _, test in splits]))
     return (*splits[number], everywhere)
+
+
+def _train_test(config: RunConfig, name: str, labels: Index) -> tuple[Index, Index]:
+    # The name alone decides, so a site that holds its share as files of its own splits it alike.
+    seed = config.seed ^ zlib.crc32(name.encode())
+    return train_test_split(labels, config.test_fraction, seed, site=name)
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,0 +1,213 @@
+"""Runs one checked request in Flower from start to end: submit, follow, tell how it ended.
+
+Owns what it starts: on every way out (end, error, Ctrl-C, SIGTERM) the run is stopped and no process
+is left. Called by `run.py` and `demo.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedsplit.cli.endings import Interrupted, RunFailedError, Terminated
+from fedsplit.cli.flower import FlowerCommands, LocalSuperLink, RunState, flower_environment
+from fedsplit.cli.follow import Progress, RunFiles, Snapshot, follow
+from fedsplit.cli.request import RunRequest, to_toml
+from fedsplit.core.errors import FederationError, RunDirError
+from fedsplit.core.records import Summary
+from fedsplit.report.read import read_summary
+
+SUMMARY_MARK = "FEDSPLIT_SUMMARY "
+"""Before the summary as one line of JSON in the run's log, for runs whose folder is elsewhere."""
+_TYPED_ERROR = re.compile(r"^(?:\x1b\[\d+m)?fedsplit\.core\.errors\.(\w+): (.*)$", re.MULTILINE)
+_ANSI = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def execute(request: RunRequest, progress: Progress) -> Summary:
+    """Run it and return its summary. Raises RunFailedError, FederationError or Interrupted."""
+    files = RunFiles(request.run_dir)
+    try:
+        if request.superlink is not None:
+            commands = FlowerCommands(request.superlink, flower_environment())
+            return _submit_and_follow(request, commands, files, progress, simulating=None)
+        progress.say("starting Flower on this machine ...")
+        with LocalSuperLink() as link:
+            return _submit_and_follow(
+                request, link.commands, files, progress, simulating=lambda: link.simulating
+            )
+    except KeyboardInterrupt as err:
+        raise Interrupted(
+            _what_is_left(request, files), terminated=isinstance(err, Terminated)
+        ) from err
+
+
+def _submit_and_follow(
+    request: RunRequest,
+    commands: FlowerCommands,
+    files: RunFiles,
+    progress: Progress,
+    *,
+    simulating: Callable[[], bool] | None,
+) -> Summary:
+    run_id: str | None = None
+    watch: _Watch | None = None
+    try:
+        run_id = _submit(request, commands, local=simulating is not None)
+        progress.say(
+            f"run {request.config.run_name} is with Flower (id {run_id}); its sites are starting ..."
+        )
+        watch = _Watch(commands, run_id, simulating, files.run_dir)
+        snapshot = follow(files, progress, finished=watch)
+    except KeyboardInterrupt:
+        if run_id is not None:
+            commands.stop(run_id)
+        raise
+    finally:
+        if watch is not None:
+            watch.close()
+    return _ending(request, commands, run_id, snapshot)
+
+
+def _submit(request: RunRequest, commands: FlowerCommands, *, local: bool) -> str:
+    federation = ""
+    if local:
+        # One CPU a site, and all CPUs for Ray: as many sites run at once as there are CPUs.
+        federation = (
+            f"num-supernodes={request.config.sites} client-resources-num-cpus=1 "
+            f"init-args-num-cpus={os.cpu_count() or 1}"
+        )
+    with tempfile.TemporaryDirectory(prefix="fs-") as folder:
+        path = Path(folder) / "run.toml"
+        path.write_text(to_toml(request.overrides), encoding="utf-8")
+        return commands.start(request.app.path, path, federation)
+
+
+@dataclass(slots=True)
+class _Watch:
+    """Knows when Flower's part of the run is over, asking as rarely as it can: a question costs a second.
+
+    For our own SuperLink the process that runs the apps is looked at instead. For another's, its log is
+    streamed when the run's folder does not show up here.
+    """
+
+    commands: FlowerCommands
+    run_id: str
+    simulating: Callable[[], bool] | None
+    run_dir: Path
+    _next_look: float = 0.0
+    _seen: bool = False
+    _started: float = 0.0
+    _failures: int = 0
+    _log: subprocess.Popen[str] | None = None
+
+    def __call__(self, snapshot: Snapshot) -> bool:
+        now = time.monotonic()
+        self._started = self._started or now
+        if now < self._next_look:
+            return False
+        if self.simulating is not None:
+            self._next_look = now + 1.0
+            if self.simulating():
+                self._seen = True
+                return False
+            # Flower starts the process a few seconds after the run; only then is its absence the end.
+            if not self._seen and now - self._started < 8.0:
+                return False
+            if snapshot.over:
+                return True
+        else:
+            self._next_look = now + 5.0
+            self._stream(now)
+        state = self._state()
+        return state is not None and state.finished
+
+    def close(self) -> None:
+        """End the log stream, if there is one."""
+        if self._log is not None:
+            self._log.terminate()
+            self._log.wait(timeout=10)
+
+    def _state(self) -> RunState | None:
+        try:
+            state = self.commands.state(self.run_id)
+        except FederationError:
+            self._failures += 1
+            if self._failures >= 5:
+                raise
+            return None
+        self._failures = 0
+        return state
+
+    def _stream(self, now: float) -> None:
+        if self._log is None and now - self._started > 15.0 and not self.run_dir.exists():
+            self._log = self.commands.stream_log(self.run_id)
+
+
+def _ending(
+    request: RunRequest, commands: FlowerCommands, run_id: str, snapshot: Snapshot
+) -> Summary:
+    if snapshot.summarised:
+        return read_summary(request.run_dir)
+    log = _ANSI.sub("", commands.log(run_id))
+    for line in reversed(log.splitlines()):
+        _, mark, text = line.partition(SUMMARY_MARK)
+        if mark:
+            return Summary.model_validate_json(text)
+    status = snapshot.status
+    if status is not None and status.phase == "failed" and status.message:
+        raise RunFailedError(status.message)
+    kind, message = error_in_log(log)
+    if kind:
+        raise RunFailedError(message, kind=kind)
+    state = commands.state(run_id)
+    if state.status == "finished:completed":
+        raise RunFailedError(
+            f"Flower says that run {run_id} is complete, but its summary is neither in {request.run_dir} nor in "
+            "its log, so whether all sites took part is not known here; look on the ServerApp's machine"
+        )
+    raise RunFailedError(f"the run ended as {state.status!r} without a summary.\n{message}")
+
+
+def error_in_log(log: str, lines: int = 15) -> tuple[str, str]:
+    """(kind, message) of the last typed error in a run's log, else ("", the log's last useful lines)."""
+    log = _ANSI.sub("", log)
+    hits = list(_TYPED_ERROR.finditer(log))
+    if hits:
+        # A message may go on over lines that are indented; anything else belongs to someone else.
+        rest = log[hits[-1].end() :].splitlines()[1:]
+        more = []
+        for line in rest:
+            if not line.startswith("  "):
+                break
+            more.append(line)
+        return hits[-1].group(1), "\n".join([hits[-1].group(2), *more])
+    useful = [
+        line.rstrip() for line in log.splitlines() if line.strip() and "Exit Code" not in line
+    ]
+    return "", "\n".join(useful[-lines:]) or "The run's log is empty."
+
+
+def _what_is_left(request: RunRequest, files: RunFiles) -> str:
+    """What a stopped run leaves, and how to go on."""
+    if files.snapshot().summarised:
+        try:
+            summary = read_summary(request.run_dir)
+        except RunDirError:
+            pass
+        else:
+            if summary.outcome == "complete":
+                return f"stopped after the run's end; its results are in {request.run_dir}"
+    if not request.run_dir.exists():
+        return "stopped before the run began; nothing was written"
+    if not any(request.run_dir.glob("checkpoints/round-*")):
+        return f"stopped before the first round was through; nothing to go on from in {request.run_dir}"
+    return (
+        f"stopped; what was done so far is in {request.run_dir}. "
+        f"To go on from its last checkpoint: fedsplit run --resume {request.config.run_name}"
+    )

@@ -1,0 +1,245 @@
+"""Starts and stops Flower for one run: a private SuperLink in simulation, and Flower's own commands.
+
+`LocalSuperLink` owns a process tree and a folder and leaves neither behind. `FlowerCommands` is
+`flwr run | list | log | stop` with typed answers. Flower is only ever called as a program: the CLI
+imports nothing of it. Called by `run.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from fedsplit.cli.processes import ProcessTree, held_signals
+from fedsplit.core.errors import FederationError
+
+CONNECTION = "fedsplit"
+_START_TIMEOUT_S = 60.0
+_RAY_SOCKET_CHARS = 72
+"""What Ray adds to its folder for the path of a socket ..."""
+_SOCKET_PATH_CHARS = 103
+"""... and how long that may become."""
+_DETACH: dict[str, Any] = (
+    {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
+    if os.name == "nt"
+    else {"start_new_session": True}
+)
+
+
+def flower_environment(home: Path | None = None) -> dict[str, str]:
+    """The environment Flower runs in: nothing phones home, nothing is installed, loopback has no proxy."""
+    env = dict(os.environ)
+    env |= {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")]),
+    }
+    for key in ("NO_PROXY", "no_proxy"):
+        env[key] = ",".join(filter(None, [env.get(key, ""), "127.0.0.1", "localhost"]))
+    if home is not None:
+        env["FLWR_HOME"] = str(home)
+    return env
+
+
+def _program(name: str, env: dict[str, str]) -> str:
+    path = shutil.which(name, path=env["PATH"])
+    if path is None:
+        raise FederationError(
+            f"the program {name!r} was not found beside {sys.executable} or on PATH; "
+            'install Flower with: pip install "flwr[simulation]"'
+        )
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What Flower says of a run: its status, e.g. `running` or `finished:failed`, and details."""
+
+    status: str
+    details: str
+
+    @property
+    def finished(self) -> bool:
+        return self.status.startswith("finished")
+
+
+class FlowerCommands:
+    """Flower's commands against one SuperLink connection. Raises FederationError with Flower's words."""
+
+    def __init__(self, connection: str, env: dict[str, str]) -> None:
+        self.connection = connection
+        self._env = env
+
+    def start(self, app: Path, run_config: Path, federation_config: str = "") -> str:
+        """Submit the app; returns Flower's id of the run."""
+        args = ["run", str(app), self.connection, "--run-config", str(run_config)]
+        if federation_config:
+            args += ["--federation-config", federation_config]
+        return str(self._json(*args, timeout_s=120)["run-id"])
+
+    def state(self, run_id: str) -> RunState:
+        """How the run stands."""
+        answer = self._json("list", self.connection, "--run-id", run_id, timeout_s=30)
+        runs = [r for r in answer["runs"] if str(r["run-id"]) == run_id]
+        if not runs:
+            raise FederationError(f"Flower does not know run {run_id} at {self.connection!r}")
+        return RunState(str(runs[0]["status"]), str(runs[0]["status-details"]))
+
+    def log(self, run_id: str) -> str:
+        """What the run's processes have written so far; empty when Flower will not say."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return self._call("log", run_id, self.connection, "--show", timeout_s=30).stdout
+        return ""
+
+    def stream_log(self, run_id: str) -> subprocess.Popen[str]:
+        """A process that writes the run's log to our stderr until the run ends; the caller ends it."""
+        command = [_program("flwr", self._env), "log", run_id, self.connection, "--stream"]
+        return subprocess.Popen(
+            command, env=self._env, stdout=sys.stderr.fileno(), text=True, **_DETACH
+        )
+
+    def stop(self, run_id: str) -> bool:
+        """Ask Flower to stop the run; False when it would or could not."""
+        with contextlib.suppress(FederationError):
+            return bool(self._json("stop", run_id, self.connection, timeout_s=20).get("success"))
+        return False
+
+    def _json(self, *args: str, timeout_s: float) -> dict[str, Any]:
+        try:
+            done = self._call(*args, "--format", "json", timeout_s=timeout_s)
+        except subprocess.TimeoutExpired as err:
+            raise FederationError(
+                f"`flwr {args[0]}` gave no answer within {timeout_s:.0f} s; is the SuperLink "
+                f"{self.connection!r} reachable?"
+            ) from err
+        try:
+            answer: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+        except ValueError as err:
+            words = (done.stderr or done.stdout).strip()
+            raise FederationError(
+                f"`flwr {args[0]}` failed:\n{words or f'exit code {done.returncode}'}"
+            ) from err
+        if not answer.get("success"):
+            raise FederationError(
+                f"`flwr {args[0]}` failed: {str(answer.get('error-message')).strip()}"
+            )
+        return answer
+
+    def _call(self, *args: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [_program("flwr", self._env), *args],
+            env=self._env,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=timeout_s,
+            check=False,
+            **_DETACH,
+        )
+
+
+class LocalSuperLink:
+    """A SuperLink of our own in simulation mode, on loopback, with its state in memory.
+
+    A context manager: on the way out everything it started has ended and its folder is gone.
+    """
+
+    def __init__(self) -> None:
+        self.home = Path(tempfile.mkdtemp(prefix="fs-"))
+        self.env = flower_environment(self.home)
+        self.env.pop("RAY_ADDRESS", None)
+        if len(str(self.home)) + _RAY_SOCKET_CHARS < _SOCKET_PATH_CHARS:
+            self.env["RAY_TMPDIR"] = str(self.home)
+        self.commands = FlowerCommands(CONNECTION, self.env)
+        self.tree = ProcessTree()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log = self.home / "superlink.log"
+
+    def __enter__(self) -> LocalSuperLink:
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        err: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def simulating(self) -> bool:
+        """True while the process that runs the apps is there: far cheaper than asking Flower."""
+        self.tree.refresh()
+        return self.tree.has("flwr-simulation")
+
+    def log_tail(self, lines: int = 15) -> str:
+        """The end of the SuperLink's own log."""
+        try:
+            text = self._log.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+        return "\n".join(text.splitlines()[-lines:])
+
+    def close(self) -> None:
+        """End every process that was started here, then remove the folder. May be called twice."""
+        with held_signals(drop=True):
+            self.tree.end()
+            if self._process is not None:
+                self._process.wait(timeout=10)
+            shutil.rmtree(self.home, ignore_errors=True)
+
+    def _start(self) -> None:
+        port = _free_port()
+        toml = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        (self.home / "config.toml").write_text(toml, encoding="utf-8")
+        command = [_program("flower-superlink", self.env), "--insecure", "--simulation"]
+        command += ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)]
+        command += ["--disable-runtime-dependency-installation"]
+        # An interrupt between start and adoption would leave a process that nobody knows of.
+        with self._log.open("wb") as log, held_signals():
+            self._process = process = subprocess.Popen(
+                command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **_DETACH
+            )
+            self.tree.adopt(process.pid)
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while not _healthy(port):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise FederationError(f"Flower's SuperLink did not start:\n{self.log_tail()}")
+            time.sleep(0.1)
+        self.tree.refresh()
+
+
+def _healthy(port: int) -> bool:
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with opener.open(f"http://127.0.0.1:{port}/health", timeout=1) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,127 @@
+"""From the command line's words to a checked request for one run, before anything is started.
+
+Settings come from the app's pyproject.toml, or from the run that is resumed, then `--set`. Called by
+`run.py` and `demo.py`; starts nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from fedsplit.cli.appdir import AppDir, Flat, find_app
+from fedsplit.core.config import RunConfig
+from fedsplit.core.errors import ConfigError
+
+RESUME_KEYS = (
+    "runs-dir", "deadline-s", "min-sites", "encoder-address", "encoder-bind", "encoder-secret-file",
+    "encoder-tls-cert", "encoder-tls-key", "encoder-tls-ca", "encoder-insecure",
+)  # fmt: skip
+"""What may be set anew for a resumed run; a test holds it equal to what the ServerApp takes over."""
+SIMULATED_SITES = 4
+"""Sites that are simulated when `sites` is left at 0."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequest:
+    """A run that may be started."""
+
+    app: AppDir
+    config: RunConfig
+    overrides: Flat
+    """What differs from the app's own settings: all that Flower needs to be told."""
+    superlink: str | None
+    """The user's own SuperLink connection; None: one is started for this run."""
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.config.runs_dir).expanduser().absolute() / self.config.run_name
+
+
+def prepare(
+    settings: Flat,
+    *,
+    app: Path | None = None,
+    superlink: str | None = None,
+    resume: str | None = None,
+) -> RunRequest:
+    """Merge and check everything that can be checked here. Raises ConfigError."""
+    found = find_app(app)
+    known = set(RunConfig.keys())
+    merged: Flat = {k: v for k, v in found.config.items() if k in known}
+    local = superlink is None
+    if resume is not None:
+        runs_dir = Path(str(settings.get("runs-dir", merged.get("runs-dir", "runs")))).expanduser()
+        saved = _resumed(runs_dir, resume, must_exist=local)
+        _check_resumed(saved, settings)
+        merged |= saved
+        merged |= {"resume": resume, "run-name": resume}
+    merged |= settings
+    if local:
+        merged["sites"] = merged.get("sites") or SIMULATED_SITES
+        merged["runs-dir"] = str(Path(str(merged.get("runs-dir", "runs"))).expanduser().absolute())
+    if not merged.get("run-name"):
+        merged["run-name"] = _fresh_name(str(merged.get("task", "run")))
+    config = RunConfig.from_flat(merged)
+    overrides = {k: v for k, v in merged.items() if found.config.get(k) != v}
+    _check_keys(found, overrides)
+    request = RunRequest(app=found, config=config, overrides=overrides, superlink=superlink)
+    if not config.resume and request.run_dir.exists():
+        raise ConfigError(
+            f"the run folder {request.run_dir} exists already; choose another run-name, or go on "
+            f"with that run: fedsplit run --resume {config.run_name}"
+        )
+    return request
+
+
+def _resumed(runs_dir: Path, name: str, *, must_exist: bool) -> Flat:
+    """The settings of an earlier run, so that it goes on as it began."""
+    path = runs_dir / name / "config.json"
+    if not path.is_file():
+        if not must_exist:
+            return {}
+        there = sorted(p.parent.name for p in runs_dir.glob("*/config.json"))
+        hint = f"runs there: {', '.join(there[-10:])}" if there else "there are none there"
+        raise ConfigError(f"no run {name!r} to resume in {runs_dir.absolute()}; {hint}")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as err:
+        raise ConfigError(f"{path} cannot be read as JSON: {err}") from err
+    flat = record.get("config", record)
+    return {k: v for k, v in flat.items() if k in set(RunConfig.keys()) - {"runs-dir"}}
+
+
+def _check_resumed(saved: Flat, settings: Flat) -> None:
+    """A resumed run is the same run: say so rather than drop a setting silently."""
+    changed = [k for k, v in settings.items() if k not in RESUME_KEYS and saved.get(k, v) != v]
+    if changed:
+        raise ConfigError(
+            f"a resumed run keeps the settings it was started with; {', '.join(changed)} cannot be set anew "
+            f"(these can: {', '.join(RESUME_KEYS)}); start a new run for that"
+        )
+
+
+def _check_keys(app: AppDir, overrides: Flat) -> None:
+    """Flower fails late, with a traceback, on a key that the app does not declare."""
+    missing = sorted(set(overrides) - set(app.config))
+    if missing:
+        raise ConfigError(
+            f"the app at {app.path} does not declare {', '.join(missing)} under [tool.flwr.app.config] in "
+            "its pyproject.toml, and Flower refuses such a key; add it there"
+        )
+
+
+def _fresh_name(task: str) -> str:
+    return f"{task}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+
+
+def to_toml(flat: Flat) -> str:
+    """The settings as TOML, for `flwr run --run-config FILE`."""
+    lines = []
+    for key, value in flat.items():
+        # JSON's strings and numbers are TOML's too, but for DEL, which TOML wants escaped.
+        text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        lines.append(f"{key} = {text}\n")
+    return "".join(lines)

@@ -1,0 +1,107 @@
+"""`fedsplit run`: `flwr run` with progress, a table and an exit code. `finish` is shared with `demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedsplit.cli.console import Output
+
+EXIT_CODES = {"complete": 0, "failed": 1, "partial": 3}
+
+JsonFlag = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")
+]
+AppOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--app", metavar="DIR", help="The Flower app; else the working directory or the checkout."
+    ),
+]
+
+
+def run(
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A setting, e.g. --set rounds=10; may be repeated."
+        ),
+    ] = None,
+    superlink: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A connection of your Flower config; else a simulation on this machine.",
+        ),
+    ] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(metavar="RUN", help="Go on with this run, from its last checkpoint."),
+    ] = None,
+    app: AppOption = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Run a federation: in simulation on this machine, or on a SuperLink of yours.
+
+    Exit codes: 0 complete, 3 partial (a site was left out), 1 failed, 2 wrong settings, 130 interrupted.
+    """
+    from fedsplit.cli.request import prepare
+    from fedsplit.core.config import parse_set
+
+    request = prepare(parse_set(settings or []), app=app, superlink=superlink, resume=resume)
+    raise typer.Exit(run_request(request, Output(as_json=as_json)))
+
+
+def run_request(request: Any, out: Output) -> int:
+    """Execute a request, show its results, and return the exit code."""
+    from fedsplit.cli.execute import execute
+    from fedsplit.cli.follow import Progress
+
+    with Progress(out.stderr) as progress:
+        summary = execute(request, progress)
+    return finish(summary, request.run_dir, out)
+
+
+def finish(summary: Any, run_dir: Path, out: Output) -> int:
+    """Show the table, see to the plots, print the JSON object, and return the exit code."""
+    from fedsplit.report import exit_text, lost_sites, summary_view
+
+    outcome = (
+        "partial" if summary.outcome == "complete" and lost_sites(summary) else summary.outcome
+    )
+    code = EXIT_CODES[outcome]
+    out.show(summary_view(summary))
+    plots = _plots(run_dir, out)
+    if run_dir.is_dir():
+        out.show(f"\nFiles: {run_dir}")
+    if code:
+        out.note(exit_text(summary))
+    record: dict[str, Any] = summary.model_dump(mode="json")
+    record |= {
+        "outcome": outcome,
+        "run_dir": str(run_dir),
+        "plots": [p.name for p in plots],
+        "exit_code": code,
+    }
+    if outcome == "failed":
+        record["error"] = {"kind": "RunFailed", "message": exit_text(summary)}
+    out.result(record)
+    return code
+
+
+def _plots(run_dir: Path, out: Output) -> list[Path]:
+    """The run's plots, drawn now if the ServerApp did not."""
+    from fedsplit.core.errors import RunDirError
+    from fedsplit.report import write_plots
+
+    there = [
+        run_dir / f"{name}.{kind}" for name in ("accuracy", "traffic") for kind in ("png", "svg")
+    ]
+    if not all(path.is_file() for path in there) and run_dir.is_dir():
+        try:
+            write_plots(run_dir)
+        except RunDirError as err:
+            out.note(f"no plots: {err}")
+    return [path for path in there if path.is_file()]

@@ -1,0 +1,18 @@
+"""What a run's files say, for people: tables for the terminal, plots as PNG and SVG.
+
+Reads `runs/<run>/` and nothing else. The CLI and the ServerApp call it; no floor below does.
+"""
+
+from fedsplit.report.plots import write_plots
+from fedsplit.report.read import read_metrics, read_status, read_summary
+from fedsplit.report.tables import exit_text, lost_sites, summary_view
+
+__all__ = [
+    "exit_text",
+    "lost_sites",
+    "read_metrics",
+    "read_status",
+    "read_summary",
+    "summary_view",
+    "write_plots",
+]

@@ -1,0 +1,143 @@
+"""A run's summary as tables that the people at the sites can read, in honest words.
+
+Rich renderables only; printing is the CLI's. A run that lost a site is never called a success, and
+the site is named.
+"""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fedsplit.core.records import LeftOut, SiteSummary, Summary
+from fedsplit.report.units import NONE, factor_less, human_bytes, human_seconds, percent, points
+
+_COLOURS = {"complete": "green", "partial": "yellow", "failed": "red"}
+
+
+def lost_sites(summary: Summary) -> tuple[str, ...]:
+    """Names of the sites that took no part or missed a round, each once."""
+    missed = [s.name for s in summary.sites if s.rounds_missed]
+    return tuple(dict.fromkeys([entry.site for entry in summary.left_out] + missed))
+
+
+def exit_text(summary: Summary) -> str:
+    """How the run ended, in a sentence or two, with the names of the sites it lost."""
+    lost = lost_sites(summary)
+    done = f"{summary.rounds_done} of {summary.rounds} rounds"
+    if summary.outcome == "failed":
+        text = f"Run {summary.run} failed after {done}: {summary.reason or 'no reason was given'}"
+        return _and_lost(text, lost)
+    if lost or summary.outcome == "partial":
+        text = f"Run {summary.run} is partial ({done}): its numbers stand for a subset of the sites or rounds."
+        reason = f" {summary.reason}" if summary.reason else ""
+        return _and_lost(text + reason, lost)
+    return f"Run {summary.run} is complete: all {len(summary.sites)} sites took part in all {summary.rounds} rounds."
+
+
+def summary_view(summary: Summary) -> RenderableType:
+    """Everything a person wants to see after a run: sites, costs, the whole, who was left out."""
+    headline = Text(exit_text(summary), style=f"bold {_COLOURS[_worst(summary)]}")
+    tables = [_accuracy_table(summary), _cost_table(summary)] if summary.sites else []
+    tables.append(_global_block(summary))
+    if summary.left_out:
+        tables.append(_left_out_table(summary.left_out))
+    return Group("", headline, *(part for table in tables for part in ("", table)))
+
+
+def _worst(summary: Summary) -> str:
+    return "partial" if summary.outcome == "complete" and lost_sites(summary) else summary.outcome
+
+
+def _and_lost(text: str, lost: tuple[str, ...]) -> str:
+    text = text.rstrip()
+    text = text if text.endswith((".", "!", "?")) else f"{text}."
+    return f"{text} Left out: {', '.join(lost)}." if lost else text
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(
+        title=title, title_justify="left", title_style="bold", header_style="dim", box=None
+    )
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=i == 0)
+    table.pad_edge = False
+    return table
+
+
+def _accuracy_table(summary: Summary) -> Table:
+    table = _table(
+        "Accuracy on each site's own test samples",
+        "Site", "Cut", "Samples", "Before", "Now", "After own training", "Alone", "Rounds missed",
+    )  # fmt: skip
+    for site in summary.sites:
+        table.add_row(
+            Text(site.name), site.cut, f"{site.samples:,}", percent(site.accuracy_before),
+            Text(percent(site.accuracy), style="bold"), percent(site.accuracy_personal),
+            percent(site.accuracy_local_only_personal), _missed(site),
+        )  # fmt: skip
+    known = {site.name for site in summary.sites}
+    for name in (n for n in lost_sites(summary) if n not in known):
+        table.add_row(Text(name), *[NONE] * 6, Text("took no part", style="bold red"))
+    return table
+
+
+def _missed(site: SiteSummary) -> Text:
+    return Text(str(site.rounds_missed), style="bold red" if site.rounds_missed else "")
+
+
+def _cost_table(summary: Summary) -> Table:
+    table = _table(
+        "What it cost each site",
+        "Site", "Sent", "Received", "Device worked", "Waited for server", "Peak memory",
+    )  # fmt: skip
+    for site in summary.sites:
+        table.add_row(
+            Text(site.name), human_bytes(site.bytes_up), human_bytes(site.bytes_down),
+            human_seconds(site.seconds_device), human_seconds(site.seconds_wait),
+            human_bytes(site.peak_rss_bytes),
+        )  # fmt: skip
+    return table
+
+
+def _global_block(summary: Summary) -> Table:
+    table = Table(title="The whole federation", title_justify="left", title_style="bold", box=None)
+    table.show_header = table.pad_edge = False
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column()
+    moved = summary.bytes_activation + summary.bytes_module
+    rows = {
+        "Accuracy": f"{percent(summary.accuracy_global_start)} -> {percent(summary.accuracy_global)}"
+        " on all test samples of the sites that answered",
+        "Each site alone": _alone(summary),
+        "Activations moved": human_bytes(summary.bytes_activation),
+        "Module moved": human_bytes(summary.bytes_module),
+        "Full-model FedAvg": f"{human_bytes(summary.bytes_full_model)} for the same rounds; "
+        f"this run moved {factor_less(moved, summary.bytes_full_model)}",
+        "Rounds": f"{summary.rounds_done} of {summary.rounds} in {human_seconds(summary.wall_s)}",
+    }
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def _alone(summary: Summary) -> str:
+    alone, together = summary.accuracy_local_only, summary.accuracy_global
+    if alone is None:
+        return "not measured (compare-local-only=true measures it)"
+    text = f"{percent(alone)} on average"
+    if together is None:
+        return text
+    gain = together - alone
+    verdict = "training together gained" if gain > 0 else "training together did not help:"
+    return f"{text}; {verdict} {points(gain)}"
+
+
+def _left_out_table(left_out: tuple[LeftOut, ...]) -> Table:
+    table = _table("Left out", "Site", "Rounds", "Why")
+    table.columns[2].justify = "left"
+    for entry in left_out:
+        rounds = ", ".join("roll call" if r == 0 else str(r) for r in entry.rounds)
+        table.add_row(Text(entry.site, style="bold red"), rounds, Text(entry.reason))
+    return table

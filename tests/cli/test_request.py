@@ -1,0 +1,101 @@
+"""From settings to a request: defaults, overrides, resumed runs, TOML."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedsplit.cli.request import RESUME_KEYS, SIMULATED_SITES, prepare, to_toml
+from fedsplit.core.config import RunConfig
+from fedsplit.core.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_simulation_fills_in_sites_name_and_absolute_folder(echo_app: Path, tmp_path: Path) -> None:
+    request = prepare({"rounds": 3}, app=echo_app)
+    assert request.config.sites == SIMULATED_SITES
+    assert request.run_dir.parent == tmp_path / "runs"
+    assert request.config.run_name.startswith("digits-")
+    assert set(request.overrides) == {"rounds", "sites", "runs-dir", "run-name"}
+
+
+def test_own_superlink_keeps_folder_and_sites(echo_app: Path) -> None:
+    request = prepare({}, app=echo_app, superlink="prod")
+    assert set(request.overrides) == {"run-name"}
+    assert request.config.sites == 0
+
+
+def test_app_settings_are_the_base(echo_app: Path) -> None:
+    file = echo_app / "pyproject.toml"
+    file.write_text(file.read_text().replace("rounds = 5", "rounds = 7"))
+    assert prepare({}, app=echo_app).config.rounds == 7
+
+
+def test_key_that_the_app_does_not_declare(echo_app: Path) -> None:
+    file = echo_app / "pyproject.toml"
+    file.write_text(file.read_text().replace("lora-rank = 8\n", ""))
+    with pytest.raises(ConfigError, match="does not declare lora-rank"):
+        prepare({"lora-rank": 4}, app=echo_app)
+
+
+def test_existing_run_is_not_overwritten(echo_app: Path, tmp_path: Path) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="--resume mine"):
+        prepare({"run-name": "mine"}, app=echo_app)
+
+
+def write_earlier_run(tmp_path: Path) -> None:
+    """A run named `mine` with 9 rounds."""
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    config = RunConfig(
+        **{"rounds": 9, "sites": 3, "run-name": "mine", "runs-dir": str(tmp_path / "runs")}
+    )
+    (folder / "config.json").write_text(json.dumps({"config": config.flat(), "versions": {}}))
+
+
+def test_resumed_run_keeps_its_settings(echo_app: Path, tmp_path: Path) -> None:
+    write_earlier_run(tmp_path)
+    request = prepare({"deadline-s": 5.0}, app=echo_app, resume="mine")
+    assert (request.config.rounds, request.config.sites, request.config.deadline_s) == (9, 3, 5.0)
+    assert request.config.resume == request.config.run_name == "mine"
+    assert request.run_dir == tmp_path / "runs" / "mine"
+
+
+def test_resumed_run_refuses_other_settings(echo_app: Path, tmp_path: Path) -> None:
+    write_earlier_run(tmp_path)
+    with pytest.raises(ConfigError, match="lora-rank cannot be set anew"):
+        prepare({"lora-rank": 2}, app=echo_app, resume="mine")
+
+
+def test_resume_names_the_runs_there_are(echo_app: Path, tmp_path: Path) -> None:
+    write_earlier_run(tmp_path)
+    with pytest.raises(ConfigError, match="runs there: mine"):
+        prepare({}, app=echo_app, resume="other")
+
+
+def test_resume_keys_are_the_serverapps() -> None:
+    server = pytest.importorskip("fedsplit.federation.server")
+    assert set(RESUME_KEYS) == set(server._RESUME_KEYS) - {"resume"}
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(RunConfig.keys()),
+        st.text(st.characters(exclude_categories=["Cs"]))
+        | st.booleans()
+        | st.integers(-(2**63), 2**63 - 1)
+        | st.floats(allow_nan=False, allow_infinity=False),
+    )
+)
+def test_toml_reads_back_what_was_written(flat: dict[str, str | int | float | bool]) -> None:
+    assert tomllib.loads(to_toml(flat)) == flat

@@ -41,5 +41,8 @@ format: $(STAMP) ## let ruff put the code in order
 bench: $(STAMP)  ## ratios of interleaved runs, to benchmarks/results/
 	$(BIN)/python -m benchmarks
 
+proto: $(STAMP)  ## generate the gRPC messages anew (a test compares them)
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. fedsplit/transport/encoder.proto
+
 clean:           ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from fedsplit.cli.endings import Interrupted, RunFailedError, Terminated
 from fedsplit.cli.flower import FlowerCommands, LocalSuperLink, RunState, flower_environment
 from fedsplit.cli.follow import Progress, RunFiles, Snapshot, follow
@@ -132,6 +134,7 @@ class _Watch:
         if self._log is not None:
             self._log.terminate()
             self._log.wait(timeout=10)
+            self._log = None
 
     def _state(self) -> RunState | None:
         try:
@@ -145,7 +148,10 @@ class _Watch:
         return state
 
     def _stream(self, now: float) -> None:
-        if self._log is None and now - self._started > 15.0 and not self.run_dir.exists():
+        here = self.run_dir.exists()
+        if here:
+            self.close()
+        elif self._log is None and now - self._started > 15.0:
             self._log = self.commands.stream_log(self.run_id)
 
 
@@ -155,10 +161,9 @@ def _ending(
     if snapshot.summarised:
         return read_summary(request.run_dir)
     log = _ANSI.sub("", commands.log(run_id))
-    for line in reversed(log.splitlines()):
-        _, mark, text = line.partition(SUMMARY_MARK)
-        if mark:
-            return Summary.model_validate_json(text)
+    summary = summary_in_log(log)
+    if summary is not None:
+        return summary
     status = snapshot.status
     if status is not None and status.phase == "failed" and status.message:
         raise RunFailedError(status.message)
@@ -172,6 +177,18 @@ def _ending(
             "its log, so whether all sites took part is not known here; look on the ServerApp's machine"
         )
     raise RunFailedError(f"the run ended as {state.status!r} without a summary.\n{message}")
+
+
+def summary_in_log(log: str) -> Summary | None:
+    """The summary that the ServerApp wrote into its log as its last word, if it is there and whole."""
+    for line in reversed(_ANSI.sub("", log).splitlines()):
+        _, mark, text = line.partition(SUMMARY_MARK)
+        if mark:
+            try:
+                return Summary.model_validate_json(text)
+            except ValidationError:
+                return None
+    return None
 
 
 def error_in_log(log: str, lines: int = 15) -> tuple[str, str]:

@@ -32,6 +32,7 @@ from fedsplit.training.data import (
 NodeConfig = Mapping[str, str | int | float | bool]
 Index = NDArray[np.int64]
 # What a site may say of itself; the first two are Flower's own in simulation.
+MAX_NAME_CHARS = 128
 NODE_KEYS = ("partition-id", "num-partitions", "site", "data", "cut", "encoder-tls-ca", "threads")
 
 
@@ -60,18 +61,31 @@ class SiteSettings:
         number, of = node.get("partition-id"), node.get("num-partitions")
         share = (number, of) if isinstance(number, int) and isinstance(of, int) else None
         if share and not 0 <= share[0] < share[1]:
-            faults.append(f"partition-id={number} is not in 0..{of}-1")
+            faults.append(f"partition-id={number} is not in 0..{share[1] - 1}")
+        if share is None and (number is not None or of is not None):
+            faults.append(
+                f"partition-id={number!r}, num-partitions={of!r}: partition-id and num-partitions are "
+                f"whole numbers and go together"
+            )
         threads = node.get("threads", 0)
         if not isinstance(threads, int) or threads < 0:
             faults.append(f"threads={threads!r} is not a number of threads")
+        name = str(node.get("site", f"site-{number}" if share else f"node-{node_id}"))
+        if not 1 <= len(name) <= MAX_NAME_CHARS or not name.isprintable():
+            faults.append(
+                f"site={name[:50]!r}: 1 to {MAX_NAME_CHARS} printable characters are wanted"
+            )
+        cut = None
+        try:
+            cut = Cut.parse(str(node["cut"])) if "cut" in node else None
+        except ConfigError as err:
+            faults.append(str(err))
         if faults:
             raise ConfigError("the site's node config has faults:\n" + "\n".join(faults))
-        cut = node.get("cut")
-        default = f"site-{number}" if share else f"node-{node_id}"
         return cls(
-            name=str(node.get("site", default)),
+            name=name,
             data=str(node["data"]) if "data" in node else None,
-            cut=Cut.parse(str(cut)) if cut is not None else None,
+            cut=cut,
             partition=share,
             encoder_tls_ca=str(node.get("encoder-tls-ca", "")),
             threads=int(threads) if isinstance(threads, int) else 0,

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fedsplit.cli.execute import error_in_log
+from fedsplit.cli.execute import error_in_log, summary_in_log
 from fedsplit.cli.follow import Progress, RunFiles, Snapshot, follow
 from fedsplit.core.records import RoundMetrics, Status
+from tests.report import samples
 
 SITES = ("halle", "werk-2")
 
@@ -140,3 +141,11 @@ def test_last_lines_stand_in_for_an_untyped_error() -> None:
     assert kind == ""
     assert message.splitlines()[0].startswith("ValueError: the run's settings")
     assert error_in_log("") == ("", "The run's log is empty.")
+
+
+def test_summary_is_found_in_the_log_of_a_run_elsewhere() -> None:
+    record = samples.summary(samples.metrics())
+    log = f"{LOG}\x1b[92mINFO \x1b[0m:      FEDSPLIT_SUMMARY {record.model_dump_json()}\nlater\n"
+    assert summary_in_log(log) == record
+    assert summary_in_log(LOG) is None
+    assert summary_in_log("FEDSPLIT_SUMMARY {\n") is None

@@ -1,0 +1,125 @@
+"""How much of the unsplit model's step rate does the split over loopback gRPC keep? `python -m benchmarks split-step`
+
+Both sides run the site's own training loop (training/round.py: forward, backward, AdamW) on the same batches from the same
+module values, and train the same parameters: LoRA on the blocks that the cut gives the device, and the classifier. LoRA on
+the other blocks counts in the forward pass and is frozen on both sides, so both do the same arithmetic; that their losses are
+equal to the last bit is checked. Data is ready in memory: what is compared is the step.
+
+Device and encoder take turns: the device waits while the server computes. So both may use all cores and none is
+oversubscribed; the unsplit model gets all cores too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import vit_tiny
+from benchmarks.paired import Progress, interleave, median, quiet, spread, with_ratio
+from fedsplit.core.cut import Cut
+from fedsplit.model import module
+from fedsplit.model.backbone import Backbone, Part
+from fedsplit.model.module import ModuleTensors
+from fedsplit.model.split import SplitModel, device_part
+from fedsplit.training.data import Batch
+from fedsplit.training.round import TrainSettings, WaitMeter, train
+from fedsplit.transport.client import StreamEncoder
+
+CUT = Cut(1, 11)
+BATCH = 16
+SETTINGS = TrainSettings(epochs=1, learning_rate=1e-3)
+
+
+@dataclass
+class Side:
+    """One of the two: trains `batches` from the start and says how many steps a second that were."""
+
+    model: SplitModel
+    start: ModuleTensors
+    batches: list[Batch]
+    meter: WaitMeter | None = None
+    loss: float = 0.0
+
+    def rate(self) -> float:
+        """Steps a second."""
+        module.load(self.model.part, self.start)
+        began = time.perf_counter()
+        self.loss = train(self.model, lambda _: self.batches, SETTINGS, meter=self.meter)
+        return len(self.batches) / (time.perf_counter() - began)
+
+
+def unsplit_part(backbone: Backbone, cut: Cut) -> Part:
+    """The whole model in one process, training only what a device at `cut` trains."""
+    part = device_part(backbone, Cut(backbone.blocks, backbone.blocks), vit_tiny.SPEC)
+    trained = module.trained_names(backbone, vit_tiny.SPEC, cut, head=True)
+    for name, parameter in module.parameters(part).items():
+        parameter.requires_grad_(name in trained)
+    return part
+
+
+def run(
+    *,
+    pairs: int = 11,
+    steps: int = 8,
+    backbone: Path | None = None,
+    cut: Cut = CUT,
+    batch: int = BATCH,
+    progress: Progress = quiet,
+) -> dict[str, Any]:
+    """Interleaved pairs of `steps` steps; `ratio` is the median of split/unsplit. `backbone`: instead of ViT-Tiny."""
+    threads = vit_tiny.cores()
+    torch.set_num_threads(threads)
+    with vit_tiny.vit_tiny() as path:
+        whole = Backbone.find(str(backbone or path))
+        tensors = vit_tiny.start_tensors(whole)
+        with (
+            vit_tiny.encoder_process(whole.path, tensors, threads=threads) as served,
+            served.dial(whole, cut, batch=batch) as stream,
+        ):
+            return _compare(whole, cut, tensors, stream, pairs, steps, batch, progress) | {
+                "threads": {"device": threads, "encoder": threads, "unsplit": threads}
+            }
+
+
+def _compare(
+    backbone: Backbone,
+    cut: Cut,
+    tensors: ModuleTensors,
+    stream: StreamEncoder,
+    pairs: int,
+    steps: int,
+    batch: int,
+    progress: Progress,
+) -> dict[str, Any]:
+    given = vit_tiny.batches(backbone, steps=steps, size=batch)
+    meter = WaitMeter(stream)
+    here = Cut(backbone.blocks, backbone.blocks)
+    split = Side(
+        SplitModel(device_part(backbone, cut, vit_tiny.SPEC), cut, meter), tensors, given, meter
+    )
+    unsplit = Side(SplitModel(unsplit_part(backbone, cut), here, None), tensors, given)
+    rounds = interleave(
+        {"split": split.rate, "unsplit": unsplit.rate}, rounds=pairs, progress=progress
+    )
+    results = with_ratio(rounds, "split", "unsplit")
+    measured = stream.steps * (1 / median(rounds, "split"))
+    return {
+        "name": "split-step",
+        "value": median(rounds, "split"),
+        "unit": "steps/s",
+        "compared_with": "the same model in one process, same trained parameters, same cores",
+        "ratio": median(results, "ratio"),
+        "pairs": results,
+        "what": f"{backbone.name and backbone.path.name}, cut {cut}, batch {batch}, fp32, {steps} steps a measurement",
+        "losses_equal": split.loss == unsplit.loss,
+        "device_waits": meter.wait_s / measured,
+        "bytes_a_step": (stream.bytes_up + stream.bytes_down) / stream.steps,
+        "ms_a_step": {
+            name: spread(1000 / one[name] for one in rounds) for name in ("split", "unsplit")
+        },
+    }

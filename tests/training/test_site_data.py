@@ -1,0 +1,290 @@
+"""What a site says of itself, and which samples it trains and tests on: always the same ones."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedsplit.core.config import RunConfig
+from fedsplit.core.cut import Cut
+from fedsplit.core.errors import ConfigError, DataError
+from fedsplit.model.backbone import Backbone
+from fedsplit.training import site_data
+from fedsplit.training.site_data import NODE_KEYS, SiteData, SiteSettings, open_site
+
+SITES = 3
+
+
+@pytest.fixture(autouse=True)
+def forget() -> None:
+    """Every test reads its data anew."""
+    for cached in (site_data.open_site, site_data._load, site_data._transform):
+        cached.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def vit(tiny: dict[str, Path]) -> Backbone:
+    return Backbone.find(str(tiny["vit"]))
+
+
+def settings(**node: Any) -> SiteSettings:
+    given = {key.replace("_", "-"): value for key, value in node.items()}
+    return SiteSettings.from_node(given, node_id=77)
+
+
+def dealt(number: int, of: int = SITES) -> SiteSettings:
+    return settings(partition_id=number, num_partitions=of)
+
+
+def config(**other: Any) -> RunConfig:
+    flat = {"max-samples": 120, "partition": "iid"}
+    return RunConfig.from_flat(flat | {k.replace("_", "-"): v for k, v in other.items()})
+
+
+def keys(own: SiteData, indices: np.ndarray) -> set[int]:
+    return {int(k) for k in own.examples.keys[indices]}
+
+
+@pytest.fixture
+def orders(tmp_path: Path) -> Path:
+    path = tmp_path / "orders.csv"
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["text", "label"])
+        rows.writerows([f"pump {i}", "leak" if i % 2 else "tear"] for i in range(10))
+    return path
+
+
+# What a site says of itself.
+
+
+def test_a_bare_node_is_called_by_its_number() -> None:
+    assert settings() == SiteSettings(
+        name="node-77", data=None, cut=None, partition=None, encoder_tls_ca="", threads=0
+    )
+
+
+def test_a_simulated_node() -> None:
+    site = dealt(2)
+    assert (site.name, site.partition) == ("site-2", (2, 3))
+
+
+def test_everything_a_site_may_say() -> None:
+    site = settings(
+        site="press-3", data="folder:/parts", cut="1,5", encoder_tls_ca="ca.pem", threads=2
+    )
+    assert site == SiteSettings(
+        name="press-3",
+        data="folder:/parts",
+        cut=Cut(1, 5),
+        partition=None,
+        encoder_tls_ca="ca.pem",
+        threads=2,
+    )
+
+
+def test_all_faults_are_reported_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        SiteSettings.from_node(
+            {"sites": "x", "threads": -1, "partition-id": 3, "num-partitions": 3, "cut": "5,1"},
+            node_id=1,
+        )
+    text = str(caught.value)
+    assert "unknown node-config key 'sites'; known: " in text
+    assert all(key in text for key in NODE_KEYS)
+    assert "threads=-1 is not a number of threads" in text
+    assert "partition-id=3 is not in 0..2" in text
+    assert "cut 5,1 is not a cut" in text
+    assert len(text.splitlines()) == 5
+
+
+@pytest.mark.parametrize("bad", [-1, "two", 1.5])
+def test_threads_are_a_number(bad: object) -> None:
+    with pytest.raises(ConfigError, match="threads="):
+        settings(threads=bad)
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"partition-id": 0},
+        {"num-partitions": 2},
+        {"partition-id": "0", "num-partitions": "2"},
+        {"partition-id": 0.0, "num-partitions": 2},
+    ],
+)
+def test_half_a_share_is_not_taken_for_all_the_data(node: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=r"partition-id and num-partitions are whole numbers"):
+        SiteSettings.from_node(node, node_id=1)
+
+
+@pytest.mark.parametrize("number", [-1, 2, 99])
+def test_a_share_lies_within_the_number_of_sites(number: int) -> None:
+    with pytest.raises(ConfigError, match=rf"partition-id={number} is not in 0\.\.1"):
+        dealt(number, 2)
+
+
+@pytest.mark.parametrize("name", ["", "x" * 129, "a\nb"])
+def test_a_name_that_the_encoder_or_the_log_would_not_take(name: str) -> None:
+    with pytest.raises(ConfigError, match="site="):
+        settings(site=name)
+
+
+def test_a_name_may_be_any_other_text() -> None:
+    assert settings(site="Presse 3 (Süd)").name == "Presse 3 (Süd)"
+    assert settings(site=7).name == "7"
+
+
+# Which samples it has.
+
+
+def test_the_shares_are_disjoint_and_together_all(vit: Backbone) -> None:
+    owned = [open_site(config(), dealt(i), vit, None) for i in range(SITES)]
+    train = [keys(own, own.train) for own in owned]
+    test = [keys(own, own.test) for own in owned]
+    everything = set(map(int, owned[0].examples.keys))
+    assert len(everything) == 120
+    assert sum(map(len, train + test)) == 120
+    assert set().union(*train, *test) == everything
+
+
+def test_everywhere_is_all_sites_test_samples(vit: Backbone) -> None:
+    owned = [open_site(config(), dealt(i), vit, None) for i in range(SITES)]
+    union = set().union(*(keys(own, own.test) for own in owned))
+    for own in owned:
+        assert keys(own, own.test_everywhere) == union
+        assert len(own.test_everywhere) == len(union)
+        assert list(own.test_everywhere) == sorted(own.test_everywhere)
+        assert not union & keys(own, own.train)
+
+
+def test_a_site_with_data_of_its_own_is_not_dealt_a_share(
+    orders: Path, tiny: dict[str, Path]
+) -> None:
+    site = settings(partition_id=0, num_partitions=SITES, data=f"csv:{orders}")
+    own = open_text(site, tiny)
+    assert len(own.train) + len(own.test) == 10
+    assert np.array_equal(own.test_everywhere, own.test)
+
+
+def test_without_a_share_the_runs_data_are_the_sites(vit: Backbone) -> None:
+    own = open_site(config(), settings(site="press-3"), vit, None)
+    assert len(own.train) + len(own.test) == 120
+    assert len(own.test) == 24
+
+
+def test_the_same_samples_in_every_round_and_process(vit: Backbone) -> None:
+    first = open_site(config(), dealt(1), vit, None)
+    assert open_site(config(), dealt(1), vit, None) is first
+    forget_all()
+    again = open_site(config(), dealt(1), vit, None)
+    assert again is not first
+    for name in ("train", "test", "test_everywhere"):
+        assert np.array_equal(getattr(again, name), getattr(first, name))
+
+
+def forget_all() -> None:
+    site_data.open_site.cache_clear()
+    site_data._load.cache_clear()
+
+
+def test_the_same_samples_whatever_else_the_run_sets(vit: Backbone) -> None:
+    first = open_site(config(), dealt(1), vit, None)
+    other = config(rounds=9, cut="0,4", learning_rate=0.1, batch_size=7, codec="fp16")
+    again = open_site(other, dealt(1), vit, None)
+    assert keys(again, again.train) == keys(first, first.train)
+
+
+def test_other_seeds_and_names_split_otherwise(vit: Backbone) -> None:
+    splits = [
+        keys(own, own.test)
+        for own in (
+            open_site(config(seed=seed), settings(site=name), vit, None)
+            for seed, name in [(0, "a"), (1, "a"), (0, "b")]
+        )
+    ]
+    assert len({frozenset(s) for s in splits}) == 3
+
+
+def test_sites_share_one_copy_of_the_source(vit: Backbone) -> None:
+    backbone = vit
+    transforms = {id(open_site(config(), dealt(i), backbone, None).transform) for i in range(2)}
+    assert len(transforms) == 1
+
+
+def test_a_test_fraction_is_kept(vit: Backbone) -> None:
+    own = open_site(config(test_fraction=0.5), settings(site="a"), vit, None)
+    assert (len(own.train), len(own.test)) == (60, 60)
+
+
+# What cannot be used.
+
+
+def open_text(site: SiteSettings, tiny: dict[str, Path], monkeypatch: Any = None) -> SiteData:
+    """Open a text source without a tokenizer, which the tiny backbones do not have."""
+    bert = Backbone.find(str(tiny["bert"]))
+    real, site_data._transform = site_data._transform, lambda *_: None  # type: ignore[assignment]
+    try:
+        return open_site(config(), site, bert, None)
+    finally:
+        site_data._transform = real
+
+
+def test_texts_for_an_image_backbone(orders: Path, vit: Backbone) -> None:
+    site = settings(site="press-3", data=f"csv:{orders}")
+    pattern = r"site 'press-3': csv:.*orders\.csv holds texts, backbone .* reads images; change"
+    with pytest.raises(DataError, match=pattern):
+        open_site(config(), site, vit, None)
+
+
+def test_images_for_a_text_backbone(tiny: dict[str, Path]) -> None:
+    bert = Backbone.find(str(tiny["bert"]))
+    with pytest.raises(DataError, match=r"site 'site-0': digits holds images, .* reads texts"):
+        open_site(config(), dealt(0), bert, None)
+
+
+def test_labels_that_the_task_does_not_declare(orders: Path, vit: Backbone) -> None:
+    site = settings(site="press-3", data=f"csv:{orders}")
+    with pytest.raises(DataError, match=r"'press-3'.*orders\.csv.*'tear'"):
+        open_site(config(), site, vit, ("leak", "dent"))
+
+
+def test_declared_classes_number_the_labels(orders: Path, tiny: dict[str, Path]) -> None:
+    own = open_text(settings(data=f"csv:{orders}"), tiny)
+    assert own.examples.classes == ("leak", "tear")
+
+
+@pytest.mark.parametrize("spec", ["csv:/nowhere.csv", "nonsense", "folder:"])
+def test_a_source_that_is_not_there_names_the_site(spec: str, vit: Backbone) -> None:
+    with pytest.raises((DataError, ConfigError), match="press-3"):
+        open_site(config(), settings(site="press-3", data=spec), vit, None)
+
+
+def test_too_many_sites_for_the_samples(vit: Backbone) -> None:
+    with pytest.raises(ConfigError, match="use fewer sites or more samples"):
+        open_site(config(max_samples=10), dealt(0, 5), vit, None)
+
+
+@pytest.fixture
+def broken_then_mended(tmp_path: Path) -> Callable[[], None]:
+    path = tmp_path / "late.csv"
+
+    def mend() -> None:
+        path.write_text("text,label\na,x\nb,y\nc,x\nd,y\n")
+
+    return mend
+
+
+def test_a_failure_is_not_remembered(
+    broken_then_mended: Callable[[], None], tmp_path: Path, tiny: dict[str, Path]
+) -> None:
+    site = settings(site="press-3", data=f"csv:{tmp_path / 'late.csv'}")
+    with pytest.raises(DataError, match="does not exist"):
+        open_text(site, tiny)
+    broken_then_mended()
+    assert len(open_text(site, tiny).examples) == 4

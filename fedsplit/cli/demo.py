@@ -6,10 +6,7 @@ one runs all. Everything but the settings is `fedsplit run`.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
@@ -36,27 +33,12 @@ Next, your own images, one folder a class:
   fedsplit run --set data=folder:PATH --set task=NAME"""
 
 
-def demo(
-    keep: Annotated[
-        bool, typer.Option("--keep", help="Keep the run's folder, under ./runs.")
-    ] = False,
-    app: AppOption = None,
-    as_json: JsonFlag = False,
-) -> None:
+def demo(app: AppOption = None, as_json: JsonFlag = False) -> None:
     """Show a whole federation on this machine in a few minutes, without any download."""
     from fedsplit.cli.request import prepare
 
     out = Output(as_json=as_json)
-    runs_dir = Path("runs").absolute() if keep else Path(tempfile.mkdtemp(prefix="fedsplit-demo-"))
-    code = 1
-    try:
-        request = prepare(SETTINGS | {"runs-dir": str(runs_dir)}, app=app)
-        code = run_request(request, out)
-        out.show(_EXPLANATION)
-    finally:
-        # What went wrong stays to be looked at.
-        if not keep and (code == 0 or not any(runs_dir.iterdir())):
-            shutil.rmtree(runs_dir, ignore_errors=True)
-    if not keep and code == 0:
-        out.note("The run's folder is gone again; --keep keeps it, with its plots, under ./runs.")
+    request = prepare(SETTINGS | {"runs-dir": str(Path("runs").absolute())}, app=app)
+    code = run_request(request, out)
+    out.show(_EXPLANATION)
     raise typer.Exit(code)

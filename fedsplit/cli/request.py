@@ -12,14 +12,9 @@ from datetime import datetime
 from pathlib import Path
 
 from fedsplit.cli.appdir import AppDir, Flat, find_app
-from fedsplit.core.config import RunConfig
+from fedsplit.core.config import RESUME_KEYS, RunConfig
 from fedsplit.core.errors import ConfigError
 
-RESUME_KEYS = (
-    "runs-dir", "deadline-s", "min-sites", "encoder-address", "encoder-bind", "encoder-secret-file",
-    "encoder-tls-cert", "encoder-tls-key", "encoder-tls-ca", "encoder-insecure",
-)  # fmt: skip
-"""What may be set anew for a resumed run; a test holds it equal to what the ServerApp takes over."""
 SIMULATED_SITES = 4
 """Sites that are simulated when `sites` is left at 0."""
 

@@ -17,6 +17,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from fedsplit.core.cut import Cut, parse_cuts
 from fedsplit.core.errors import ConfigError
 
+# What a resumed run takes from its new settings; all else is what the run was started with.
+RESUME_KEYS = (
+    "runs-dir", "deadline-s", "min-sites", "encoder-address", "encoder-bind",
+    "encoder-secret-file", "encoder-tls-cert", "encoder-tls-key", "encoder-tls-ca", "encoder-insecure",
+)  # fmt: skip
 PARTITIONS = "iid, dirichlet:ALPHA, pathological:CLASSES or quantity:ALPHA"
 
 

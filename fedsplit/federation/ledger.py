@@ -52,7 +52,10 @@ class Ledger:
             reason = f"not every site took part in every round: {', '.join(lost)}"
         curve = [self.accuracy_of_round(r) for r in range(1, rounds_done + 2)]
         known = tuple(a for a in curve if a is not None)
-        alone = [o.correct_everywhere / o.total_everywhere for o in self.local_only.values()]
+        shares = (
+            _share(o.correct_everywhere, o.total_everywhere) for o in self.local_only.values()
+        )
+        alone = [share for share in shares if share is not None]
         return Summary(
             run=self.run,
             task=self.config.task,

@@ -6,13 +6,16 @@ frozen models below, so that both ends check the same schema; tensors are ArrayR
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Mapping
 from typing import Literal, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from numpy.lib import format as npy
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedsplit.core.encoder import Grant
 from fedsplit.core.errors import FederationError, FedsplitError
@@ -20,6 +23,8 @@ from fedsplit.core.records import RoundMetrics
 
 ORDER, ANSWER, FAULT, MODULE, DELTA = "order", "answer", "fault", "module", "delta"
 MAX_JSON_CHARS = 1_000_000
+# Counts are weights of the average: they must fit the arithmetic of numpy.
+MAX_SAMPLES = 10**12
 Kind = Literal["roll-call", "train", "evaluate", "local-only"]
 Tensors = Mapping[str, NDArray[np.float32]]
 
@@ -56,12 +61,12 @@ class Order(_Part):
 class RollCall(_Part):
     """What a site says of itself before the first round."""
 
-    site: str
+    site: str = Field(min_length=1, max_length=128)
     cut: str
     """The site's own cut; empty: the run's."""
     classes: tuple[str, ...]
-    samples: int
-    test_samples: int
+    samples: int = Field(ge=1, le=MAX_SAMPLES)
+    test_samples: int = Field(ge=0, le=MAX_SAMPLES)
     backbone_sha256: str
     fedsplit_version: str
     number: int
@@ -78,10 +83,10 @@ class LocalOnly(_Part):
     """What training alone reached."""
 
     site: str
-    correct_own: int
-    total_own: int
-    correct_everywhere: int
-    total_everywhere: int
+    correct_own: int = Field(ge=0, le=MAX_SAMPLES)
+    total_own: int = Field(ge=0, le=MAX_SAMPLES)
+    correct_everywhere: int = Field(ge=0, le=MAX_SAMPLES)
+    total_everywhere: int = Field(ge=0, le=MAX_SAMPLES)
 
 
 class Fault(_Part):
@@ -89,6 +94,8 @@ class Fault(_Part):
 
     kind: str
     message: str
+    site: str = ""
+    """The site's name where it is known."""
 
 
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -131,9 +138,9 @@ def fault_of(message: Message) -> Fault | None:
     return None
 
 
-def fault_reply(error: FedsplitError, message: Message) -> Message:
+def fault_reply(error: FedsplitError, message: Message, *, site: str) -> Message:
     """The reply of a site that could not do what it was asked."""
-    fault = Fault(kind=type(error).__name__, message=str(error)[:4000])
+    fault = Fault(kind=type(error).__name__, message=str(error)[:4000], site=site[:128])
     return Message(write(FAULT, fault), reply_to=message)
 
 
@@ -150,9 +157,29 @@ def from_arrays(content: RecordDict, name: str) -> dict[str, NDArray[np.float32]
     if record is None:
         return {}
     try:
-        return {key: array.numpy() for key, array in record.items()}
+        return {key: _decoded(array) for key, array in record.items()}
     except (ValueError, TypeError, OSError, EOFError) as err:
-        raise FederationError(f"the {name!r} arrays of a message cannot be read: {err}") from err
+        raise FederationError(
+            f"the {name!r} arrays of a message cannot be read: {str(err)[:300]}"
+        ) from err
+
+
+def _decoded(array: Array) -> NDArray[np.float32]:
+    """The array, once its bytes are found to be as many as its header says: numpy allocates first.
+
+    Raises ValueError for anything but plain arrays, also for the archives that numpy would open.
+    """
+    data = io.BytesIO(array.data)
+    version = npy.read_magic(data)
+    if version == (1, 0):
+        shape, _, dtype = npy.read_array_header_1_0(data)
+    elif version == (2, 0):
+        shape, _, dtype = npy.read_array_header_2_0(data)
+    else:
+        raise ValueError(f"arrays in numpy's format {version} are not read")
+    if math.prod(shape) * dtype.itemsize != len(array.data) - data.tell():
+        raise ValueError(f"{len(array.data) - data.tell()} bytes are not {dtype} of shape {shape}")
+    return array.numpy()
 
 
 def array_bytes(content: RecordDict) -> int:

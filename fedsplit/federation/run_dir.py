@@ -91,6 +91,8 @@ class RunDir:
             value: dict[str, Any] = json.loads(
                 (self.path / "config.json").read_text(encoding="utf-8")
             )
+            if not isinstance(value, dict) or not isinstance(value.get("config"), dict):
+                raise ValueError("it holds no settings")
         except (OSError, ValueError) as err:
             raise RunDirError(f"{self.path / 'config.json'} cannot be read: {err}") from err
         return value
@@ -104,12 +106,23 @@ class RunDir:
             file.write(metrics.model_dump_json() + "\n")
 
     def read_metrics(self) -> list[RoundMetrics]:
-        """All whole lines of metrics.jsonl."""
+        """All whole lines of metrics.jsonl. Raises RunDirError when one of them is damaged."""
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        return [RoundMetrics.model_validate_json(line) for line in lines if line.strip()]
+        metrics = []
+        try:
+            # Bytes, for a killed process may leave half a character behind the last whole line.
+            for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
+                if line.strip():
+                    metrics.append(RoundMetrics.model_validate_json(line))
+        except OSError as err:
+            raise RunDirError(f"{path} cannot be read: {err}") from err
+        except ValueError as err:
+            raise RunDirError(
+                f"{path}, line {number}, is not a metrics line; remove the line to go on"
+            ) from err
+        return metrics
 
     def forget_after(self, round_: int) -> None:
         """Drop metrics of rounds after `round_`: a resumed run writes them anew."""
@@ -153,19 +166,24 @@ class RunDir:
             except (OSError, SafetensorError):
                 shutil.rmtree(part, ignore_errors=True)
                 raise
-            for old in sorted(root.glob("round-*"))[:-KEEP]:
+            for old in _rounds(root)[:-KEEP]:
                 shutil.rmtree(old, ignore_errors=True)
 
     def last_checkpoint(self) -> Checkpoint:
         """The newest whole checkpoint. Raises RunDirError when there is none."""
         damage = []
-        for path in sorted((self.path / "checkpoints").glob("round-*"), reverse=True):
+        for path in reversed(_rounds(self.path / "checkpoints")):
             try:
                 return _read_checkpoint(path)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as err:
                 damage.append(f"{path.name}: {err}")
         why = f"damaged: {'; '.join(damage)}" if damage else "no round was finished"
         raise RunDirError(f"run {self.name!r} has no checkpoint to go on from ({why})")
+
+
+def _rounds(root: Path) -> list[Path]:
+    """The folders of checkpoints, oldest first; by length too, for round 100000 is after 99999."""
+    return sorted(root.glob("round-*"), key=lambda path: (len(path.name), path.name))
 
 
 def _read_checkpoint(path: Path) -> Checkpoint:

@@ -13,10 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from flwr.app import Message
+from flwr.common.logger import LOGGER_NAME
 from flwr.serverapp import Grid
 
 from fedsplit import __version__
-from fedsplit.core.config import RunConfig
+from fedsplit.core.config import RESUME_KEYS, RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import ConfigError, FederationError, FedsplitError
 from fedsplit.core.records import Outcome, Status, Summary
@@ -32,12 +33,8 @@ from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec
 
 SUMMARY_MARK = "FEDSPLIT_SUMMARY"
-# What a resumed run takes from its new settings; all else is what the run was started with.
-_RESUME_KEYS = (
-    "resume", "runs-dir", "deadline-s", "min-sites", "encoder-address", "encoder-bind",
-    "encoder-secret-file", "encoder-tls-cert", "encoder-tls-key", "encoder-tls-ca", "encoder-insecure",
-)  # fmt: skip
-_log = logging.getLogger("fedsplit")
+# Flower forwards what its own logger says to `flwr log`, and nothing else.
+_log = logging.getLogger(LOGGER_NAME)
 
 
 def settle(config: RunConfig) -> RunConfig:
@@ -46,7 +43,7 @@ def settle(config: RunConfig) -> RunConfig:
         return config
     saved = RunDir.reopen(Path(config.runs_dir), config.resume).read_config()["config"]
     new = config.flat()
-    return RunConfig.from_flat(saved | {key: new[key] for key in _RESUME_KEYS})
+    return RunConfig.from_flat(saved | {key: new[key] for key in ("resume", *RESUME_KEYS)})
 
 
 def check_cuts(config: RunConfig, backbone: Backbone) -> None:
@@ -147,7 +144,9 @@ class Run:
         """Ask every node who it is; deal the cuts in the order of the sites' numbers and names."""
         orders = {str(node): self._roll_call_order(node) for node in nodes}
         calls: dict[int, RollCall] = {}
+        answered = set()
         for name, reply in exchange(self.grid, orders, deadline_s=self.config.deadline_s):
+            answered.add(name)
             fault = messages.fault_of(reply)
             if fault is None:
                 call = messages.read(reply.content, messages.ANSWER, RollCall)
@@ -157,11 +156,11 @@ class Run:
                 reason = f"another site is called {call.site!r} too; give each its own name"
             else:
                 reason = fault.message
-            self.ledger.absent(0, f"node {name}", reason)
-            _log.warning("node %s left out: %s", name, reason)
-        for name in orders.keys() - {str(n) for n in calls}:
-            if not any(site == f"node {name}" for _, site, _ in self.ledger.absences):
-                self.ledger.absent(0, f"node {name}", "no answer to the roll call")
+            who = fault.site if fault and fault.site else f"node {name}"
+            self.ledger.absent(0, who, reason)
+            _log.warning("%s left out: %s", who, reason)
+        for name in sorted(orders.keys() - answered):
+            self.ledger.absent(0, f"node {name}", "no answer to the roll call")
         if len(calls) < self.config.min_sites:
             why = "; ".join(f"{site}: {reason}" for _, site, reason in self.ledger.absences)
             raise FederationError(

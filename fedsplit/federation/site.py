@@ -20,7 +20,7 @@ from flwr.app import Context, Message, RecordDict
 from fedsplit import __version__
 from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
-from fedsplit.core.errors import BackboneError, ConfigError, FedsplitError
+from fedsplit.core.errors import BackboneError, ConfigError, FedsplitError, OverloadedError
 from fedsplit.core.records import RoundMetrics
 from fedsplit.federation import messages
 from fedsplit.federation.messages import Answer, LocalOnly, Order, RollCall, Stream
@@ -41,7 +41,10 @@ def answer(message: Message, context: Context) -> Message:
         order = messages.read(message.content, messages.ORDER, Order)
         content = _carry_out(order, message.content, context)
     except FedsplitError as err:
-        return messages.fault_reply(err, message)
+        name = str(context.node_config.get("site", ""))
+        if not name and "partition-id" in context.node_config:
+            name = f"site-{context.node_config['partition-id']}"
+        return messages.fault_reply(err, message, site=name)
     return Message(content, reply_to=message)
 
 
@@ -165,16 +168,25 @@ class _Round:
             yield SplitModel(part, cut, meter), meter, stream
 
     def _dial(self, how: Stream) -> StreamEncoder:
+        """Open the round's stream; where the encoder is full, come back when it says so."""
         ca = self.site.encoder_tls_ca or how.ca_file
-        return StreamEncoder(
-            how.address,
-            how.token,
-            how.grant,
-            codec=self.config.codec,
-            tls=ClientTls(root_ca=Path(ca) if ca else None) if how.tls else None,
-            max_in_flight=self.config.in_flight,
-            allow_insecure=self.config.encoder_insecure,
-        )
+        # Half the round must be left for the work itself.
+        give_up = time.monotonic() + self.config.deadline_s / 2
+        while True:
+            try:
+                return StreamEncoder(
+                    how.address,
+                    how.token,
+                    how.grant,
+                    codec=self.config.codec,
+                    tls=ClientTls(root_ca=Path(ca) if ca else None) if how.tls else None,
+                    max_in_flight=self.config.in_flight,
+                    allow_insecure=self.config.encoder_insecure,
+                )
+            except OverloadedError as err:
+                if time.monotonic() + err.retry_after_s > give_up:
+                    raise
+                time.sleep(err.retry_after_s)
 
     def _score(self, model: SplitModel, indices: Any, meter: WaitMeter | None) -> Score:
         batches = data.batches(

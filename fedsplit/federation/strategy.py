@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
@@ -201,7 +201,15 @@ class SplitStrategy(Strategy):
             content = messages.write(messages.ORDER, order)
             held = module.device_names(self.backbone, self.spec, site.cut)
             content[messages.MODULE] = messages.to_arrays({n: tensors[n] for n in held})
-            orders[site.name] = _message(content, site.node_id, kind, round_)
+            message_type = "evaluate" if kind == "evaluate" else "train"
+            orders[site.name] = Message(
+                content,
+                site.node_id,
+                message_type,
+                # A site that was away must not start on a round that is over.
+                ttl=self._deadline_s(kind),
+                group_id=str(round_),
+            )
         return orders
 
     def _deadline_s(self, kind: Kind) -> float:
@@ -331,8 +339,3 @@ class SplitStrategy(Strategy):
 
 def _tensors(arrays: ArrayRecord) -> ModuleTensors:
     return {name: array.numpy() for name, array in arrays.items()}
-
-
-def _message(content: RecordDict, node_id: int, kind: Kind, round_: int) -> Message:
-    message_type = "evaluate" if kind == "evaluate" else "train"
-    return Message(content, node_id, message_type, group_id=str(round_))

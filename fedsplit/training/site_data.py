@@ -31,8 +31,8 @@ from fedsplit.training.data import (
 
 NodeConfig = Mapping[str, str | int | float | bool]
 Index = NDArray[np.int64]
-# What a site may say of itself; the first two are Flower's own in simulation.
 MAX_NAME_CHARS = 128
+# What a site may say of itself; the first two are Flower's own in simulation.
 NODE_KEYS = ("partition-id", "num-partitions", "site", "data", "cut", "encoder-tls-ca", "threads")
 
 

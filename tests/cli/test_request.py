@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.cli.request import RESUME_KEYS, SIMULATED_SITES, prepare, to_toml
+from fedsplit.cli.request import SIMULATED_SITES, prepare, to_toml
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import ConfigError
 
@@ -81,11 +81,6 @@ def test_resume_names_the_runs_there_are(echo_app: Path, tmp_path: Path) -> None
     write_earlier_run(tmp_path)
     with pytest.raises(ConfigError, match="runs there: mine"):
         prepare({}, app=echo_app, resume="other")
-
-
-def test_resume_keys_are_the_serverapps() -> None:
-    server = pytest.importorskip("fedsplit.federation.server")
-    assert set(RESUME_KEYS) == set(server._RESUME_KEYS) - {"resume"}
 
 
 @given(

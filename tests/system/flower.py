@@ -16,6 +16,7 @@ from typing import Any
 from fedsplit.cli.flower import flower_environment
 from fedsplit.cli.processes import ProcessTree
 from fedsplit.core.records import Summary
+from fedsplit.federation.server import SUMMARY_MARK
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -45,6 +46,7 @@ def deployment(home: Path, nodes: list[Mapping[str, Any]]) -> Iterator[dict[str,
     tree = ProcessTree()
     started = []
     with contextlib.ExitStack() as files:
+
         def start(name: str, *args: str) -> None:
             log = files.enter_context((home / f"{name}.log").open("wb"))
             process = subprocess.Popen(
@@ -54,7 +56,15 @@ def deployment(home: Path, nodes: list[Mapping[str, Any]]) -> Iterator[dict[str,
             tree.adopt(process.pid)
 
         try:
-            start("superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(port))
+            start(
+                "superlink",
+                "flower-superlink",
+                "--insecure",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+            )
             wait_for_http(port)
             for i, node in enumerate(nodes):
                 config = " ".join(f"{k}={toml_value(v)}" for k, v in node.items())
@@ -73,8 +83,9 @@ def deployment(home: Path, nodes: list[Mapping[str, Any]]) -> Iterator[dict[str,
 def wait_for_http(port: int, timeout_s: float = 60.0) -> None:
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
-        with contextlib.suppress(OSError), urllib.request.urlopen(
-            f"http://127.0.0.1:{port}/health", timeout=2
+        with (
+            contextlib.suppress(OSError),
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2),
         ):
             return
         time.sleep(0.2)
@@ -83,8 +94,8 @@ def wait_for_http(port: int, timeout_s: float = 60.0) -> None:
 
 def flwr_run(
     env: Mapping[str, str], runs: Path, settings: Mapping[str, Any], *, timeout_s: float
-) -> Summary:
-    """`flwr run` of this checkout; waits for the run's summary."""
+) -> tuple[Summary, str]:
+    """`flwr run` of this checkout; waits for the run's summary. Returns it and the run's log."""
     name = str(settings["run-name"])
     flat = {"runs-dir": str(runs), **settings}
     config = runs / f"{name}.toml"
@@ -99,18 +110,28 @@ def flwr_run(
     end = time.monotonic() + timeout_s
     summary = runs / name / "summary.json"
     while time.monotonic() < end:
-        if summary.exists():
-            return Summary.model_validate_json(summary.read_text())
+        if summary.exists() and SUMMARY_MARK in (log := flwr_log(env, run_id)):
+            return Summary.model_validate_json(summary.read_text()), log
         time.sleep(0.5)
-    log = subprocess.run(
+    raise TimeoutError(f"no summary within {timeout_s:g} s:\n{flwr_log(env, run_id)[-4000:]}")
+
+
+def flwr_log(env: Mapping[str, str], run_id: str) -> str:
+    return subprocess.run(
         [str(BIN / "flwr"), "log", run_id, CONNECTION, "--show"],
         env=dict(env), capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-    raise TimeoutError(f"no summary within {timeout_s:g} s:\n{log.stdout[-4000:]}")
+    ).stdout  # fmt: skip
 
 
-def fedsplit(*args: str, timeout_s: float = 280.0, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+def fedsplit(
+    *args: str, timeout_s: float = 280.0, cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
     """Run the installed command as a user does."""
     return subprocess.run(
-        [str(BIN / "fedsplit"), *args], capture_output=True, text=True, timeout=timeout_s, cwd=cwd, check=False
+        [str(BIN / "fedsplit"), *args],
+        capture_output=True,
+        text=True,
+        timeout=timeout_s,
+        cwd=cwd,
+        check=False,
     )

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fedsplit.training.data import parse_partition, partition
 from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
+
+from fedsplit.core.records import Summary
+from fedsplit.federation.server import SUMMARY_MARK
+from fedsplit.training.data import parse_partition, partition
 from tests.system.flower import deployment, fedsplit, flwr_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -66,11 +69,18 @@ def test_deployment_equals_simulation(pictures: Path, tmp_path: Path) -> None:
         )
     ]
     with deployment(tmp_path / "home", nodes) as env:
-        deployed = flwr_run(env, runs, SETTINGS | {"run-name": "deployed"}, timeout_s=300)
+        deployed, log = flwr_run(env, runs, SETTINGS | {"run-name": "deployed"}, timeout_s=300)
     assert deployed.outcome == "complete", deployed
+    # Where the run's folder is on another machine, this line in Flower's log is all a CLI has.
+    (line,) = [line for line in log.splitlines() if SUMMARY_MARK in line]
+    assert Summary.model_validate_json(line.split(SUMMARY_MARK, 1)[1]) == deployed
     assert [(s.name, s.cut) for s in deployed.sites] == [("site-0", "0,6"), ("site-1", "2,4")]
 
-    pairs = SETTINGS | {"run-name": "simulated", "data": f"folder:{pictures}", "runs-dir": str(runs)}
+    pairs = SETTINGS | {
+        "run-name": "simulated",
+        "data": f"folder:{pictures}",
+        "runs-dir": str(runs),
+    }
     sets = [arg for k, v in pairs.items() for arg in ("--set", f"{k}={v}")]
     done = fedsplit("run", *sets, "--json")
     assert done.returncode == 0, done.stderr

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from peft import PeftModel
+from PIL import Image
+
 from fedsplit.core.cut import Cut
 from fedsplit.core.records import Summary
 from fedsplit.federation.server import Run
@@ -16,8 +19,6 @@ from fedsplit.model.encoder import LocalEncoder
 from fedsplit.model.split import SplitModel, device_part, server_part
 from fedsplit.training import data
 from fedsplit.training.site_data import SiteSettings, open_site
-from peft import PeftModel
-from PIL import Image
 from tests.federation.conftest import prepared, settings, simulated
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

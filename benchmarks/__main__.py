@@ -53,7 +53,9 @@ def _cpu_model() -> str:
     return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")
 
 
-def complete(benchmark: Benchmark, result: dict[str, Any], started: dict[str, Any]) -> dict[str, Any]:
+def complete(
+    benchmark: Benchmark, result: dict[str, Any], started: dict[str, Any]
+) -> dict[str, Any]:
     """The result as it is written: with target, verdict, spread, machine and date."""
     core = ("name", "value", "unit", "compared_with", "ratio", "pairs")
     own = {key: value for key, value in result.items() if key not in core}
@@ -84,7 +86,8 @@ def write(result: dict[str, Any], folder: Path) -> Path:
 def table(results: list[dict[str, Any]], failed: dict[str, str]) -> Table:
     """One line a benchmark, misses and failures included."""
     shown = Table(title="fedsplit benchmarks: ratios of interleaved runs")
-    for heading in ("benchmark", "value", "ratio (median)", "min .. max", "wanted", "met"):
+    shown.add_column("benchmark", no_wrap=True)
+    for heading in ("value", "ratio (median)", "min .. max", "wanted", "met"):
         shown.add_column(heading)
     for r in results:
         shown.add_row(
@@ -112,7 +115,10 @@ def run_all(chosen: list[Benchmark], folder: Path, console: Console) -> bool:
         for benchmark in chosen:
 
             def tell(text: str, name: str = benchmark.name) -> None:
-                bar.update(line, description=f"{name}: {text}", refresh=True)
+                if console.is_terminal:
+                    bar.update(line, description=f"{name}: {text}", refresh=True)
+                else:
+                    console.print(f"{name}: {text}")
 
             tell("starts")
             started = machine()
@@ -120,7 +126,7 @@ def run_all(chosen: list[Benchmark], folder: Path, console: Console) -> bool:
                 result = complete(benchmark, benchmark.run(tell), started)
                 write(result, folder)
                 results.append(result)
-            except Exception as error:  # noqa: BLE001  the others still run, and the table says it
+            except Exception as error:  # the others still run, and the table says it
                 log.warning("%s failed", benchmark.name, exc_info=True)
                 failed[benchmark.name] = f"{type(error).__name__}: {error}"
             bar.advance(line)
@@ -132,8 +138,12 @@ def run_all(chosen: list[Benchmark], folder: Path, console: Console) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns the exit code."""
     names = [b.name for b in BENCHMARKS]
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.split("\n")[0])
-    parser.add_argument("names", metavar="NAME", nargs="*", help=f"default: all of {', '.join(names)}")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "names", metavar="NAME", nargs="*", help=f"default: all of {', '.join(names)}"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON files")
     args = parser.parse_args(argv)
     if unknown := [n for n in args.names if n not in names]:

@@ -17,6 +17,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
+from sklearn.cluster import KMeans
+
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array, Mask
 from fedsplit.model import module
@@ -25,8 +28,6 @@ from fedsplit.model.encoder import LocalEncoder
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.split import SplitModel, device_part, server_part
 from fedsplit.training import data
-from scipy.optimize import linear_sum_assignment
-from sklearn.cluster import KMeans
 
 MODES = ("head+tail", "tail")
 CUT = Cut(2, 5)

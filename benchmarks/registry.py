@@ -57,3 +57,6 @@ BENCHMARKS = (
     ),
     Benchmark(name="stream-vs-messages", wanted=Target(bound=100)),
 )
+
+# Measurements that are no ratio and have a command of their own: not part of `make bench`.
+APART = ("benchmarks.device_training",)

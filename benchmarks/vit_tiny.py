@@ -6,7 +6,6 @@ The encoder's process is spawned, never forked (gRPC), and ends with its `with`,
 from __future__ import annotations
 
 import multiprocessing
-import os
 import secrets
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -32,11 +31,6 @@ SHARED = Path(__file__).resolve().parents[2] / "shared" / "models" / "vit-tiny"
 SPEC = ModuleSpec(classes=tuple("0123456789"), rank=8)
 VERSION = "bench"
 _STOP_S = 20.0
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -60,6 +60,8 @@ class RunConfig(BaseModel):
     local_epochs: int = Field(1, ge=1, le=1000)
     batch_size: int = Field(32, ge=1, le=4096)
     learning_rate: float = Field(0.003, gt=0, allow_inf_nan=False)
+    lr_schedule: Literal["constant", "cosine"] = "cosine"
+    """How the learning rate goes over the rounds: cosine falls towards 0 and calms the last rounds."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     codec: str = Field("fp32", pattern=r"^[a-z0-9-]{1,32}$")
@@ -144,6 +146,12 @@ class RunConfig(BaseModel):
     def cuts(self) -> tuple[Cut, ...]:
         """The cuts that are dealt to the sites in turn."""
         return parse_cuts(self.cut)
+
+    def learning_rate_factor(self, round_: int) -> float:
+        """Factor on the learning rate in a round, 1 in the first: half a cosine over the rounds."""
+        if self.lr_schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * (round_ - 1) / self.rounds))
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

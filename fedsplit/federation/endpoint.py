@@ -10,18 +10,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedsplit import __version__
 from fedsplit.core.config import RunConfig
-from fedsplit.core.encoder import Grant
+from fedsplit.core.encoder import Capabilities, Grant
 from fedsplit.core.errors import ConfigError
 from fedsplit.federation.messages import Stream
+from fedsplit.model.checkpoint import digest, find_backbone
 from fedsplit.transport import tokens
-from fedsplit.transport.client import publish
+from fedsplit.transport.client import capabilities, publish
 from fedsplit.transport.keys import read_key
 from fedsplit.transport.wiring import ClientTls
 
 Publish = Callable[[str, bytes], None]
 # A round's token outlives its deadline by this, for sites that start late.
 TOKEN_MARGIN_S = 300.0
+EVERYWHERE = ("0.0.0.0", "[::]")
 
 
 @dataclass(frozen=True)
@@ -43,22 +46,55 @@ class Endpoint:
         )
 
 
+def hosted(config: RunConfig, *, address: str, key: bytes, publish: Publish) -> Endpoint:
+    """The endpoint of the app's own encoder, which listens on `address`. Raises ConfigError."""
+    dialled = config.encoder_address or address
+    if dialled.rpartition(":")[0] in EVERYWHERE:
+        raise ConfigError(
+            f"encoder-bind={config.encoder_bind} listens on all of this machine's addresses, and sites cannot "
+            f"dial that; set encoder-address to the HOST:PORT at which they reach it"
+        )
+    tls = bool(config.encoder_tls_cert)
+    return Endpoint(dialled, key, tls, config.encoder_tls_ca, publish)
+
+
 def external(config: RunConfig) -> Endpoint:
-    """The endpoint of a `fedsplit encoder serve` at `encoder-address`. Raises ConfigError."""
+    """The endpoint of a `fedsplit encoder serve` at `encoder-address`, which must answer and fit the run.
+
+    Raises ConfigError and EncoderError: now, not after a roll call of minutes.
+    """
+    address = config.encoder_address
     if not config.encoder_secret_file:
         raise ConfigError(
-            f"encoder-address={config.encoder_address} is an encoder of its own, so "
+            f"encoder-address={address} is an encoder of its own, so "
             f"encoder-secret-file is wanted: the file that it was started with"
         )
     key = read_key(Path(config.encoder_secret_file))
     use_tls = bool(config.encoder_tls_ca)
     tls = ClientTls(root_ca=Path(config.encoder_tls_ca)) if use_tls else None
 
-    def send(version: str, packed: bytes) -> None:
-        token = tokens.sign_publisher(config.task, key, TOKEN_MARGIN_S)
-        publish(
-            config.encoder_address, token, version, packed, tls,
-            allow_insecure=config.encoder_insecure,
-        )  # fmt: skip
+    def token() -> str:
+        return tokens.sign_publisher(config.task, key, TOKEN_MARGIN_S)
 
-    return Endpoint(config.encoder_address, key, use_tls, config.encoder_tls_ca, send)
+    def send(version: str, packed: bytes) -> None:
+        publish(address, token(), version, packed, tls, allow_insecure=config.encoder_insecure)
+
+    offered = capabilities(address, token(), tls, allow_insecure=config.encoder_insecure)
+    _check_fits(config, offered)
+    return Endpoint(address, key, use_tls, config.encoder_tls_ca, send)
+
+
+def _check_fits(config: RunConfig, offered: Capabilities) -> None:
+    """Raise ConfigError unless the encoder runs the same fedsplit over the same model files."""
+    if offered.fedsplit_version != __version__:
+        raise ConfigError(
+            f"the encoder at {config.encoder_address} runs fedsplit {offered.fedsplit_version}, the "
+            f"ServerApp {__version__}; install the same version on both"
+        )
+    path = find_backbone(config.backbone)
+    if offered.backbone_sha256 != digest(path):
+        raise ConfigError(
+            f"the encoder at {config.encoder_address} hosts {offered.backbone!r} with digest "
+            f"{offered.backbone_sha256[:12]}, backbone={config.backbone} of the run has {digest(path)[:12]}; "
+            f"start the encoder with --backbone {path}, or set backbone to what it hosts"
+        )

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -49,13 +49,18 @@ class RunDir:
         """A new folder under `runs`; an empty name becomes task and date. Raises RunDirError if it exists."""
         stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S-%f")[:-3]
         path = runs.expanduser().absolute() / (name or f"{task}-{stamp}")
-        with _translated(path):
+        try:
             if path.exists() and (path / "config.json").exists():
                 raise RunDirError(
                     f"run {path.name!r} is already in {path.parent}; choose another run-name, or go on "
                     f"from it with resume={path.name}"
                 )
             path.mkdir(parents=True, exist_ok=True)
+        except OSError as err:
+            raise RunDirError(
+                f"run directory {path} cannot be written: {err.strerror}; set runs-dir to a folder that can "
+                f"be written"
+            ) from err
         return cls(path)
 
     @classmethod
@@ -81,9 +86,7 @@ class RunDir:
         else:
             text = json.dumps(value, indent=2)
         with _translated(self.path):
-            part = self.path / f".{name}.part"
-            part.write_text(text + "\n", encoding="utf-8")
-            part.replace(self.path / name)
+            _write_whole(self.path / name, text + "\n")
 
     def read_config(self) -> dict[str, Any]:
         """config.json. Raises RunDirError when it is damaged."""
@@ -110,27 +113,21 @@ class RunDir:
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
-        metrics = []
         try:
             # Bytes, for a killed process may leave half a character behind the last whole line.
-            for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-                if line.strip():
-                    metrics.append(RoundMetrics.model_validate_json(line))
-        except OSError as err:
-            raise RunDirError(f"{path} cannot be read: {err}") from err
-        except ValueError as err:
+            lines = path.read_bytes().split(b"\n")[:-1]
+            return [RoundMetrics.model_validate_json(line) for line in lines if line.strip()]
+        except (OSError, ValueError) as err:
             raise RunDirError(
-                f"{path}, line {number}, is not a metrics line; remove the line to go on"
+                f"{path} has a line that cannot be read: {str(err)[:300]}; remove that line to go on"
             ) from err
-        return metrics
 
     def forget_after(self, round_: int) -> None:
         """Drop metrics of rounds after `round_`: a resumed run writes them anew."""
         kept = [m for m in self.read_metrics() if m.round <= round_]
         with _translated(self.path):
-            part = self.path / ".metrics.jsonl.part"
-            part.write_text("".join(m.model_dump_json() + "\n" for m in kept), encoding="utf-8")
-            part.replace(self.path / "metrics.jsonl")
+            text = "".join(m.model_dump_json() + "\n" for m in kept)
+            _write_whole(self.path / "metrics.jsonl", text)
 
     def set_status(self, status: Status) -> None:
         """Rewrite status.json."""
@@ -143,14 +140,8 @@ class RunDir:
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Write the checkpoint of a round, then drop all but the last few. Raises RunDirError."""
         root = self.path / "checkpoints"
-        final, part = (
-            root / f"round-{checkpoint.round:05d}",
-            root / f".round-{checkpoint.round:05d}.part",
-        )
-        with _translated(root):
-            shutil.rmtree(part, ignore_errors=True)
-            try:
-                part.mkdir(parents=True)
+        with _translated(self.path):
+            with _whole_folder(root / f"round-{checkpoint.round:05d}") as part:
                 save_file(checkpoint.module, part / MODULE_FILE)
                 manifest = {
                     "round": checkpoint.round,
@@ -161,13 +152,13 @@ class RunDir:
                     json.dumps(manifest, indent=2) + "\n", encoding="utf-8"
                 )
                 _flush(part / MODULE_FILE, part / MANIFEST)
-                shutil.rmtree(final, ignore_errors=True)
-                part.replace(final)
-            except (OSError, SafetensorError):
-                shutil.rmtree(part, ignore_errors=True)
-                raise
             for old in _rounds(root)[:-KEEP]:
                 shutil.rmtree(old, ignore_errors=True)
+
+    def save_module(self, export: Callable[[Path], None]) -> None:
+        """Let `export` write the trained module, then put it in the place of an older one. Raises RunDirError."""
+        with _translated(self.path), _whole_folder(self.path / "module") as part:
+            export(part)
 
     def last_checkpoint(self) -> Checkpoint:
         """The newest whole checkpoint. Raises RunDirError when there is none."""
@@ -204,6 +195,32 @@ def _flush(*files: Path) -> None:
             os.fsync(file.fileno())
 
 
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file in one piece, or leave the old one and nothing else."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def _whole_folder(final: Path) -> Iterator[Path]:
+    """A folder to write in, which takes the place of `final` at the end, or is gone after an error."""
+    part = final.with_name(f".{final.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        yield part
+        shutil.rmtree(final, ignore_errors=True)
+        part.replace(final)
+    except (OSError, SafetensorError):
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
 @contextmanager
 def _translated(path: Path) -> Iterator[None]:
     try:
@@ -211,6 +228,6 @@ def _translated(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as err:
         reason = getattr(err, "strerror", None) or str(err)
         raise RunDirError(
-            f"run directory {path} cannot be written: {reason}; free some space or set runs-dir to another "
-            f"place, then go on with resume"
+            f"run directory {path} cannot be written: {reason}; free some space on its disk and go on with "
+            f"resume={path.name}, or start anew with runs-dir at another place"
         ) from err

@@ -19,7 +19,7 @@ from flwr.serverapp import Grid
 from fedsplit import __version__
 from fedsplit.core.config import RESUME_KEYS, RunConfig
 from fedsplit.core.cut import Cut
-from fedsplit.core.errors import ConfigError, FederationError, FedsplitError
+from fedsplit.core.errors import ConfigError, FederationError, FedsplitError, RunDirError
 from fedsplit.core.records import Outcome, Status, Summary
 from fedsplit.federation import messages
 from fedsplit.federation.endpoint import Endpoint
@@ -79,7 +79,11 @@ class Run:
             self._train()
             return self._finish("complete", "")
         except FedsplitError as err:
-            self._finish("failed", str(err))
+            try:
+                self._finish("failed", str(err))
+            except RunDirError as full:
+                # What went wrong first is what the user has to know.
+                _log.error("the summary could not be kept: %s", full)
             raise
 
     def _train(self) -> None:
@@ -105,7 +109,7 @@ class Run:
         if self.config.compare_local_only and first == 1:
             strategy.compare_local_only(self.grid, arrays)
         strategy.start(self.grid, arrays, self.config.rounds, first_round=first)
-        module.export(self.dir.path / "module", self.backbone, spec, strategy.module)
+        self._save_module(strategy)
 
     def _wait_for_nodes(self) -> list[int]:
         wanted = self.config.sites or self.config.min_sites
@@ -148,14 +152,15 @@ class Run:
         for name, reply in exchange(self.grid, orders, deadline_s=self.config.deadline_s):
             answered.add(name)
             fault = messages.fault_of(reply)
-            if fault is None:
-                call = messages.read(reply.content, messages.ANSWER, RollCall)
+            try:
+                call = self._call_of(reply)
+            except FedsplitError as err:
+                reason = str(err)
+            else:
                 if call.site not in {c.site for c in calls.values()}:
                     calls[int(name)] = call
                     continue
                 reason = f"another site is called {call.site!r} too; give each its own name"
-            else:
-                reason = fault.message
             who = fault.site if fault and fault.site else f"node {name}"
             self.ledger.absent(0, who, reason)
             _log.warning("%s left out: %s", who, reason)
@@ -169,6 +174,15 @@ class Run:
         ordered = sorted(calls.items(), key=lambda item: (item[1].number, item[1].site))
         ordered = ordered[: self.config.sites or None]
         return [self._site(node, call, i) for i, (node, call) in enumerate(ordered)]
+
+    def _call_of(self, reply: Message) -> RollCall:
+        """What a site says of itself. Raises FedsplitError when it cannot take part."""
+        if (fault := messages.fault_of(reply)) is not None:
+            raise FederationError(fault.message)
+        call = messages.read(reply.content, messages.ANSWER, RollCall)
+        if call.cut:
+            Cut.parse(call.cut).check(self.backbone.blocks)
+        return call
 
     def _roll_call_order(self, node: int) -> Message:
         order = Order(
@@ -186,7 +200,6 @@ class Run:
 
     def _site(self, node: int, call: RollCall, place: int) -> Site:
         cut = Cut.parse(call.cut) if call.cut else self.config.cuts[place % len(self.config.cuts)]
-        cut.check(self.backbone.blocks)
         self.ledger.calls[call.site] = call
         self.ledger.cuts[call.site] = str(cut)
         return Site(call.site, node, cut, call)
@@ -229,12 +242,16 @@ class Run:
         _log.info("going on after round %d of %d", saved.round, self.config.rounds)
         return saved.round + 1, saved.module
 
+    def _save_module(self, strategy: SplitStrategy) -> None:
+        self.dir.save_module(
+            lambda folder: module.export(folder, self.backbone, strategy.spec, strategy.module)
+        )
+
     def _finish(self, outcome: Outcome, reason: str) -> Summary:
         done = self._strategy.rounds_done if self._strategy else 0
         summary = self.ledger.summary(rounds_done=done, outcome=outcome, reason=reason)
         if outcome == "failed" and self._strategy is not None and done:
-            strategy = self._strategy
-            module.export(self.dir.path / "module", self.backbone, strategy.spec, strategy.module)
+            self._save_module(self._strategy)
         self.dir.finish(summary)
         self.dir.set_status(
             Status(

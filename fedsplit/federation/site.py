@@ -106,7 +106,7 @@ class _Round:
         trains = self.order.kind == "train"
         with self._split_model(tensors) as (model, meter, stream):
             before = self._score(model, self.own.test, meter)
-            loss = self._train(model, self.config.local_epochs, meter) if trains else None
+            loss = self._train(model, [self.order.round], meter) if trains else None
             after = self._score(model, self.own.test, meter) if trains else None
             names = {n for n, p in module.parameters(model.part).items() if p.requires_grad}
             now = module.read(model.part)
@@ -141,7 +141,7 @@ class _Round:
     def local_only(self, tensors: module.ModuleTensors) -> LocalOnly:
         """Train alone for as many epochs as the whole run has, then test at home and everywhere."""
         with self._split_model(tensors) as (model, meter, _):
-            self._train(model, self.config.local_epochs * self.config.rounds, meter)
+            self._train(model, list(range(1, self.config.rounds + 1)), meter)
             own = self._score(model, self.own.test, meter)
             everywhere = self._score(model, self.own.test_everywhere, meter)
         return LocalOnly(
@@ -194,13 +194,16 @@ class _Round:
         )
         return evaluate(model, batches, in_flight=self.config.in_flight, meter=meter)
 
-    def _train(self, model: SplitModel, epochs: int, meter: WaitMeter | None) -> float:
+    def _train(self, model: SplitModel, rounds: list[int], meter: WaitMeter | None) -> float:
+        """Train for the local epochs of all these rounds in one go."""
+        factors = [self.config.learning_rate_factor(r) for r in rounds]
         settings = TrainSettings(
-            epochs=epochs,
+            epochs=self.config.local_epochs * len(rounds),
             learning_rate=self.config.learning_rate,
             optimizer=self.config.optimizer,
             weight_decay=self.config.weight_decay,
             in_flight=self.config.in_flight,
+            schedule=tuple(f for f in factors for _ in range(self.config.local_epochs)),
         )
         return train(model, self._epoch, settings, meter=meter)
 

@@ -37,6 +37,8 @@ class TrainSettings:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = 0.0
     in_flight: int = 2
+    schedule: tuple[float, ...] = ()
+    """Factor on the learning rate, one an epoch; empty: 1 throughout."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,9 @@ def train(
     optimizer = _optimizer(trainable, settings)
     loss_sum, samples = 0.0, 0
     for epoch in range(settings.epochs):
+        if settings.schedule:
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * settings.schedule[epoch]
         for batch, z in _encoded(model, batches(epoch), settings.in_flight, meter):
             loss = nn.functional.cross_entropy(model.tail(z, batch.mask), batch.labels)
             optimizer.zero_grad(set_to_none=True)

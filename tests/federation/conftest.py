@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from fedsplit.core.config import RunConfig
 from fedsplit.federation.endpoint import Endpoint
 from fedsplit.federation.server import Run

@@ -9,6 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from flwr.app import Message
+from safetensors.numpy import load_file
+
 from fedsplit.core.errors import BackboneError, ConfigError, FederationError, RunDirError
 from fedsplit.core.records import Summary
 from fedsplit.federation import messages
@@ -17,8 +20,6 @@ from fedsplit.federation.run_dir import RunDir
 from fedsplit.federation.server import Run, settle
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
-from flwr.app import Message
-from safetensors.numpy import load_file
 from tests.federation.conftest import prepared, settings, simulated
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fedsplit.core.cut import Cut
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 import transformers
+from peft import PeftModel
+
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Encoder
 from fedsplit.model import module
@@ -14,7 +16,6 @@ from fedsplit.model.backbone import Backbone
 from fedsplit.model.families import FAMILIES
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.split import SplitModel, device_part
-from peft import PeftModel
 
 CUTS = ["0,4", "1,3", "2,2", "0,0", "4,4", "0,2", "2,4", "3,4"]
 SPEC = ModuleSpec(classes=("a", "b", "c"), rank=3, alpha=6)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from fedsplit import __version__
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Grant

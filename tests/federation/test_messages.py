@@ -1,0 +1,301 @@
+"""What travels in Flower messages: read as it was written, refused in words when it is anything else."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import tracemalloc
+import zipfile
+from typing import Any
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedsplit.core.errors import DataError, FederationError
+from fedsplit.federation import messages
+from fedsplit.federation.messages import Answer, Fault, LocalOnly, Order, RollCall, Stream
+from tests.core.test_records import GRANT, METRICS
+
+ORDER: dict[str, Any] = {
+    "kind": "train", "run": "r", "round": 1, "fedsplit_version": "0.1.0",
+    "config": {"rounds": 3, "learning-rate": 0.5, "encoder-insecure": True, "cut": "1,3"},
+    "classes": ["a", "b"], "cut": "1,3", "backbone_sha256": "0" * 64,
+    "stream": {"address": "h:1", "token": "t", "grant": GRANT, "tls": True, "ca_file": ""},
+}  # fmt: skip
+CALL: dict[str, Any] = {
+    "site": "press-3", "cut": "", "classes": ["a"], "samples": 8, "test_samples": 2,
+    "backbone_sha256": "0" * 64, "fedsplit_version": "0.1.0", "number": -1,
+}  # fmt: skip
+ALONE = {
+    "site": "a", "correct_own": 1, "total_own": 2, "correct_everywhere": 3, "total_everywhere": 4,
+}  # fmt: skip
+PARTS = [(Order, ORDER), (RollCall, CALL), (Answer, {"metrics": METRICS}), (LocalOnly, ALONE)]
+PARTS += [(Fault, {"kind": "DataError", "message": "why"}), (Stream, ORDER["stream"])]
+
+
+def carrying(text: object, name: str = "part") -> RecordDict:
+    return RecordDict({name: ConfigRecord({"json": text})})  # type: ignore[dict-item]
+
+
+@pytest.fixture(autouse=True)
+def inside_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower fills a message's sender from the task that this process belongs to."""
+    for name in ("_run_id", "_task_id", "_node_id"):
+        monkeypatch.setattr(TaskIdentity, name, 1)
+
+
+def message() -> Message:
+    return Message(RecordDict(), 7, "train", group_id="1")
+
+
+# Structured parts.
+
+
+@pytest.mark.parametrize(("model", "values"), PARTS)
+def test_round_trip(model: Any, values: dict[str, Any]) -> None:
+    part = model.model_validate(values)
+    assert messages.read(messages.write("part", part), "part", model) == part
+
+
+def test_settings_keep_their_types() -> None:
+    order = Order.model_validate(ORDER)
+    again = messages.read(messages.write("order", order), "order", Order)
+    assert {k: type(v) for k, v in again.config.items()} == {
+        "rounds": int, "learning-rate": float, "encoder-insecure": bool, "cut": str,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        RecordDict(),
+        RecordDict({"part": ConfigRecord()}),
+        RecordDict({"part": ConfigRecord({"json": b"{}"})}),
+        RecordDict({"part": ConfigRecord({"json": 3})}),
+        RecordDict({"other": ConfigRecord({"json": "{}"})}),
+        RecordDict({"part": ArrayRecord([np.zeros(1)])}),
+        carrying(" " * (messages.MAX_JSON_CHARS + 1)),
+    ],
+    ids=range(7),
+)
+def test_a_part_that_is_not_there(content: RecordDict) -> None:
+    with pytest.raises(FederationError, match=r"no readable 'part' part; do both ends run fedsp"):
+        messages.read(content, "part", Fault)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "3", '"x"', "{}", "[" * 100000, '{"kind": "x"}', '{"kind": 3, "message": "m"}', '{"kind": "x", "message": "m", "more": 1}', "�"],
+)  # fmt: skip
+def test_malformed_parts_are_refused(text: str) -> None:
+    with pytest.raises(FederationError, match=r"'part' part .*same fedsplit version") as caught:
+        messages.read(carrying(text), "part", Fault)
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("model_and_values", PARTS, ids=lambda p: p[0].__name__)
+def test_every_field_is_needed_and_no_other_is_taken(model_and_values: Any) -> None:
+    model, values = model_and_values
+    for lost in values:
+        text = json.dumps({k: v for k, v in values.items() if k != lost})
+        with pytest.raises(FederationError, match=rf"malformed at {lost}: Field required"):
+            messages.read(carrying(text), "part", model)
+    with pytest.raises(FederationError, match="malformed at more: Extra inputs"):
+        messages.read(carrying(json.dumps(values | {"more": 1})), "part", model)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("samples", 0),
+        ("samples", -1),
+        ("samples", 10**30),
+        ("test_samples", -1),
+        ("site", ""),
+        ("site", "x" * 129),
+        ("samples", float("nan")),
+    ],
+)
+def test_a_roll_call_of_impossible_numbers(key: str, value: object) -> None:
+    with pytest.raises(FederationError, match=f"malformed at {key}"):
+        messages.read(carrying(json.dumps(CALL | {key: value})), "part", RollCall)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.sampled_from(PARTS), st.data())
+def test_fuzzed_parts_raise_federation_errors_alone(part: Any, data: st.DataObject) -> None:
+    model, values = part
+    changes = data.draw(
+        st.dictionaries(
+            st.sampled_from(sorted(values)) | st.text(max_size=5), json_values, max_size=3
+        )
+    )
+    text = json.dumps(values | changes)
+    cut = data.draw(st.just(len(text)) | st.integers(0, len(text)))
+    with contextlib.suppress(FederationError):
+        messages.read(carrying(text[:cut]), "part", model)
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.text(max_size=60))
+def test_any_text_raises_federation_errors_alone(text: str) -> None:
+    with contextlib.suppress(FederationError):
+        messages.read(carrying(text), "part", Order)
+
+
+# Faults.
+
+
+def test_a_site_says_why_it_could_not() -> None:
+    reply = messages.fault_reply(DataError("site 'a': no.csv: does not exist"), message(), site="a")
+    fault = messages.fault_of(reply)
+    assert fault == Fault(kind="DataError", message="site 'a': no.csv: does not exist", site="a")
+    long = messages.fault_of(
+        messages.fault_reply(DataError("x" * 10**6), message(), site="s" * 999)
+    )
+    assert long is not None
+    assert (len(long.message), len(long.site)) == (4000, 128)
+
+
+def test_a_good_reply_is_no_fault() -> None:
+    answer = messages.write(messages.ANSWER, Answer.model_validate({"metrics": METRICS}))
+    assert messages.fault_of(Message(answer, reply_to=message())) is None
+
+
+def test_a_crash_gives_its_last_line() -> None:
+    reason = "Traceback:\n  File ...\nZeroDivisionError: division by zero\n"
+    reply = Message(Error(code=2, reason=reason), reply_to=message())
+    fault = messages.fault_of(reply)
+    assert fault == Fault(kind="SiteCrashed", message="ZeroDivisionError: division by zero")
+    for empty in (None, "", " \n "):
+        fault = messages.fault_of(Message(Error(code=2, reason=empty), reply_to=message()))
+        assert fault is not None
+        assert fault.message == "Flower error 2"
+
+
+def test_a_fault_that_is_malformed_still_is_one() -> None:
+    fault = messages.fault_of(Message(carrying("{", messages.FAULT), reply_to=message()))
+    assert fault is not None
+    assert fault.kind == "FederationError"
+    assert "malformed" in fault.message
+
+
+# Arrays.
+
+
+def test_arrays_round_trip() -> None:
+    tensors = {
+        "b": np.arange(6, dtype="f4").reshape(2, 3).T,
+        "a": np.zeros((0, 3), dtype="f4"),
+        "scalar": np.float32(3).reshape(()),
+    }
+    record = messages.to_arrays(tensors)
+    assert list(record) == sorted(tensors)
+    content = RecordDict({"delta": record})
+    got = messages.from_arrays(content, "delta")
+    assert all(np.array_equal(got[n], tensors[n]) for n in tensors)
+    assert all(got[n].shape == tensors[n].shape for n in tensors)
+    assert messages.from_arrays(content, "module") == {}
+    assert messages.array_bytes(content) == sum(len(a.data) for a in record.values())
+    assert messages.array_bytes(RecordDict()) == 0
+
+
+def npy(descr: str, shape: str, body: bytes, version: bytes = b"\x01\x00") -> bytes:
+    header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    size = len(header).to_bytes(2 if version == b"\x01\x00" else 4, "little")
+    return b"\x93NUMPY" + version + size + header + body
+
+
+def archive() -> bytes:
+    file = io.BytesIO()
+    np.savez_compressed(file, w=np.zeros(1_000_000, dtype="f4"))
+    return file.getvalue()
+
+
+def broken_zip() -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as writer:
+        writer.writestr("w.npy", b"x")
+    return file.getvalue()[:-10]
+
+
+BAD_ARRAYS = {
+    "nothing": b"",
+    "no magic": b"x" * 100,
+    "pickle": b"\x80\x04N.",
+    "objects": npy("'|O'", "(1,)", b"\x80\x04N."),
+    "short": npy("'<f4'", "(3,)", b"\0" * 8),
+    "long": npy("'<f4'", "(1,)", b"\0" * 8),
+    "huge": npy("'<f4'", "(10000000000,)", b"\0" * 8),
+    "overflowing": npy("'<f4'", "(4611686018427387904, 4)", b""),
+    "empty and overflowing": npy("'<f4'", "(0, 999999999999, 999999999999)", b""),
+    "many dimensions": npy("'<f4'", "(" + "1, " * 99 + ")", b"\0" * 4),
+    "no such size": npy("'<f1'", "(4,)", b"\0" * 4),
+    "negative": npy("'<f4'", "(-1, -2)", b"\0" * 8),
+    "version 2 huge": npy("'<f4'", "(10000000000,)", b"\0" * 8, b"\x02\x00"),
+    "version 3": npy("'<f4'", "(2,)", b"\0" * 8, b"\x03\x00"),
+    "open bracket": npy("'<f4'", "((2,)", b"\0" * 8),
+    "not a literal": npy("__import__('os')", "(2,)", b"\0" * 8),
+    "not a type": npy("'<q9'", "(2,)", b"\0" * 8),
+    "no header": b"\x93NUMPY\x01\x00\xff\xff{",
+    "zip": archive(),
+    "broken zip": broken_zip(),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARRAYS)
+def test_damaged_arrays_are_refused_in_little_memory(name: str) -> None:
+    array = Array("float32", (2,), "numpy.ndarray", BAD_ARRAYS[name])
+    content = RecordDict({"delta": ArrayRecord({"w": array})})
+    tracemalloc.start()
+    try:
+        with pytest.raises(FederationError, match=r"'delta' arrays .* cannot be read") as caught:
+            messages.from_arrays(content, "delta")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2_000_000
+    assert len(str(caught.value)) < 500
+
+
+def test_arrays_of_another_kind() -> None:
+    array = Array("float32", (2,), "torch.tensor", b"\0" * 8)
+    with pytest.raises(FederationError, match="cannot be read"):
+        messages.from_arrays(RecordDict({"delta": ArrayRecord({"w": array})}), "delta")
+
+
+GOOD = np.arange(4, dtype="f4")
+
+
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(st.tuples(st.integers(0, 143), st.integers(0, 255)), max_size=3), st.integers(0, 144)
+)
+def test_fuzzed_arrays_raise_federation_errors_alone(changes: Any, length: int) -> None:
+    data = bytearray(Array(GOOD).data)
+    assert len(data) == 144
+    for at, value in changes:
+        data[at] = value
+    array = Array("float32", (4,), "numpy.ndarray", bytes(data[: length or 144]))
+    with contextlib.suppress(FederationError):
+        messages.from_arrays(RecordDict({"delta": ArrayRecord({"w": array})}), "delta")

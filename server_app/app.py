@@ -10,7 +10,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedsplit.core.config import RunConfig
-from fedsplit.federation.endpoint import Endpoint, external
+from fedsplit.federation.endpoint import Endpoint, external, hosted
 from fedsplit.federation.server import Run, settle, simulated
 from fedsplit.report import write_plots
 from fedsplit.serving.process import hosting
@@ -50,10 +50,4 @@ def _endpoint(config: RunConfig) -> Iterator[Endpoint]:
     secret = Path(config.encoder_secret_file)
     key = read_key(secret) if config.encoder_secret_file else None
     with hosting(config, key) as (server, host, key):
-        yield Endpoint(
-            address=config.encoder_address or server.address,
-            key=key,
-            tls=bool(config.encoder_tls_cert),
-            ca_file=config.encoder_tls_ca,
-            publish=host.publish,
-        )
+        yield hosted(config, address=server.address, key=key, publish=host.publish)

@@ -104,7 +104,7 @@ class RunConfig(BaseModel):
     """Where runs are written, on the ServerApp's machine."""
     run_name: str = Field("", pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]{0,99})?$")
     """Folder of this run; empty: task and date."""
-    resume: str = ""
+    resume: str = Field("", pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]{0,99})?$")
     """Name of a run in runs-dir to go on from, at its last checkpoint."""
 
     @field_validator("cut")

@@ -6,12 +6,17 @@ bytes, all times seconds, all accuracies shares in [0, 1].
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 Outcome = Literal["complete", "partial", "failed"]
 Phase = Literal["starting", "waiting", "training", "evaluating", "done", "failed"]
+
+
+# Bounded, for these numbers come from sites and are added up.
+Count = Annotated[int, Field(ge=0, le=2**50)]
+Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 
 
 class _Record(BaseModel):
@@ -21,29 +26,29 @@ class _Record(BaseModel):
 class RoundMetrics(_Record):
     """One line of `metrics.jsonl`: what one site did in one round. Round `rounds + 1` only evaluates."""
 
-    round: int
+    round: Count
     site: str
     cut: str
     codec: str
-    samples: int
+    samples: Count
     """Training samples that the update stands for; 0 when the round only evaluated."""
-    test_samples: int
-    correct_global: int
+    test_samples: Count
+    correct_global: Count
     """Test samples that the module, as it was before this round's training, got right."""
-    correct_personal: int | None
+    correct_personal: Count | None
     """The same after this site's own training; None when it did not train."""
-    loss: float | None
+    loss: Annotated[float, Field(allow_inf_nan=False)] | None
     """Mean training loss of the round; None when it did not train."""
-    bytes_activation_up: int
-    bytes_activation_down: int
-    bytes_module_up: int
-    bytes_module_down: int
-    steps: int
-    seconds_device: float
+    bytes_activation_up: Count
+    bytes_activation_down: Count
+    bytes_module_up: Count
+    bytes_module_down: Count
+    steps: Count
+    seconds_device: Seconds
     """Time the device worked itself."""
-    seconds_wait: float
+    seconds_wait: Seconds
     """Time it waited for the encoder."""
-    peak_rss_bytes: int
+    peak_rss_bytes: Count
 
 
 class Status(_Record):

@@ -119,7 +119,8 @@ class Run:
             found = sorted(self.grid.get_node_ids())
             if found != nodes or not found:
                 nodes = found
-                text = f"{len(nodes)} of {wanted} sites are connected"
+                of = f" of {wanted}" if len(nodes) <= wanted else ""
+                text = f"{len(nodes)}{of} sites are connected"
                 self.dir.set_status(self._waiting(text))
                 _log.info("%s", text)
             if time.monotonic() >= end:
@@ -167,9 +168,14 @@ class Run:
         for name in sorted(orders.keys() - answered):
             self.ledger.absent(0, f"node {name}", "no answer to the roll call")
         if len(calls) < self.config.min_sites:
-            why = "; ".join(f"{site}: {reason}" for _, site, reason in self.ledger.absences)
+            # Most reasons name their site themselves.
+            why = "; ".join(
+                f"{site}: {reason.removeprefix(f'site {site!r}: ')}"
+                for _, site, reason in self.ledger.absences
+            )
             raise FederationError(
-                f"{len(calls)} sites can take part, min-sites={self.config.min_sites} are wanted: {why}"
+                f"{len(calls)} of {len(nodes)} sites can take part, min-sites={self.config.min_sites} are "
+                f"wanted: {why}"
             )
         ordered = sorted(calls.items(), key=lambda item: (item[1].number, item[1].site))
         ordered = ordered[: self.config.sites or None]
@@ -252,7 +258,9 @@ class Run:
         summary = self.ledger.summary(rounds_done=done, outcome=outcome, reason=reason)
         if outcome == "failed" and self._strategy is not None and done:
             self._save_module(self._strategy)
-        self.dir.finish(summary)
+        if self._strategy is not None or not self.config.resume:
+            # A resumed run that fails before it has its account must not overwrite the earlier one.
+            self.dir.finish(summary)
         self.dir.set_status(
             Status(
                 phase="failed" if outcome == "failed" else "done",

@@ -130,7 +130,7 @@ class _Round:
             bytes_module_up=messages.array_bytes(content),
             bytes_module_down=received,
             steps=stream.steps if stream else 0,
-            seconds_device=time.perf_counter() - start - wait_s,
+            seconds_device=max(0.0, time.perf_counter() - start - wait_s),
             seconds_wait=wait_s,
             peak_rss_bytes=peak_rss_bytes(),
         )

@@ -149,13 +149,13 @@ class SplitStrategy(Strategy):
         deadline_s = self.config.deadline_s * self.config.rounds
         for reply in self._exchange(grid, 0, orders, "training", deadline_s=deadline_s):
             site = self.sites[reply.metadata.src_node_id]
-            fault = messages.fault_of(reply)
-            if fault is not None:
-                self._say(f"{site.name} could not train alone: {fault.message}")
+            try:
+                _raise_fault(reply)
+                alone = messages.read(reply.content, messages.ANSWER, LocalOnly)
+            except FederationError as err:
+                self._say(f"{site.name} could not train alone: {err}")
                 continue
-            self.ledger.local_only[site.name] = messages.read(
-                reply.content, messages.ANSWER, LocalOnly
-            )
+            self.ledger.local_only[site.name] = alone
 
     def checkpoint(self) -> None:
         """Save the module as it is after the last round."""
@@ -273,14 +273,13 @@ class SplitStrategy(Strategy):
         self.run_dir.add_metrics(answer.metrics)
 
     def _read(self, round_: int, name: str, reply: Message) -> Answer:
-        if (fault := messages.fault_of(reply)) is not None:
-            raise FederationError(fault.message)
+        _raise_fault(reply)
         answer = messages.read(reply.content, messages.ANSWER, Answer)
         told = (answer.metrics.site, answer.metrics.round)
         if told != (name, round_):
             raise FederationError(f"it answered for {told}, ({name!r}, {round_}) was asked")
         numbers = answer.metrics
-        if not 0 <= numbers.correct_global <= numbers.test_samples:
+        if max(numbers.correct_global, numbers.correct_personal or 0) > numbers.test_samples:
             raise FederationError("its test numbers contradict each other")
         return answer
 
@@ -339,3 +338,8 @@ class SplitStrategy(Strategy):
 
 def _tensors(arrays: ArrayRecord) -> ModuleTensors:
     return {name: array.numpy() for name, array in arrays.items()}
+
+
+def _raise_fault(reply: Message) -> None:
+    if (fault := messages.fault_of(reply)) is not None:
+        raise FederationError(fault.message)

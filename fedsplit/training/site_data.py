@@ -81,7 +81,9 @@ class SiteSettings:
         except ConfigError as err:
             faults.append(str(err))
         if faults:
-            raise ConfigError("the site's node config has faults:\n" + "\n".join(faults))
+            raise ConfigError(
+                "the site's node config has faults:\n" + "\n".join(f"  - {f}" for f in faults)
+            )
         return cls(
             name=name,
             data=str(node["data"]) if "data" in node else None,
@@ -132,9 +134,7 @@ def _split(config: RunConfig, site: SiteSettings, examples: Examples) -> tuple[I
     shares = partition(examples.labels, parse_partition(config.partition), of, config.seed)
     splits = []
     for i, share in enumerate(shares):
-        train, test = _train_test(
-            config, site.name if i == number else f"site-{i}", examples.labels[share]
-        )
+        train, test = _train_test(config, f"site-{i}", examples.labels[share])
         splits.append((share[train], share[test]))
     everywhere = np.sort(np.concatenate([test for _, test in splits]))
     return (*splits[number], everywhere)

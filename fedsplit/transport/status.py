@@ -55,7 +55,7 @@ def translate(error: Any, address: str, *, tls: bool) -> EncoderError:
 def _why_unreachable(address: str, details: str, *, tls: bool) -> str:
     low = details.lower()
     if tls and ("wrong_version_number" in low or "wrong version number" in low):
-        return f"what answers at {address} does not speak TLS; take the CA away or give the encoder a certificate"
+        return f"what answers at {address} does not speak TLS; take the CA (encoder-tls-ca) away or give the encoder a certificate"
     if tls and any(word in low for word in _TLS_WORDS):
         return (
             f"the TLS handshake with {address} failed: the root CA must have signed the encoder's certificate, the "
@@ -63,7 +63,7 @@ def _why_unreachable(address: str, details: str, *, tls: bool) -> str:
         )
     if not tls and "socket closed" in low:
         return (
-            f"what listens at {address} closed the connection ({details[:300]}); if it speaks TLS, give its root CA, else "
+            f"what listens at {address} closed the connection ({details[:300]}); if it speaks TLS, give its root CA (encoder-tls-ca), else "
             "the encoder has just ended"
         )
     if "refused" in low or "failed to connect" in low or "dns" in low:

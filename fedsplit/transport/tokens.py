@@ -115,7 +115,8 @@ def _verify(audience: str | list[str], token: str, key: bytes, leeway_s: float) 
         )
     except jwt.InvalidSignatureError as error:
         raise RefusedError(
-            "the token's signature is wrong: the encoder and the ServerApp must share the same key"
+            "the token's signature is wrong: the encoder and the ServerApp must share the same key "
+            "(encoder-secret-file of the run, --secret-file of `fedsplit encoder serve`)"
         ) from error
     except jwt.InvalidAudienceError as error:
         raise RefusedError(

@@ -93,7 +93,7 @@ def host_of(address: str) -> str:
     host, colon, port = address.rpartition(":")
     if not colon or not host or not (port.isascii() and port.isdigit() and int(port) < 65536):
         raise ConfigError(
-            f"encoder-address {address!r} is not an address: HOST:PORT is wanted, e.g. 127.0.0.1:9443"
+            f"{address!r} is not an address to listen on or to dial: HOST:PORT is wanted, e.g. 127.0.0.1:9443"
         )
     return host.strip("[]")
 

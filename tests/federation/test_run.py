@@ -107,7 +107,7 @@ def test_resumed_run_equals_the_undisturbed_one(tmp_path: Path) -> None:
     def lost(node: int, message: Message) -> bool:
         return message.metadata.group_id == "2" and node == 1
 
-    broken = settings(tmp_path, run_name="broken", rounds=3, deadline_s=1.5)
+    broken = settings(tmp_path, run_name="broken", rounds=3, deadline_s=8.0)
     with (
         prepared(broken, simulated(2), silent=lost) as (run, _),
         pytest.raises(FederationError, match=r"min-sites=2.*no answer within.*resume=broken"),

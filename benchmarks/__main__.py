@@ -53,6 +53,12 @@ def _cpu_model() -> str:
     return next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), "")
 
 
+def _threads() -> str:
+    # It changes what is measured, so it belongs to the command.
+    threads = os.environ.get("OMP_NUM_THREADS")
+    return f"OMP_NUM_THREADS={threads} " if threads else ""
+
+
 def complete(
     benchmark: Benchmark, result: dict[str, Any], started: dict[str, Any]
 ) -> dict[str, Any]:
@@ -68,7 +74,7 @@ def complete(
         "pairs": result["pairs"],
         **own,
         "machine": started | {"load_average_after": machine()["load_average"]},
-        "command": f"python -m benchmarks {benchmark.name}",
+        "command": f"{_threads()}python -m benchmarks {benchmark.name}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

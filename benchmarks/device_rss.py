@@ -153,7 +153,8 @@ def run(
                 for role in ("baseline", "whole", *cuts)
             }
             rounds = interleave(jobs, rounds=repetitions, warmup=0, progress=progress)
-    return _result(rounds, cuts, f"{found.path.name}, batch {batch}, fp32, {steps} steps")
+    what = f"{found.path.name}, batch {batch}, fp32, {steps} steps, {threads} threads"
+    return _result(rounds, cuts, what)
 
 
 def _result(rounds: list[Round], cuts: tuple[str, ...], what: str) -> dict[str, Any]:

@@ -8,15 +8,20 @@ equal to the last bit is checked. Data is ready in memory: what is compared is t
 Device and encoder take turns: the device waits while the server computes. So all three (device, encoder, unsplit model) get
 as many threads as torch takes by itself, one a core, and the cores are not oversubscribed. On a machine that others keep busy
 more than one OpenMP thread only waits for the other at barriers: there OMP_NUM_THREADS=1, which counts for all three.
+
+Read `cpu_seconds_a_step` beside the ratio when others use the machine: a scheduler favours processes that sleep, which device
+and encoder do in turn and the unsplit model does not, so a busy machine flatters the split. CPU seconds (unsplit / split, the
+encoder's counted) do not see waiting, but no such favour either.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from benchmarks import vit_tiny
@@ -42,15 +47,28 @@ class Side:
     model: SplitModel
     start: ModuleTensors
     batches: list[Batch]
+    served: vit_tiny.Served
     meter: WaitMeter | None = None
     loss: float = 0.0
+    cpu_s: list[float] = field(default_factory=list)
+    """CPU seconds a step, of device and encoder together, a measurement each."""
+    waited: list[float] = field(default_factory=list)
+    """The part of each measurement in which the device waited for the encoder."""
 
     def rate(self) -> float:
         """Steps a second."""
         module.load(self.model.part, self.start)
-        began = time.perf_counter()
+        waited = self.meter.wait_s if self.meter else 0.0
+        cpu, began = self._cpu(), time.perf_counter()
         self.loss = train(self.model, lambda _: self.batches, SETTINGS, meter=self.meter)
-        return len(self.batches) / (time.perf_counter() - began)
+        took = time.perf_counter() - began
+        self.cpu_s.append((self._cpu() - cpu) / len(self.batches))
+        self.waited.append((self.meter.wait_s - waited) / took if self.meter else 0.0)
+        return len(self.batches) / took
+
+    def _cpu(self) -> float:
+        encoder = psutil.Process(self.served.pid).cpu_times()
+        return time.process_time() + encoder.user + encoder.system
 
 
 def unsplit_part(backbone: Backbone, cut: Cut) -> Part:
@@ -65,7 +83,7 @@ def unsplit_part(backbone: Backbone, cut: Cut) -> Part:
 def run(
     *,
     pairs: int = 11,
-    steps: int = 4,
+    steps: int = 2,
     backbone: Path | None = None,
     cut: Cut = CUT,
     batch: int = BATCH,
@@ -80,7 +98,7 @@ def run(
             vit_tiny.encoder_process(whole.path, tensors, threads=threads) as served,
             served.dial(whole, cut, batch=batch) as stream,
         ):
-            return _compare(whole, cut, tensors, stream, pairs, steps, batch, progress) | {
+            return _compare(whole, cut, tensors, served, stream, pairs, steps, batch, progress) | {
                 "threads": {"device": threads, "encoder": threads, "unsplit": threads}
             }
 
@@ -89,6 +107,7 @@ def _compare(
     backbone: Backbone,
     cut: Cut,
     tensors: ModuleTensors,
+    served: vit_tiny.Served,
     stream: StreamEncoder,
     pairs: int,
     steps: int,
@@ -98,15 +117,13 @@ def _compare(
     given = vit_tiny.batches(backbone, steps=steps, size=batch)
     meter = WaitMeter(stream)
     here = Cut(backbone.blocks, backbone.blocks)
-    split = Side(
-        SplitModel(device_part(backbone, cut, vit_tiny.SPEC), cut, meter), tensors, given, meter
-    )
-    unsplit = Side(SplitModel(unsplit_part(backbone, cut), here, None), tensors, given)
+    part = device_part(backbone, cut, vit_tiny.SPEC)
+    split = Side(SplitModel(part, cut, meter), tensors, given, served, meter)
+    unsplit = Side(SplitModel(unsplit_part(backbone, cut), here, None), tensors, given, served)
     rounds = interleave(
         {"split": split.rate, "unsplit": unsplit.rate}, rounds=pairs, progress=progress
     )
     results = with_ratio(rounds, "split", "unsplit")
-    measured = stream.steps * (1 / median(rounds, "split"))
     return {
         "name": "split-step",
         "value": median(rounds, "split"),
@@ -116,8 +133,13 @@ def _compare(
         "pairs": results,
         "what": f"{backbone.path.name}, cut {cut}, batch {batch}, fp32, {steps} steps a measurement",
         "losses_equal": split.loss == unsplit.loss,
-        "device_waits": meter.wait_s / measured,
+        "device_waits": spread(split.waited[1:]),
         "bytes_a_step": (stream.bytes_up + stream.bytes_down) / stream.steps,
+        "cpu_seconds_a_step": {
+            "split": spread(split.cpu_s[1:]),
+            "unsplit": spread(unsplit.cpu_s[1:]),
+            "ratio": spread(u / s for s, u in zip(split.cpu_s[1:], unsplit.cpu_s[1:], strict=True)),
+        },
         "ms_a_step": {
             name: spread(1000 / one[name] for one in rounds) for name in ("split", "unsplit")
         },

@@ -76,10 +76,11 @@ def batches(backbone: Backbone, *, steps: int, size: int) -> list[Batch]:
 
 @dataclass(frozen=True)
 class Served:
-    """A running encoder: where it is and what signs its tokens."""
+    """A running encoder: where it is, what signs its tokens, and its process."""
 
     address: str
     key: bytes
+    pid: int
 
     def dial(self, backbone: Backbone, cut: Cut, *, batch: int) -> StreamEncoder:
         """A new stream, as a site opens it for a round."""
@@ -112,7 +113,7 @@ def encoder_process(path: Path, tensors: ModuleTensors, *, threads: int) -> Iter
     process.start()
     there.close()  # so that recv raises when the process dies
     try:
-        yield Served(here.recv(), key)
+        yield Served(here.recv(), key, process.pid or 0)
     finally:
         here.close()
         process.join(_STOP_S)

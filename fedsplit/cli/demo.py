@@ -20,7 +20,7 @@ SETTINGS: dict[str, str | int | float | bool] = {
     "sites": 4,
     "partition": "dirichlet:0.3",
     "cut": "0,6;1,5;2,4;6,6",
-    "rounds": 5,
+    "rounds": 8,
     "compare-local-only": True,
 }
 

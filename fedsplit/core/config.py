@@ -22,6 +22,9 @@ RESUME_KEYS = (
     "runs-dir", "deadline-s", "min-sites", "encoder-address", "encoder-bind",
     "encoder-secret-file", "encoder-tls-cert", "encoder-tls-key", "encoder-tls-ca", "encoder-insecure",
 )  # fmt: skip
+_SERVER_KEYS = (
+    "runs-dir", "run-name", "resume", "encoder-bind", "encoder-secret-file", "encoder-tls-cert", "encoder-tls-key",
+)  # fmt: skip
 PARTITIONS = "iid, dirichlet:ALPHA, pathological:CLASSES or quantity:ALPHA"
 
 
@@ -37,11 +40,15 @@ class RunConfig(BaseModel):
     backbone: str = "vit-glyphs"
     """A local model directory, a hub id, or the name of the bundled one."""
     task: str = Field("digits", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")
-    """Name of the task; the module is kept under it."""
+    """Name of the task: in tokens, summaries and the run's folder."""
     data: str = "digits"
     """digits | folder:PATH | csv:PATH | jsonl:PATH | npz:PATH | hf:NAME; a site's node config overrides."""
     classes: str = ""
     """The task's classes, comma-separated; empty: the union of the sites' class names."""
+    text_column: str = Field("text", min_length=1)
+    """Column of a csv, jsonl or hf source that holds the text."""
+    label_column: str = Field("label", min_length=1)
+    """Column that holds the label."""
     cut: str = "1,5"
     """"a,b", or several, "a,b;c,d", dealt to the sites in turn; a site's node config overrides."""
     method: Literal["fedv"] = "fedv"
@@ -49,22 +56,32 @@ class RunConfig(BaseModel):
     module: Literal["lora", "classifier"] = "lora"
     """What is trained: LoRA and the classifier, or the classifier alone."""
     device_training: Literal["head+tail", "tail"] = "head+tail"
-    """tail freezes the head's blocks: nothing label-bearing goes up, nothing comes back down."""
+    """tail freezes blocks[0:a]: no gradient goes up or comes down; module deltas still go up."""
     encoder_training: Literal["frozen"] = "frozen"
     """What trains on the server."""
     lora_rank: int = Field(8, ge=1, le=1024)
+    """Rank of LoRA's two matrices."""
     lora_alpha: int = Field(16, ge=1, le=2**20)
+    """LoRA's output is scaled by lora-alpha / lora-rank."""
     lora_targets: str = ""
     """Comma-separated names of the linear layers that get LoRA; empty: query and value."""
     rounds: int = Field(5, ge=1, le=100_000)
+    """Rounds of training; one more message tests the last module."""
     local_epochs: int = Field(1, ge=1, le=1000)
+    """Times a site goes through its training samples in a round."""
     batch_size: int = Field(32, ge=1, le=4096)
-    learning_rate: float = Field(0.003, gt=0, allow_inf_nan=False)
+    """Samples of a step; also the most that a site's token allows."""
+    learning_rate: float = Field(0.01, gt=0, allow_inf_nan=False)
+    """Learning rate of the classifier, and of LoRA where lora-learning-rate is 0."""
+    lora_learning_rate: float = Field(0.0005, ge=0, allow_inf_nan=False)
+    """Learning rate of LoRA; 0: the same as the classifier's."""
     lr_schedule: Literal["constant", "cosine"] = "cosine"
-    """How the learning rate goes over the rounds: cosine falls towards 0 and calms the last rounds."""
+    """How the learning rates go over the rounds: cosine falls from the full rate towards 0."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """The site's optimiser; it starts anew in each round."""
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
-    codec: str = Field("fp32", pattern=r"^[a-z0-9-]{1,32}$")
+    """Weight decay of the optimiser."""
+    codec: Literal["fp32", "fp16"] = "fp32"
     """How activations and gradients become bytes: fp32 (exact) or fp16 (half the bytes)."""
     in_flight: int = Field(2, ge=1, le=8)
     """Steps on the wire at once where the algorithm allows it: evaluation, frozen heads."""
@@ -85,6 +102,7 @@ class RunConfig(BaseModel):
     deadline_s: float = Field(600.0, gt=0, allow_inf_nan=False)
     """How long a round waits for its sites before it goes on without the missing ones."""
     seed: int = Field(0, ge=0, lt=2**32)
+    """Decides the module's start, the partition, the test split and the order of the batches."""
     encoder_address: str = ""
     """HOST:PORT that sites dial; empty: the app hosts the encoder on loopback."""
     encoder_bind: str = ""
@@ -92,10 +110,11 @@ class RunConfig(BaseModel):
     encoder_secret_file: str = ""
     """File with the key that signs the sites' tokens, shared with `fedsplit encoder serve`."""
     encoder_tls_cert: str = ""
+    """PEM file: certificate of the app's own encoder port."""
     encoder_tls_key: str = ""
-    """PEM files of the app's own encoder port."""
+    """PEM file: its key; with an encoder elsewhere both are what the app shows to it."""
     encoder_tls_ca: str = ""
-    """PEM file of the CA that sites check the encoder against; a site's node config overrides."""
+    """CA that sites check the encoder against: a PEM file, or "system"; a site's node config overrides."""
     encoder_insecure: bool = False
     """Allow the encoder port without TLS beyond loopback."""
     compare_local_only: bool = False
@@ -182,9 +201,13 @@ class RunConfig(BaseModel):
         """The settings as Flower's flat keys, defaults included."""
         return self.model_dump(by_alias=True)
 
+    def flat_for_sites(self) -> dict[str, str | int | float | bool]:
+        """The same without what is the server's own affair: its paths and where it listens."""
+        return {k: v for k, v in self.flat().items() if k not in _SERVER_KEYS}
+
 
 def parse_set(pairs: list[str]) -> dict[str, str | int | float | bool]:
-    """Read `KEY=VALUE` pairs of the command line, typed by the key. Raises ConfigError with all faults."""
+    """Read `KEY=VALUE` pairs of the command line, typed by the key. Raises ConfigError for one without `=`."""
     flat: dict[str, str | int | float | bool] = {}
     faults: list[str] = []
     kinds = {_kebab(n): f.annotation for n, f in RunConfig.model_fields.items()}
@@ -192,10 +215,9 @@ def parse_set(pairs: list[str]) -> dict[str, str | int | float | bool]:
         key, eq, value = pair.partition("=")
         if not eq:
             faults.append(f"{pair!r} has no '='; use KEY=VALUE")
-        elif key not in kinds:
-            faults.append(_unknown(key, set(kinds)))
         else:
-            flat[key] = _typed(value, kinds[key])
+            # from_flat reports unknown keys together with all other faults.
+            flat[key] = _typed(value, kinds.get(key))
     if faults:
         raise ConfigError("the settings have faults:\n" + "\n".join(f"  - {f}" for f in faults))
     return flat

@@ -70,8 +70,8 @@ def external(config: RunConfig) -> Endpoint:
             f"encoder-secret-file is wanted: the file that it was started with"
         )
     key = read_key(Path(config.encoder_secret_file))
-    use_tls = bool(config.encoder_tls_ca)
-    tls = ClientTls(root_ca=Path(config.encoder_tls_ca)) if use_tls else None
+    # Beside an encoder elsewhere, certificate and key are what the app itself shows to it.
+    tls = ClientTls.of(config.encoder_tls_ca, config.encoder_tls_cert, config.encoder_tls_key)
 
     def token() -> str:
         return tokens.sign_publisher(config.task, key, TOKEN_MARGIN_S)
@@ -81,7 +81,7 @@ def external(config: RunConfig) -> Endpoint:
 
     offered = capabilities(address, token(), tls, allow_insecure=config.encoder_insecure)
     _check_fits(config, offered)
-    return Endpoint(address, key, use_tls, config.encoder_tls_ca, send)
+    return Endpoint(address, key, tls is not None, config.encoder_tls_ca, send)
 
 
 def _check_fits(config: RunConfig, offered: Capabilities) -> None:

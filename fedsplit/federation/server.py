@@ -196,7 +196,7 @@ class Run:
             run=self.dir.name,
             round=0,
             fedsplit_version=__version__,
-            config=self.config.flat(),
+            config=self.config.flat_for_sites(),
             classes=self.config.class_names,
             cut="",
             backbone_sha256=self.backbone.sha256,

@@ -179,7 +179,7 @@ class _Round:
                     how.token,
                     how.grant,
                     codec=self.config.codec,
-                    tls=ClientTls(root_ca=Path(ca) if ca else None) if how.tls else None,
+                    tls=self._tls(ca) if how.tls else None,
                     max_in_flight=self.config.in_flight,
                     allow_insecure=self.config.encoder_insecure,
                 )
@@ -187,6 +187,9 @@ class _Round:
                 if time.monotonic() + err.retry_after_s > give_up:
                     raise
                 time.sleep(err.retry_after_s)
+
+    def _tls(self, ca: str) -> ClientTls | None:
+        return ClientTls.of(ca or "system", self.site.encoder_tls_cert, self.site.encoder_tls_key)
 
     def _score(self, model: SplitModel, indices: Any, meter: WaitMeter | None) -> Score:
         batches = data.batches(
@@ -200,6 +203,7 @@ class _Round:
         settings = TrainSettings(
             epochs=self.config.local_epochs * len(rounds),
             learning_rate=self.config.learning_rate,
+            lora_learning_rate=self.config.lora_learning_rate,
             optimizer=self.config.optimizer,
             weight_decay=self.config.weight_decay,
             in_flight=self.config.in_flight,
@@ -226,8 +230,8 @@ def peak_rss_bytes() -> int:
     if peak := getattr(memory, "peak_wset", 0):  # Windows
         return int(peak)
     try:
-        import resource
-    except ImportError:
+        # Linux: getrusage would start at the parent's peak, which fork hands down.
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    except (OSError, IndexError, ValueError):
         return int(memory.rss)
-    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(peak_kib * 1024)

@@ -180,7 +180,7 @@ class SplitStrategy(Strategy):
         self.endpoint.publish(self._version(round_), packed)
 
     def _orders(self, kind: Kind, round_: int, tensors: ModuleTensors) -> dict[str, Message]:
-        flat = self.config.flat()
+        flat = self.config.flat_for_sites()
         orders = {}
         for site in self.sites.values():
             order = Order(
@@ -318,10 +318,15 @@ class SplitStrategy(Strategy):
 
     def _too_few(self, round_: int, useful: int) -> str:
         lost = "; ".join(f"{s}: {why}" for r, s, why in self.ledger.absences if r == round_)
+        kept = (
+            f"the module after round {self.rounds_done} is kept in {self.run_dir.path}, "
+            f"resume={self.run_dir.name} goes on from it"
+            if self.rounds_done
+            else "no round was finished, so start a new run when the sites are back"
+        )
         return (
             f"round {round_} got {useful} useful updates, min-sites={self.config.min_sites} are wanted "
-            f"({lost}); the module after round {self.rounds_done} is kept in {self.run_dir.path}, "
-            f"resume={self.run_dir.name} goes on from it"
+            f"({lost}); {kept}"
         )
 
     def _status(self, phase: Phase, round_: int) -> None:

@@ -37,8 +37,10 @@ class TrainSettings:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = 0.0
     in_flight: int = 2
+    lora_learning_rate: float = 0.0
+    """Learning rate of LoRA where it is not the classifier's; 0: the same."""
     schedule: tuple[float, ...] = ()
-    """Factor on the learning rate, one an epoch; empty: 1 throughout."""
+    """Factor on the learning rates, one an epoch; empty: 1 throughout."""
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,12 @@ def train(
 
     Raises FederationError when the loss stops being finite.
     """
-    trainable = [p for p in module.parameters(model.part).values() if p.requires_grad]
-    optimizer = _optimizer(trainable, settings)
+    optimizer = _optimizer(model, settings)
     loss_sum, samples = 0.0, 0
     for epoch in range(settings.epochs):
         if settings.schedule:
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * settings.schedule[epoch]
+                group["lr"] = group["initial_lr"] * settings.schedule[epoch]
         for batch, z in _encoded(model, batches(epoch), settings.in_flight, meter):
             loss = nn.functional.cross_entropy(model.tail(z, batch.mask), batch.labels)
             optimizer.zero_grad(set_to_none=True)
@@ -131,9 +132,19 @@ def train(
     return loss_sum / max(samples, 1)
 
 
-def _optimizer(trainable: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+def _optimizer(model: SplitModel, settings: TrainSettings) -> torch.optim.Optimizer:
+    """An optimiser with one parameter group for LoRA and one for the classifier."""
+    trainable = {n: p for n, p in module.parameters(model.part).items() if p.requires_grad}
+    lora = [p for n, p in trainable.items() if ".lora_" in n]
+    classifier = [p for n, p in trainable.items() if ".lora_" not in n]
+    rates = (settings.lora_learning_rate or settings.learning_rate, settings.learning_rate)
+    groups = [
+        {"params": parameters, "lr": rate, "initial_lr": rate}
+        for parameters, rate in zip((lora, classifier), rates, strict=True)
+        if parameters
+    ]
     kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.SGD
-    return kind(trainable, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return kind(groups, weight_decay=settings.weight_decay)
 
 
 def _encoded(

@@ -33,7 +33,17 @@ NodeConfig = Mapping[str, str | int | float | bool]
 Index = NDArray[np.int64]
 MAX_NAME_CHARS = 128
 # What a site may say of itself; the first two are Flower's own in simulation.
-NODE_KEYS = ("partition-id", "num-partitions", "site", "data", "cut", "encoder-tls-ca", "threads")
+NODE_KEYS = (
+    "partition-id",
+    "num-partitions",
+    "site",
+    "data",
+    "cut",
+    "encoder-tls-ca",
+    "encoder-tls-cert",
+    "encoder-tls-key",
+    "threads",
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +59,9 @@ class SiteSettings:
     encoder_tls_ca: str
     threads: int
     """Threads for torch; 0: torch's own choice."""
+    encoder_tls_cert: str = ""
+    encoder_tls_key: str = ""
+    """Certificate and key that this site shows to an encoder that asks for one."""
 
     @classmethod
     def from_node(cls, node: NodeConfig, *, node_id: int) -> SiteSettings:
@@ -90,6 +103,8 @@ class SiteSettings:
             cut=cut,
             partition=share,
             encoder_tls_ca=str(node.get("encoder-tls-ca", "")),
+            encoder_tls_cert=str(node.get("encoder-tls-cert", "")),
+            encoder_tls_key=str(node.get("encoder-tls-key", "")),
             threads=int(threads) if isinstance(threads, int) else 0,
         )
 
@@ -123,7 +138,14 @@ def open_site(
 
 @functools.lru_cache(maxsize=4)
 def _load(config: RunConfig, spec: str, name: str, classes: tuple[str, ...] | None) -> Examples:
-    return load_source(spec, site=name, classes=classes, max_samples=config.max_samples)
+    return load_source(
+        spec,
+        site=name,
+        classes=classes,
+        max_samples=config.max_samples,
+        text_column=config.text_column,
+        label_column=config.label_column,
+    )
 
 
 def _split(config: RunConfig, site: SiteSettings, examples: Examples) -> tuple[Index, Index, Index]:

@@ -1,6 +1,6 @@
 """What both ends of the gRPC connection agree on: method names, channel options, TLS, loopback.
 
-Called by server.py and client.py. The options' reasons and measurements: docs/protocol.md and PERF_SECURITY.
+Called by server.py and client.py. The options' reasons and measurements: docs/protocol.md.
 """
 
 from __future__ import annotations
@@ -61,6 +61,17 @@ class ClientTls(BaseModel):
     root_ca: Path | None = None
     cert: Path | None = None
     key: Path | None = None
+
+    @classmethod
+    def of(cls, ca: str, cert: str = "", key: str = "") -> ClientTls | None:
+        """TLS as settings spell it: `ca` empty for none, "system" for the machine's own roots, or a PEM file."""
+        if not ca:
+            return None
+        paths = (Path(p) if p else None for p in (cert, key))
+        return cls(
+            root_ca=None if ca == "system" else Path(ca),
+            **dict(zip(("cert", "key"), paths, strict=True)),
+        )
 
     @model_validator(mode="after")
     def _both_or_none(self) -> ClientTls:

@@ -191,12 +191,14 @@ def test_set_pairs_are_typed_by_their_key() -> None:
 
 
 def test_set_faults_come_together() -> None:
+    with pytest.raises(ConfigError, match="'rounds' has no '='; use KEY=VALUE"):
+        parse_set(["rounds", "seed=1"])
     with pytest.raises(ConfigError) as caught:
-        parse_set(["rounds", "lora_rank=3", "seed=1", "qqq=1"])
+        RunConfig.from_flat(parse_set(["lora_rank=3", "seed=1", "qqq=1", "cut=9"]))
     text = str(caught.value)
-    assert "'rounds' has no '='; use KEY=VALUE" in text
     assert "did you mean 'lora-rank'?" in text
     assert "unknown key 'qqq'" in text
+    assert "cut '9' is not a cut" in text
     assert text.count("\n  - ") == 3
 
 

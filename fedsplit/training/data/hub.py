@@ -61,7 +61,7 @@ def read_hub(name: str, request: Request) -> Examples:
     for key in (column, request.label_column):
         if key not in features:
             raise request.fault(
-                where, f"no column {key!r} in {sorted(features)}; name another column"
+                where, f"no column {key!r} in {sorted(features)}; set text-column and label-column"
             )
     kind: Kind = "image" if images else "text"
     items = HubItems(table, column, kind, request, where)

@@ -112,7 +112,7 @@ def _columns(path: Path, request: Request, first: list[str]) -> tuple[int, int] 
         return names.index(wanted[0]), names.index(wanted[1])
     if len(missing) == 2 and len(first) == 2:
         return None
-    hint = "rename a column or name the columns in the settings"
+    hint = "rename a column, or set text-column and label-column"
     if len(first) == 1 and ";" in first[0]:
         hint = "the file seems to be separated by ';', save it with commas"
     shown = [name[:40] for name in names[:30]]
@@ -150,7 +150,9 @@ def read_jsonl(path: Path, request: Request) -> Examples:
 def _value(request: Request, where: str, row: dict[str, object], column: str) -> str:
     if column not in row:
         keys = [key[:40] for key in list(row)[:30]]
-        raise request.fault(where, f"no column {column!r} in {keys}; add it or name another column")
+        raise request.fault(
+            where, f"no column {column!r} in {keys}; add it, or set text-column and label-column"
+        )
     value = row[column]
     if value is None:
         return ""

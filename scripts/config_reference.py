@@ -1,0 +1,111 @@
+"""Write docs/reference/config.md from `RunConfig`: every key with its type, default and meaning.
+
+The meanings are the lines of prose below the fields in fedsplit/core/config.py.
+
+    python scripts/config_reference.py           write the page
+    python scripts/config_reference.py --check   exit 1 when the page is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import sys
+import textwrap
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from fedsplit.core.config import RunConfig
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "config.md"
+
+HEAD = """\
+# Settings of a run
+
+Generated from `fedsplit/core/config.py` by `python scripts/config_reference.py`; do not edit this page by hand.
+
+The same flat keys are used everywhere: in `[tool.flwr.app.config]` of `pyproject.toml` (the defaults), as
+`fedsplit run --set KEY=VALUE`, and in `flwr run . --run-config 'KEY=VALUE'`, where strings are quoted as in TOML. All
+faults of a set of values are reported in one error.
+
+A site may override `data`, `cut` and `encoder-tls-ca` in its [node config](node-config.md). A resumed run keeps the
+settings it was started with; [resume](../how-to/resume.md) lists the few that may change.
+"""
+
+
+def meanings() -> dict[str, str]:
+    """Field -> the prose below it."""
+    source = textwrap.dedent(inspect.getsource(RunConfig))
+    body = ast.parse(source).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found: dict[str, str] = {}
+    for field, below in zip(body.body, body.body[1:], strict=False):
+        if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+            continue
+        if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+            found[field.target.id] = " ".join(str(below.value.value).split())
+    return found
+
+
+def type_of(annotation: Any) -> str:
+    """A field's type in words."""
+    if get_origin(annotation) is Literal:
+        return " or ".join(f"`{value}`" for value in get_args(annotation))
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join(type_of(a) for a in get_args(annotation))
+    names = {str: "text", int: "whole number", float: "number", bool: "`true` or `false`"}
+    return names.get(annotation, str(annotation))
+
+
+def bounds_of(metadata: list[Any]) -> str:
+    """The limits of a number, in symbols."""
+    signs = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    parts = []
+    for item in metadata:
+        for name, sign in signs.items():
+            value = getattr(item, name, None)
+            if value is not None:
+                parts.append(f"{sign} {value:g}" if value < 10**6 else f"{sign} {value}")
+    return ", ".join(parts)
+
+
+def default_of(value: Any) -> str:
+    """A default as it is written in TOML."""
+    if value == "":
+        return "empty"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{value}`"
+
+
+def page() -> str:
+    """The whole page. Raises KeyError for a field without a meaning."""
+    text = meanings()
+    lines = [HEAD, "| key | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in RunConfig.model_fields.items():
+        kind = type_of(field.annotation)
+        if limits := bounds_of(field.metadata):
+            kind = f"{kind}, {limits}"
+        meaning = text[name].replace("|", "\\|")
+        key = name.replace("_", "-")
+        lines.append(f"| `{key}` | {kind} | {default_of(field.default)} | {meaning} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write docs/reference/config.md from RunConfig.")
+    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    args = parser.parse_args()
+    wanted = page()
+    if args.check:
+        now = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+        return 0 if now == wanted else 1
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    PAGE.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -123,11 +123,12 @@ class RunDir:
             ) from err
 
     def forget_after(self, round_: int) -> None:
-        """Drop metrics of rounds after `round_`: a resumed run writes them anew."""
+        """Drop metrics of rounds after `round_` and the summary: a resumed run writes them anew."""
         kept = [m for m in self.read_metrics() if m.round <= round_]
         with _translated(self.path):
             text = "".join(m.model_dump_json() + "\n" for m in kept)
             _write_whole(self.path / "metrics.jsonl", text)
+            (self.path / "summary.json").unlink(missing_ok=True)
 
     def set_status(self, status: Status) -> None:
         """Rewrite status.json."""

@@ -14,7 +14,7 @@ from fedsplit.core.errors import (
     RefusedError,
     UnreachableError,
 )
-from fedsplit.transport.wiring import RETRY_AFTER_KEY
+from fedsplit.transport.wiring import RETRY_AFTER_KEY, is_loopback
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,10 @@ def _why_unreachable(address: str, details: str, *, tls: bool) -> str:
             "the encoder has just ended"
         )
     if "refused" in low or "failed to connect" in low or "dns" in low:
-        return f"no encoder answers at {address} ({details[:300]}); is `fedsplit encoder serve` running there?"
+        hint = "is `fedsplit encoder serve` running there?"
+        if is_loopback(address):
+            hint += " If it is on another machine than this, set encoder-address"
+        return f"no encoder answers at {address} ({details[:300]}); {hint}"
     return f"the connection to the encoder at {address} was lost ({details[:300]})"
 
 

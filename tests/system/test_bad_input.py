@@ -128,7 +128,7 @@ def fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., s
 
 
 def assert_nothing_half_written(root: Path) -> None:
-    assert [p for p in root.rglob("*.part")] == []
+    assert list(root.rglob("*.part")) == []
 
 
 # The settings, before anything starts.
@@ -247,6 +247,18 @@ def test_encoder_that_is_not_there(fails: Callable[..., str], secret: Path) -> N
     assert time.monotonic() - start < 30
     assert "no encoder answers at 127.0.0.1:1" in message
     assert "is `fedsplit encoder serve` running there?" in message
+    # Dialled from another machine, loopback is the wrong machine.
+    assert "encoder-address" in message
+
+
+def test_certificate_that_is_not_there(fails: Callable[..., str], secret: Path) -> None:
+    pem = str(secret.parent / "none.pem")
+    message = fails(encoder_tls_cert=pem, encoder_tls_key=pem)
+    assert f"the PEM file {pem} cannot be read: No such file" in message
+    message = fails(encoder_tls_cert=str(secret), encoder_tls_key=str(secret))
+    assert f"{secret} is not a PEM file" in message
+    message = fails(encoder_address="127.0.0.1:1", encoder_secret_file=str(secret), encoder_tls_ca=pem)
+    assert f"the PEM file {pem} cannot be read" in message
 
 
 def test_encoder_elsewhere_without_its_secret(fails: Callable[..., str], tmp_path: Path) -> None:
@@ -517,9 +529,9 @@ def marked() -> Iterator[tuple[dict[str, str], Callable[[], list[str]]]]:
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.environ().get("FEDSPLIT_TEST_MARK") == mark:
-                    if process.status() != psutil.STATUS_ZOMBIE:
-                        found.append(f"{process.pid} {' '.join(process.cmdline())[:100]}")
+                ours = process.environ().get("FEDSPLIT_TEST_MARK") == mark
+                if ours and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(f"{process.pid} {' '.join(process.cmdline())[:100]}")
         return found
 
     try:

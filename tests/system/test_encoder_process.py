@@ -225,4 +225,4 @@ def test_run_goes_on_with_the_sites_that_need_no_encoder(
     (left,) = [entry for entry in saved["left_out"] if entry["site"] == "site-0"]
     assert encoder.address in left["reason"]
     assert adapter(run.dir.path)
-    assert not [p for p in tmp_path.rglob("*.part")]
+    assert not list(tmp_path.rglob("*.part"))

@@ -257,7 +257,9 @@ def test_certificate_that_is_not_there(fails: Callable[..., str], secret: Path) 
     assert f"the PEM file {pem} cannot be read: No such file" in message
     message = fails(encoder_tls_cert=str(secret), encoder_tls_key=str(secret))
     assert f"{secret} is not a PEM file" in message
-    message = fails(encoder_address="127.0.0.1:1", encoder_secret_file=str(secret), encoder_tls_ca=pem)
+    message = fails(
+        encoder_address="127.0.0.1:1", encoder_secret_file=str(secret), encoder_tls_ca=pem
+    )
     assert f"the PEM file {pem} cannot be read" in message
 
 

@@ -104,9 +104,9 @@ def label_clustering(samples: int = 512, seed: int = 0) -> float:
     tensors = module.initial(backbone, spec, seed=seed)
     # A small random classifier stands for an early step: behind the all-zero one no gradient flows back.
     rng = np.random.default_rng(seed)
-    tensors["classifier.weight"] = rng.normal(
-        0, 0.05, tensors["classifier.weight"].shape
-    ).astype(np.float32)
+    tensors["classifier.weight"] = rng.normal(0, 0.05, tensors["classifier.weight"].shape).astype(
+        np.float32
+    )
     device, server = device_part(backbone, CUT, spec), server_part(backbone, spec)
     module.load(device, tensors)
     module.load(server, tensors)

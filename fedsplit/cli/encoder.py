@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -67,6 +68,8 @@ def serve(
         import torch
 
         torch.set_num_threads(threads)
+    # gRPC's own lines about a taken port say less than our error, and say it first.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from fedsplit.model.checkpoint import digest, find_backbone
     from fedsplit.serving.process import serve_encoder
 

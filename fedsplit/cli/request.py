@@ -63,12 +63,21 @@ def prepare(
     overrides = {k: v for k, v in merged.items() if found.config.get(k) != v}
     _check_keys(found, overrides)
     request = RunRequest(app=found, config=config, overrides=overrides, superlink=superlink)
+    if local:
+        _check_backbone(config)
     if not config.resume and request.run_dir.exists():
         raise ConfigError(
             f"the run folder {request.run_dir} exists already; choose another run-name, or go on "
             f"with that run: fedsplit run --resume {config.run_name}"
         )
     return request
+
+
+def _check_backbone(config: RunConfig) -> None:
+    """Raise now what the ServerApp would only say once Flower is up. Local runs read the same files."""
+    from fedsplit.model.backbone import Backbone
+
+    Backbone.find(config.backbone).check_cuts(config.cuts)
 
 
 def _resumed(runs_dir: Path, name: str, *, must_exist: bool) -> Flat:

@@ -73,10 +73,11 @@ def finish(summary: Any, run_dir: Path, out: Output) -> int:
     )
     code = EXIT_CODES[outcome]
     out.show(summary_view(summary))
-    plots = _plots(run_dir, out)
+    plots = _plots(run_dir, out) if summary.rounds_done else []
     if run_dir.is_dir():
         out.show(f"\nFiles: {run_dir}")
-    if code:
+    if code and summary.rounds_done:
+        # Said again below the tables, where it is read; without tables it stands there already.
         out.note(exit_text(summary))
     record: dict[str, Any] = summary.model_dump(mode="json")
     record |= {

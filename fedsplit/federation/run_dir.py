@@ -161,6 +161,11 @@ class RunDir:
         with _translated(self.path), _whole_folder(self.path / "module") as part:
             export(part)
 
+    @property
+    def has_checkpoint(self) -> bool:
+        """Was a round of this run ever finished?"""
+        return bool(_rounds(self.path / "checkpoints"))
+
     def last_checkpoint(self) -> Checkpoint:
         """The newest whole checkpoint. Raises RunDirError when there is none."""
         damage = []

@@ -46,12 +46,6 @@ def settle(config: RunConfig) -> RunConfig:
     return RunConfig.from_flat(saved | {key: new[key] for key in ("resume", *RESUME_KEYS)})
 
 
-def check_cuts(config: RunConfig, backbone: Backbone) -> None:
-    """Raise ConfigError unless every cut of the settings fits the backbone."""
-    for cut in config.cuts:
-        cut.check(backbone.blocks)
-
-
 class Run:
     """One run from roll call to summary."""
 
@@ -63,7 +57,7 @@ class Run:
         self.endpoint = endpoint
         self.simulated = simulated
         self.backbone = Backbone.find(config.backbone)
-        check_cuts(config, self.backbone)
+        self.backbone.check_cuts(config.cuts)
         runs = Path(config.runs_dir)
         if config.resume:
             self.dir = RunDir.reopen(runs, config.resume)
@@ -76,6 +70,9 @@ class Run:
         """Train and leave everything in the run directory. Raises FedsplitError after keeping what was reached."""
         _log.info("run directory: %s", self.dir.path)
         try:
+            if not self.config.resume:
+                # At once, so that a run that ends before its first round can be gone on with too.
+                self._write_config((), [])
             self._train()
             return self._finish("complete", "")
         except FedsplitError as err:
@@ -103,7 +100,7 @@ class Run:
             on_update=_log.info,
         )
         first, tensors = 1, module.initial(self.backbone, spec, seed=self.config.seed)
-        if self.config.resume:
+        if self.config.resume and self.dir.has_checkpoint:
             first, tensors = self._restore()
         arrays = messages.to_arrays(tensors)
         if self.config.compare_local_only and first == 1:

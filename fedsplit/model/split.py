@@ -40,6 +40,8 @@ def server_part(backbone: Backbone, spec: ModuleSpec, *, share: Part | None = No
         share=share,
     )
     module.attach(part, spec)
+    # Nothing trains here; a LoRA that wants gradients would only make each kept graph larger.
+    part.model.requires_grad_(False)
     return part
 
 

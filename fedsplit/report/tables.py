@@ -39,10 +39,14 @@ def exit_text(summary: Summary) -> str:
 def summary_view(summary: Summary) -> RenderableType:
     """Everything a person wants to see after a run: sites, costs, the whole, who was left out."""
     headline = Text(exit_text(summary), style=f"bold {_COLOURS[_worst(summary)]}")
-    tables = [_accuracy_table(summary), _cost_table(summary)] if summary.sites else []
-    tables.append(_global_block(summary))
+    tables = []
+    if summary.sites and summary.rounds_done:
+        tables += [_accuracy_table(summary), _cost_table(summary)]
+    if summary.rounds_done:
+        # Before the first round is through there are no numbers, only the reason.
+        tables.append(_global_block(summary))
     if summary.left_out:
-        tables.append(_left_out_table(summary.left_out))
+        tables.append(_left_out_table(summary.left_out, summary.rounds))
     return Group("", headline, *(part for table in tables for part in ("", table)))
 
 
@@ -126,7 +130,7 @@ def _alone(summary: Summary) -> str:
     alone, together = summary.accuracy_local_only, summary.accuracy_global
     if alone is None:
         return "not measured (compare-local-only=true measures it)"
-    text = f"{percent(alone)} on average"
+    text = f"{percent(alone)} on average, on the same samples"
     if together is None:
         return text
     gain = together - alone
@@ -134,10 +138,18 @@ def _alone(summary: Summary) -> str:
     return f"{text}; {verdict} {points(gain)}"
 
 
-def _left_out_table(left_out: tuple[LeftOut, ...]) -> Table:
+def _left_out_table(left_out: tuple[LeftOut, ...], summary_rounds: int) -> Table:
     table = _table("Left out", "Site", "Rounds", "Why")
     table.columns[2].justify = "left"
+    # The end of a reason is often the file's name, so long words fold and are not cut.
+    table.columns[2].overflow = "fold"
     for entry in left_out:
-        rounds = ", ".join("roll call" if r == 0 else str(r) for r in entry.rounds)
+        rounds = ", ".join(_round_name(r, summary_rounds) for r in entry.rounds)
         table.add_row(Text(entry.site, style="bold red"), rounds, Text(entry.reason))
     return table
+
+
+def _round_name(number: int, rounds: int) -> str:
+    if number == 0:
+        return "roll call"
+    return "last test" if number > rounds else str(number)

@@ -28,7 +28,9 @@ def adapter(run: Run | Path) -> dict[str, np.ndarray]:
     return load_file(path / "module" / "adapter_model.safetensors")
 
 
-def train_reply(change: Callable[[dict[str, Any], Answer], tuple[dict[str, Any], Answer]], node: int):
+def train_reply(
+    change: Callable[[dict[str, Any], Answer], tuple[dict[str, Any], Answer]], node: int
+):
     """A tamper that changes what `node` says after training."""
 
     def tamper(at: int, message: Message, reply: Message) -> Message:
@@ -155,7 +157,10 @@ def test_bad_update_is_refused_by_name_and_the_round_goes_on(kind: str, tmp_path
     # The module is what the good site alone made of it.
     alone = settings(tmp_path, run_name="alone", rounds=1, min_sites=1, cut="0,6", max_samples=80)
     silent = {"silent": lambda node, m: node == 1 and m.metadata.group_id == "1"}
-    with prepared(alone.model_copy(update={"deadline_s": 3.0}), simulated(2), **silent) as (other, _):
+    with prepared(alone.model_copy(update={"deadline_s": 3.0}), simulated(2), **silent) as (
+        other,
+        _,
+    ):
         other.go()
     good = adapter(other)
     assert all(np.array_equal(good[n], t) for n, t in adapter(run).items())
@@ -233,9 +238,7 @@ def test_other_backbone_files_at_a_site_are_refused(tmp_path: Path) -> None:
         run.go()
 
 
-def test_other_fedsplit_version_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_fedsplit_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedsplit.federation.site.__version__", "9.9.9")
     with (
         prepared(settings(tmp_path), simulated(2)) as (run, _),
@@ -245,15 +248,17 @@ def test_other_fedsplit_version_is_refused(
 
 
 def test_cut_beyond_the_backbone(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="it has 6 blocks"), prepared(
-        settings(tmp_path, cut="2,10"), simulated(2)
+    with (
+        pytest.raises(ConfigError, match="it has 6 blocks"),
+        prepared(settings(tmp_path, cut="2,10"), simulated(2)),
     ):
         pass
 
 
 def test_unknown_backbone(tmp_path: Path) -> None:
-    with pytest.raises(BackboneError, match="not a directory"), prepared(
-        settings(tmp_path, backbone=str(tmp_path / "none")), simulated(2)
+    with (
+        pytest.raises(BackboneError, match="not a directory"),
+        prepared(settings(tmp_path, backbone=str(tmp_path / "none")), simulated(2)),
     ):
         pass
 
@@ -284,7 +289,9 @@ def test_frozen_head_sends_no_gradient(training: str, tmp_path: Path) -> None:
 
 
 def test_classifier_alone(tmp_path: Path) -> None:
-    config = settings(tmp_path, module="classifier", cut="0,6;6,6", max_samples=320, learning_rate=0.02)
+    config = settings(
+        tmp_path, module="classifier", cut="0,6;6,6", max_samples=320, learning_rate=0.02
+    )
     with prepared(config, simulated(2)) as (run, _):
         summary = run.go()
     assert summary.accuracy_global > 0.5

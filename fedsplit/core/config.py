@@ -55,8 +55,8 @@ class RunConfig(BaseModel):
     """How the module is trained: fedv is the U-shaped split with exact gradients, averaged each round."""
     module: Literal["lora", "classifier"] = "lora"
     """What is trained: LoRA and the classifier, or the classifier alone."""
-    device_training: Literal["head+tail", "tail"] = "head+tail"
-    """tail freezes blocks[0:a]: no gradient goes up or comes down; module deltas still go up."""
+    device_training: Literal["tail", "head+tail"] = "tail"
+    """tail freezes a split's head, so that no gradient crosses the wire; a device without a split trains all."""
     encoder_training: Literal["frozen"] = "frozen"
     """What trains on the server."""
     lora_rank: int = Field(8, ge=1, le=1024)
@@ -171,6 +171,10 @@ class RunConfig(BaseModel):
         if self.lr_schedule == "constant":
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * (round_ - 1) / self.rounds))
+
+    def trains_head(self, cut: Cut) -> bool:
+        """Does LoRA below the cut train? Always where nothing is split: then no gradient could cross."""
+        return self.device_training == "head+tail" or cut.a == cut.b
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

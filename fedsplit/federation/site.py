@@ -158,7 +158,7 @@ class _Round:
         cut = Cut.parse(self.order.cut)
         part = device_part(self.backbone, cut, ModuleSpec.of(self.config, self.order.classes or ()))
         module.load(part, tensors)
-        if self.config.device_training == "tail":
+        if not self.config.trains_head(cut):
             module.freeze_head(part, cut.a)
         if self.order.stream is None:
             yield SplitModel(part, cut, None), None, None

@@ -306,7 +306,7 @@ class SplitStrategy(Strategy):
                     self.backbone,
                     self.spec,
                     site.cut,
-                    head=self.config.device_training == "head+tail",
+                    head=self.config.trains_head(site.cut),
                 ),
                 samples=site.call.samples,
             )

@@ -288,6 +288,15 @@ def test_frozen_head_sends_no_gradient(training: str, tmp_path: Path) -> None:
     }
 
 
+def test_without_a_split_a_frozen_head_is_no_head(tmp_path: Path) -> None:
+    config = settings(
+        tmp_path, rounds=1, cut="6,6", device_training="tail", max_samples=80, batch_size=8
+    )
+    with prepared(config, simulated(2)) as (run, _):
+        run.go()
+    assert len({n for n, t in adapter(run).items() if ".lora_B." in n and np.any(t)}) == 12
+
+
 def test_classifier_alone(tmp_path: Path) -> None:
     config = settings(
         tmp_path, module="classifier", cut="0,6;6,6", max_samples=320, learning_rate=0.02

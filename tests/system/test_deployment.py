@@ -27,6 +27,7 @@ SETTINGS = {
     "seed": 3,
     "partition": "dirichlet:0.5",
     "min-sites": 2,
+    "device-training": "head+tail",
     "sites": 2,
     "deadline-s": 200.0,
 }

@@ -30,7 +30,8 @@ def _two_threads() -> None:
 
 
 def train(config_of: dict[str, object], runs: Path, sites: int) -> tuple[Run, Summary]:
-    config = settings(runs, **{"deadline_s": 300.0, **config_of})
+    both = {"device_training": "head+tail"}
+    config = settings(runs, **{"deadline_s": 300.0, **both, **config_of})
     with prepared(config, simulated(sites)) as (run, _):
         return run, run.go()
 

@@ -8,7 +8,7 @@ D width, P width of the pooled features, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -81,31 +81,22 @@ def _classify_twice(model: Any, pooled_BP: Tensor) -> Tensor:
 # interpolate_pos_encoding is the identity at the size a backbone was trained with.
 _ANY_SIZE = (("interpolate_pos_encoding", True),)
 
+_VIT = Family(
+    model_type="vit",
+    kind="image",
+    model_class="ViTForImageClassification",
+    base="vit",
+    blocks="layers",
+    lora_targets=("q_proj", "v_proj"),
+    pool=_norm_first,
+    pool_modules=("layernorm",),
+    embed_kwargs=_ANY_SIZE,
+)
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
-        Family(
-            model_type="vit",
-            kind="image",
-            model_class="ViTForImageClassification",
-            base="vit",
-            blocks="layers",
-            lora_targets=("q_proj", "v_proj"),
-            pool=_norm_first,
-            pool_modules=("layernorm",),
-            embed_kwargs=_ANY_SIZE,
-        ),
-        Family(
-            model_type="deit",
-            kind="image",
-            model_class="DeiTForImageClassification",
-            base="deit",
-            blocks="layers",
-            lora_targets=("q_proj", "v_proj"),
-            pool=_norm_first,
-            pool_modules=("layernorm",),
-            embed_kwargs=_ANY_SIZE,
-        ),
+        _VIT,
+        replace(_VIT, model_type="deit", model_class="DeiTForImageClassification", base="deit"),
         Family(
             model_type="dinov2",
             kind="image",

@@ -322,7 +322,7 @@ def test_encoder_command(taken_port: int, secret: Path, tmp_path: Path) -> None:
 
 def test_more_sites_than_supernodes(fails: Callable[..., str]) -> None:
     assert "--federation-config 'num-supernodes=5'" in fails(sites=5)
-    message = fails(in_simulation=False, sites=5, min_sites=5, deadline_s=1.0)
+    message = fails(in_simulation=False, sites=5, min_sites=5, deadline_s=1.0, run_name="deployed")
     for words in ("2 sites are connected", "min-sites=5", "flower-supernode"):
         assert words in message
 

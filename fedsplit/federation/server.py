@@ -8,26 +8,24 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import time
 from importlib.metadata import version
 from pathlib import Path
 
-from flwr.app import Message
 from flwr.common.logger import LOGGER_NAME
 from flwr.serverapp import Grid
 
 from fedsplit import __version__
 from fedsplit.core.config import RESUME_KEYS, RunConfig
-from fedsplit.core.cut import Cut
-from fedsplit.core.errors import ConfigError, FederationError, FedsplitError, RunDirError
+from fedsplit.core.errors import ConfigError, FedsplitError, RunDirError
 from fedsplit.core.records import Outcome, Status, Summary
 from fedsplit.federation import messages
 from fedsplit.federation.endpoint import Endpoint
-from fedsplit.federation.exchange import exchange
 from fedsplit.federation.ledger import Ledger
-from fedsplit.federation.messages import LocalOnly, Order, RollCall
+from fedsplit.federation.messages import LocalOnly
+from fedsplit.federation.orders import Site
+from fedsplit.federation.roll_call import RollCaller
 from fedsplit.federation.run_dir import RunDir
-from fedsplit.federation.strategy import Site, SplitStrategy
+from fedsplit.federation.strategy import SplitStrategy
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec
@@ -84,8 +82,15 @@ class Run:
             raise
 
     def _train(self) -> None:
-        nodes = self._wait_for_nodes()
-        sites = self._roll_call(nodes)
+        sites = RollCaller(
+            run=self.dir.name,
+            config=self.config,
+            backbone=self.backbone,
+            grid=self.grid,
+            ledger=self.ledger,
+            simulated=self.simulated,
+            on_waiting=self._say_waiting,
+        ).sites()
         classes = self._classes(sites)
         spec = ModuleSpec.of(self.config, classes)
         self._write_config(classes, sites)
@@ -108,104 +113,11 @@ class Run:
         strategy.start(self.grid, arrays, self.config.rounds, first_round=first)
         self._save_module(strategy)
 
-    def _wait_for_nodes(self) -> list[int]:
-        wanted = self.config.sites or self.config.min_sites
-        end = time.monotonic() + (0.0 if self.simulated else self.config.deadline_s)
-        nodes: list[int] = []
-        while len(nodes) < wanted:
-            found = sorted(self.grid.get_node_ids())
-            if found != nodes or not found:
-                nodes = found
-                of = f" of {wanted}" if len(nodes) <= wanted else ""
-                text = f"{len(nodes)}{of} sites are connected"
-                self.dir.set_status(self._waiting(text))
-                _log.info("%s", text)
-            if time.monotonic() >= end:
-                break
-            time.sleep(0.5)
-        if self.simulated and len(nodes) < wanted:
-            raise FederationError(
-                f"sites={wanted} are wanted, the simulation has {len(nodes)}; start it with "
-                f"--federation-config 'num-supernodes={wanted}'"
-            )
-        if len(nodes) < self.config.min_sites:
-            raise FederationError(
-                f"{len(nodes)} sites are connected after {self.config.deadline_s:g} s, "
-                f"min-sites={self.config.min_sites} are wanted; start flower-supernode on the missing ones"
-            )
-        for number in range(len(nodes), wanted):
-            self.ledger.absent(0, f"(site {number + 1} of {wanted})", "it was not connected")
-        return nodes
-
-    def _waiting(self, text: str) -> Status:
-        return Status(
+    def _say_waiting(self, text: str) -> None:
+        status = Status(
             phase="waiting", round=0, rounds=self.config.rounds, sites=(), replied=(), message=text
         )
-
-    def _roll_call(self, nodes: list[int]) -> list[Site]:
-        """Ask every node who it is; deal the cuts in the order of the sites' numbers and names."""
-        orders = {str(node): self._roll_call_order(node) for node in nodes}
-        calls: dict[int, RollCall] = {}
-        answered = set()
-        for name, reply in exchange(self.grid, orders, deadline_s=self.config.deadline_s):
-            answered.add(name)
-            fault = messages.fault_of(reply)
-            try:
-                call = self._call_of(reply)
-            except FedsplitError as err:
-                reason = str(err)
-            else:
-                if call.site not in {c.site for c in calls.values()}:
-                    calls[int(name)] = call
-                    continue
-                reason = f"another site is called {call.site!r} too; give each its own name"
-            who = fault.site if fault and fault.site else f"node {name}"
-            self.ledger.absent(0, who, reason)
-            _log.warning("%s left out: %s", who, reason)
-        for name in sorted(orders.keys() - answered):
-            self.ledger.absent(0, f"node {name}", "no answer to the roll call")
-        if len(calls) < self.config.min_sites:
-            # Most reasons name their site themselves.
-            why = "; ".join(
-                f"{site}: {reason.removeprefix(f'site {site!r}: ')}"
-                for _, site, reason in self.ledger.absences
-            )
-            raise FederationError(
-                f"{len(calls)} of {len(nodes)} sites can take part, min-sites={self.config.min_sites} are "
-                f"wanted: {why}"
-            )
-        ordered = sorted(calls.items(), key=lambda item: (item[1].number, item[1].site))
-        ordered = ordered[: self.config.sites or None]
-        return [self._site(node, call, i) for i, (node, call) in enumerate(ordered)]
-
-    def _call_of(self, reply: Message) -> RollCall:
-        """What a site says of itself. Raises FedsplitError when it cannot take part."""
-        if (fault := messages.fault_of(reply)) is not None:
-            raise FederationError(fault.message)
-        call = messages.read(reply.content, messages.ANSWER, RollCall)
-        if call.cut:
-            Cut.parse(call.cut).check(self.backbone.blocks)
-        return call
-
-    def _roll_call_order(self, node: int) -> Message:
-        order = Order(
-            kind="roll-call",
-            run=self.dir.name,
-            round=0,
-            fedsplit_version=__version__,
-            config=self.config.flat_for_sites(),
-            classes=self.config.class_names,
-            cut="",
-            backbone_sha256=self.backbone.sha256,
-            stream=None,
-        )
-        return Message(messages.write(messages.ORDER, order), node, "query", group_id="0")
-
-    def _site(self, node: int, call: RollCall, place: int) -> Site:
-        cut = Cut.parse(call.cut) if call.cut else self.config.cuts[place % len(self.config.cuts)]
-        self.ledger.calls[call.site] = call
-        self.ledger.cuts[call.site] = str(cut)
-        return Site(call.site, node, cut, call)
+        self.dir.set_status(status)
 
     def _classes(self, sites: list[Site]) -> tuple[str, ...]:
         classes = self.config.class_names or tuple(

@@ -8,38 +8,25 @@ receives before it trains it, so the curve costs no message of its own; one more
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedsplit import __version__
 from fedsplit.core.aggregation import Update, aggregate, check_update
 from fedsplit.core.config import RunConfig
-from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Grant
 from fedsplit.core.errors import FederationError, FedsplitError, UpdateError
 from fedsplit.core.records import Phase, Status
 from fedsplit.federation import messages
 from fedsplit.federation.endpoint import Endpoint
 from fedsplit.federation.exchange import exchange
 from fedsplit.federation.ledger import Ledger
-from fedsplit.federation.messages import Answer, Kind, LocalOnly, Order, RollCall
+from fedsplit.federation.messages import Answer, LocalOnly
+from fedsplit.federation.orders import Orders, Site
 from fedsplit.federation.run_dir import Checkpoint, RunDir
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec, ModuleTensors
-
-
-@dataclass(frozen=True)
-class Site:
-    """One site of the run."""
-
-    name: str
-    node_id: int
-    cut: Cut
-    call: RollCall
 
 
 class SplitStrategy(Strategy):
@@ -68,6 +55,14 @@ class SplitStrategy(Strategy):
         self.rounds_done = 0
         self._say = on_update
         self._replied: list[str] = []
+        self._orders = Orders(
+            run=run_dir.name,
+            config=config,
+            backbone=backbone,
+            spec=spec,
+            sites=tuple(self.sites.values()),
+            endpoint=endpoint,
+        )
 
     # What Flower's Strategy asks for.
 
@@ -81,7 +76,7 @@ class SplitStrategy(Strategy):
     ) -> Iterable[Message]:
         """One train message a site, with the module tensors that its device holds."""
         del config, grid
-        return self._orders("train", server_round, _tensors(arrays)).values()
+        return self._orders.messages("train", server_round, _tensors(arrays))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -100,7 +95,7 @@ class SplitStrategy(Strategy):
     ) -> Iterable[Message]:
         """One evaluate message a site; only the last module is tested by a message of its own."""
         del config, grid
-        return self._orders("evaluate", server_round, _tensors(arrays)).values()
+        return self._orders.messages("evaluate", server_round, _tensors(arrays))
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
@@ -145,8 +140,8 @@ class SplitStrategy(Strategy):
         """Let every site train alone, for as many epochs as the run has, and note what it reaches."""
         self.module = _tensors(arrays)
         self._publish(0)
-        orders = self._orders("local-only", 0, self.module).values()
-        deadline_s = self.config.deadline_s * self.config.rounds
+        orders = self._orders.messages("local-only", 0, self.module)
+        deadline_s = self._orders.deadline_s("local-only")
         for reply in self._exchange(grid, 0, orders, "training", deadline_s=deadline_s):
             site = self.sites[reply.metadata.src_node_id]
             try:
@@ -169,71 +164,12 @@ class SplitStrategy(Strategy):
 
     # The steps.
 
-    def _version(self, round_: int) -> str:
-        return f"{self.run_dir.name}/{round_}"
-
     def _publish(self, round_: int) -> None:
         if all(site.cut.local(self.backbone.blocks) for site in self.sites.values()):
             return
         names = module.server_names(self.backbone, self.spec)
         packed = module.pack(self.spec, {n: self.module[n] for n in names})
-        self.endpoint.publish(self._version(round_), packed)
-
-    def _orders(self, kind: Kind, round_: int, tensors: ModuleTensors) -> dict[str, Message]:
-        flat = self.config.flat_for_sites()
-        orders = {}
-        for site in self.sites.values():
-            order = Order(
-                kind=kind,
-                run=self.run_dir.name,
-                round=round_,
-                fedsplit_version=__version__,
-                config=flat,
-                classes=self.spec.classes,
-                cut=str(site.cut),
-                backbone_sha256=self.backbone.sha256,
-                stream=None
-                if site.cut.local(self.backbone.blocks)
-                else self.endpoint.stream_for(
-                    self._grant(site, round_, kind), deadline_s=self._deadline_s(kind)
-                ),
-            )
-            content = messages.write(messages.ORDER, order)
-            held = module.device_names(self.backbone, self.spec, site.cut)
-            content[messages.MODULE] = messages.to_arrays({n: tensors[n] for n in held})
-            message_type = "evaluate" if kind == "evaluate" else "train"
-            orders[site.name] = Message(
-                content,
-                site.node_id,
-                message_type,
-                # A site that was away must not start on a round that is over.
-                ttl=self._deadline_s(kind),
-                group_id=str(round_),
-            )
-        return orders
-
-    def _deadline_s(self, kind: Kind) -> float:
-        return self.config.deadline_s * (self.config.rounds if kind == "local-only" else 1)
-
-    def _grant(self, site: Site, round_: int, kind: Kind) -> Grant:
-        epochs = self.config.local_epochs * (self.config.rounds if kind == "local-only" else 1)
-        tests = sum(s.call.test_samples for s in self.sites.values())
-        samples = epochs * site.call.samples + 3 * tests
-        return Grant(
-            run=self.run_dir.name,
-            site=site.name,
-            task=self.config.task,
-            round=round_,
-            a=site.cut.a,
-            b=site.cut.b,
-            version=self._version(round_),
-            backbone_sha256=self.backbone.sha256,
-            fedsplit_version=__version__,
-            max_batch=self.config.batch_size,
-            max_tokens=self.backbone.max_tokens(self.config.image_size, self.config.max_length),
-            # Twice what the round needs: last batches are smaller, and a retry must not run dry.
-            max_steps=2 * (samples // self.config.batch_size + 1) + 64,
-        )
+        self.endpoint.publish(self._orders.version(round_), packed)
 
     def _exchange(
         self,
@@ -279,6 +215,11 @@ class SplitStrategy(Strategy):
         if told != (name, round_):
             raise FederationError(f"it answered for {told}, ({name!r}, {round_}) was asked")
         numbers = answer.metrics
+        call = self.ledger.calls[name]
+        if numbers.test_samples != call.test_samples:
+            raise FederationError(
+                f"it tested {numbers.test_samples} samples, at roll call it had {call.test_samples}"
+            )
         if max(numbers.correct_global, numbers.correct_personal or 0) > numbers.test_samples:
             raise FederationError("its test numbers contradict each other")
         return answer

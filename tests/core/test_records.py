@@ -29,7 +29,7 @@ METRICS = {
     "seconds_wait": 0.25,
     "peak_rss_bytes": 6,
 }
-# DESIGN.md names these; reports, the CLI and users' scripts read them.
+# Reports, the CLI and users' scripts read them.
 SUMMARY_KEYS = {
     "run", "method", "backbone", "backbone_sha256", "rounds_done", "sites", "accuracy_global",
     "accuracy_global_start", "accuracy_local_only", "bytes_activation", "bytes_module",

@@ -27,7 +27,7 @@ from tests.system.flower import BIN, ROOT, fedsplit, free_port
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 PLOTS = {f"{name}.{kind}" for name in ("accuracy", "traffic") for kind in ("png", "svg")}
-# What DESIGN.md says that a summary holds at least.
+# What a summary holds at least.
 FIELDS = {
     "run", "method", "backbone", "backbone_sha256", "rounds_done", "sites", "accuracy_global", "accuracy_global_start",
     "accuracy_local_only", "bytes_activation", "bytes_module", "bytes_full_model", "wall_s", "outcome", "left_out",
@@ -39,7 +39,7 @@ SITE_FIELDS = {
 
 
 def assert_complete(folder: Path, *, rounds: int) -> Summary:
-    """The run folder holds all that DESIGN.md promises, and no leftovers."""
+    """The run folder holds all that docs/reference/run-directory.md promises, and no leftovers."""
     summary = Summary.model_validate_json((folder / "summary.json").read_text())
     assert summary.outcome == "complete", summary
     assert summary.rounds_done == rounds

@@ -331,7 +331,7 @@ def test_fewer_supernodes_than_sites_is_partial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hurried = SimpleNamespace(monotonic=iter(range(0, 10**6, 100)).__next__, sleep=lambda _: None)
-    monkeypatch.setattr("fedsplit.federation.server.time", hurried)
+    monkeypatch.setattr("fedsplit.federation.roll_call.time", hurried)
     flat = BASE | {"runs-dir": str(tmp_path), "sites": 3, "cut": "6,6"}
     summary = run_once(flat, simulated(2), in_simulation=False)
     assert summary.outcome == "partial"

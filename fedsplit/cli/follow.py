@@ -66,7 +66,8 @@ class Snapshot:
 class RunFiles:
     """A run's folder, which may not exist yet. What lies there already (a resumed run's) does not count."""
 
-    _NAMES = ("metrics.jsonl", "status.json", "summary.json")
+    # In the order opposite to the app's writing, so that what is read last is at least as new as the rest.
+    _NAMES = ("summary.json", "status.json", "metrics.jsonl")
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -140,7 +141,9 @@ class Progress:
             total=max(1, snapshot.total),
             accuracy=text,
         )
-        line = where if status.phase in {"starting", "waiting"} else f"round {status.round}"
+        # A round that begins is news; so is the end, even if its round's number was said before.
+        in_round = status.phase in {"training", "evaluating"}
+        line = f"round {status.round}" if in_round else where
         if not self._console.is_terminal and line != self._said:
             self._said = line
             self._console.print(f"{where}{'; ' if text else ''}{text}", markup=False)

@@ -602,7 +602,9 @@ def test_ctrl_c_then_sigterm_then_the_run_completes(tmp_path: Path) -> None:
             assert "Traceback" not in err
             assert alive() == []
             rounds.append(assert_whole(folder))
-            assert not (folder / "summary.json").exists()
+            if (folder / "summary.json").exists():
+                # Where the app outlived its sites for a moment it could still say so.
+                assert json.loads((folder / "summary.json").read_text())["outcome"] == "failed"
         assert 2 <= rounds[0] < rounds[1] < 30
         done = start(env, tmp_path, "run", "--resume", "stopped", "--json")
         out, err = done.communicate(timeout=300)

@@ -118,7 +118,7 @@ def _accuracy(summary: Summary, metrics: Sequence[RoundMetrics]) -> Figure:
 
 def _site_lines(axes: Axes, metrics: Sequence[RoundMetrics]) -> None:
     """A thin line a site; with more sites than colours all are grey, and one legend entry stands for them."""
-    sites = list(dict.fromkeys(m.site for m in metrics))
+    sites = sorted({m.site for m in metrics})
     many = len(sites) > len(_SITE_COLOURS)
     for i, site in enumerate(sites):
         # A metrics line of round r tested the module as it was after round r - 1.
@@ -142,7 +142,7 @@ def _reference(axes: Axes, value: float | None, label: str, style: str) -> None:
 
 
 def _traffic(summary: Summary, metrics: Sequence[RoundMetrics]) -> Figure:
-    sites = list(dict.fromkeys(m.site for m in metrics))
+    sites = sorted({m.site for m in metrics})
     height = 3.3 + 0.42 * max(2, len(sites))
     figure = Figure(figsize=(9, height), layout="constrained")
     upper, lower = figure.subplots(2, 1, height_ratios=[max(2.0, 0.55 * len(sites)) + 0.6, 1.3])

@@ -107,6 +107,9 @@ class Run:
         first, tensors = 1, module.initial(self.backbone, spec, seed=self.config.seed)
         if self.config.resume and self.dir.has_checkpoint:
             first, tensors = self._restore()
+        elif self.config.resume:
+            # What an unfinished first round left behind would be counted twice.
+            self.dir.forget_after(0)
         arrays = messages.to_arrays(tensors)
         if self.config.compare_local_only and first == 1:
             strategy.compare_local_only(self.grid, arrays)

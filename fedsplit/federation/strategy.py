@@ -263,7 +263,7 @@ class SplitStrategy(Strategy):
             f"the module after round {self.rounds_done} is kept in {self.run_dir.path}, "
             f"resume={self.run_dir.name} goes on from it"
             if self.rounds_done
-            else "no round was finished, so start a new run when the sites are back"
+            else f"no round was finished, resume={self.run_dir.name} starts it again"
         )
         return (
             f"round {round_} got {useful} useful updates, min-sites={self.config.min_sites} are wanted "

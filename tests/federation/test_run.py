@@ -129,6 +129,21 @@ def test_resumed_run_equals_the_undisturbed_one(tmp_path: Path) -> None:
     assert all(np.array_equal(before[n], after[n]) for n in before)
 
 
+def test_resuming_before_the_first_round_starts_again(tmp_path: Path) -> None:
+    def lost(node: int, message: Message) -> bool:
+        return message.metadata.group_id == "1" and node == 1
+
+    broken = settings(tmp_path, rounds=1, deadline_s=8.0)
+    with (
+        prepared(broken, simulated(2), silent=lost) as (run, _),
+        pytest.raises(FederationError, match=r"no round was finished, resume=run starts it again"),
+    ):
+        run.go()
+    with prepared(settle(settings(tmp_path, run_name="", resume="run")), simulated(2)) as (run, _):
+        assert run.go().outcome == "complete"
+    assert len(run.dir.read_metrics()) == 2 * 2
+
+
 BAD = {
     "NaN": lambda d, a: ({n: t * np.float32("nan") for n, t in d.items()}, a),
     "float64": lambda d, a: ({n: t.astype(np.float64) for n, t in d.items()}, a),

@@ -14,8 +14,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fedsplit.core.contradictions import contradictions
 from fedsplit.core.cut import Cut, parse_cuts
 from fedsplit.core.errors import ConfigError
+from fedsplit.core.flat import Flat, fault, is_number, read_pairs, unknown
+from fedsplit.core.methods import METHODS, Method, apply
 
 # What a resumed run takes from its new settings; all else is what the run was started with.
 RESUME_KEYS = (
@@ -23,7 +26,7 @@ RESUME_KEYS = (
     "encoder-secret-file", "encoder-tls-cert", "encoder-tls-key", "encoder-tls-ca", "encoder-insecure",
 )  # fmt: skip
 _SERVER_KEYS = (
-    "runs-dir", "run-name", "resume", "encoder-bind", "encoder-secret-file", "encoder-tls-cert", "encoder-tls-key",
+    "runs-dir", "run-name", "resume", "start-module", "encoder-bind", "encoder-secret-file", "encoder-tls-cert", "encoder-tls-key",
 )  # fmt: skip
 PARTITIONS = "iid, dirichlet:ALPHA, pathological:CLASSES or quantity:ALPHA"
 
@@ -51,22 +54,54 @@ class RunConfig(BaseModel):
     """Column that holds the label."""
     cut: str = "1,5"
     """"a,b", or several, "a,b;c,d", dealt to the sites in turn; a site's node config overrides."""
-    method: Literal["fedv"] = "fedv"
-    """How the module is trained: fedv is the U-shaped split with exact gradients, averaged each round."""
-    module: Literal["lora", "classifier"] = "lora"
-    """What is trained: LoRA and the classifier, or the classifier alone."""
+    method: str = "fedv"
+    """A name for several of the keys below at once; docs/reference/methods.md lists them."""
+    module: Literal["lora", "prompt", "adapter", "classifier", "full"] = "lora"
+    """What is trained beside the classifier: LoRA, prompt tokens, adapters, nothing, or all weights."""
+    module_blocks: int = Field(0, ge=0)
+    """LoRA and adapters sit on the last so many blocks; 0: on all."""
     device_training: Literal["tail", "head+tail"] = "tail"
     """tail freezes a split's head, so that no gradient crosses the wire; a device without a split trains all."""
-    encoder_training: Literal["frozen"] = "frozen"
-    """What trains on the server."""
+    encoder_training: Literal["frozen", "hosted", "shared", "zeroth-order"] = "frozen"
+    """What trains on the server: nothing, a copy a site, one copy for all, or a copy a site without gradients."""
+    gradient: Literal["exact", "zeroth-order"] = "exact"
+    """How the device's gradient is found: by backpropagation, or from differences of losses alone."""
+    zo_estimator: Literal["forward", "central", "one-point"] = "central"
+    """Zeroth-order estimator: q+1, 2q or 1 forwards a step."""
+    zo_queries: int = Field(1, ge=1, le=1024)
+    """q, the directions of a zeroth-order step."""
+    zo_epsilon: float = Field(0.01, gt=0, le=10)
+    """Length of a zeroth-order perturbation."""
+    zo_directions: Literal["gaussian", "sphere"] = "gaussian"
+    """How zeroth-order directions are drawn."""
     lora_rank: int = Field(8, ge=1, le=1024)
     """Rank of LoRA's two matrices."""
     lora_alpha: int = Field(16, ge=1, le=2**20)
     """LoRA's output is scaled by lora-alpha / lora-rank."""
     lora_targets: str = ""
     """Comma-separated names of the linear layers that get LoRA; empty: query and value."""
-    rounds: int = Field(5, ge=1, le=100_000)
+    lora_ranks: str = ""
+    """Ranks "4;8;16" dealt to the sites in turn, at most lora-rank; empty: lora-rank for all."""
+    lora_aggregation: Literal[
+        "plain", "ffa", "rolora", "flexlora", "flora", "lora-fair", "hetlora"
+    ] = "plain"
+    """How the sites' LoRA becomes one."""
+    prompt_tokens: int = Field(8, ge=1, le=1024)
+    """Tokens of module=prompt."""
+    adapter_width: int = Field(16, ge=1, le=4096)
+    """Inner width of module=adapter."""
+    classifier_init: Literal["zero", "class-means", "ridge"] = "zero"
+    """The classifier's start: zero, or in closed form from summed statistics of frozen features."""
+    ridge_lambda: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Regularisation of classifier-init=ridge, in units of the mean squared feature."""
+    calibrate: bool = True
+    """Scale a closed-form classifier by the temperature with the least loss over the sites."""
+    classifier_training: Literal["trained", "fixed"] = "trained"
+    """fixed keeps the classifier as it started."""
+    rounds: int = Field(5, ge=0, le=100_000)
     """Rounds of training; one more message tests the last module."""
+    participation: float = Field(1.0, gt=0, le=1)
+    """Share of the sites that trains in a round, drawn anew each round; all are tested at the end."""
     local_epochs: int = Field(1, ge=1, le=1000)
     """Times a site goes through its training samples in a round."""
     batch_size: int = Field(32, ge=1, le=4096)
@@ -77,14 +112,52 @@ class RunConfig(BaseModel):
     """Learning rate of LoRA; 0: the same as the classifier's."""
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     """How the learning rates go over the rounds: cosine falls from the full rate towards 0."""
+    warmup_rounds: int = Field(0, ge=0, le=100_000)
+    """Rounds over which the learning rates rise to the full rate first."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """The site's optimiser; it starts anew in each round."""
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Weight decay of the optimiser."""
+    clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Longest gradient of a step on the device; 0: any."""
+    accumulate: int = Field(1, ge=1, le=1024)
+    """Batches whose gradients make one step of the optimiser."""
+    loss: Literal["softmax", "one-vs-all"] = "softmax"
+    """Cross-entropy over the classes, or one yes-or-no question a class."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the label that is spread over all classes."""
+    augmentation: Literal["none", "flip", "crop+flip"] = "none"
+    """Random changes of training images."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of the device's blocks in training; bf16 where the device has it."""
+    early_stop_rounds: int = Field(0, ge=0)
+    """End after so many rounds without a better global accuracy and keep the best module; 0: never."""
+    proximal_mu: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """FedProx: weight of the squared distance to the received module."""
+    personalisation: Literal["none", "ditto", "fed-rod"] = "none"
+    """What a site keeps for itself beside the averaged module."""
+    ditto_lambda: float = Field(0.1, ge=0, allow_inf_nan=False)
+    """How strongly Ditto holds the personal module near the averaged one."""
+    site_local: Literal["none", "classifier", "all"] = "none"
+    """What the device trains and never sends: nothing, its classifier, or everything."""
+    sync_every: int = Field(1, ge=1)
+    """Rounds between two averages of what the devices train; in between it stays at the site."""
+    server_optimizer: Literal["mean", "momentum", "adam", "yogi"] = "mean"
+    """What the server makes of the mean update: itself, or a step of FedAvgM, FedAdam or FedYogi."""
+    server_learning_rate: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Learning rate of the server's optimiser."""
+    server_momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of server-optimizer=momentum."""
+    robust_rule: Literal["mean", "trimmed-mean", "median", "krum", "multi-krum", "bulyan"] = "mean"
+    """How the sites' updates are combined; all but mean stand some hostile sites."""
+    byzantine_sites: int = Field(0, ge=0)
+    """Hostile sites that the robust rule is to stand."""
     codec: Literal["fp32", "fp16"] = "fp32"
     """How activations and gradients become bytes: fp32 (exact) or fp16 (half the bytes)."""
     in_flight: int = Field(2, ge=1, le=8)
     """Steps on the wire at once where the algorithm allows it: evaluation, frozen heads."""
+    cache_activations: bool = False
+    """Keep what the encoder answered for each sample while its module stays the same, in memory."""
     partition: str = "dirichlet:0.3"
     """How simulation deals one source to the sites; deployed sites have their own data."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
@@ -117,6 +190,8 @@ class RunConfig(BaseModel):
     """CA that sites check the encoder against: a PEM file, or "system"; a site's node config overrides."""
     encoder_insecure: bool = False
     """Allow the encoder port without TLS beyond loopback."""
+    start_module: str = ""
+    """Folder of a trained module to start from, on the ServerApp's machine; empty: a fresh one."""
     compare_local_only: bool = False
     """Also train every site alone, for as many epochs, and report how far that gets."""
     runs_dir: str = "runs"
@@ -141,23 +216,31 @@ class RunConfig(BaseModel):
         name, _, arg = value.partition(":")
         good = value == "iid"
         if name in {"dirichlet", "quantity"}:
-            good = _is_number(arg) and 0 < float(arg) < math.inf
+            good = is_number(arg) and 0 < float(arg) < math.inf
         elif name == "pathological":
             good = arg.isascii() and arg.isdigit() and len(arg) < 10 and int(arg) > 0
         if not good:
             raise ValueError(f"partition {value[:100]!r} is not known; use {PARTITIONS}")
         return value
 
+    @field_validator("method")
+    @classmethod
+    def _check_method(cls, value: str) -> str:
+        if value not in METHODS:
+            raise ValueError(unknown_method(value))
+        return value
+
+    @field_validator("lora_ranks")
+    @classmethod
+    def _check_ranks(cls, value: str) -> str:
+        parts = [part.strip() for part in value.split(";")] if value else []
+        if any(not (p.isascii() and p.isdigit() and 0 < len(p) < 5 and int(p)) for p in parts):
+            raise ValueError(f"lora-ranks {value[:100]!r} are not ranks; use e.g. 4;8;16")
+        return value
+
     @model_validator(mode="after")
     def _check_together(self) -> RunConfig:
-        faults = []
-        if self.sites and self.min_sites > self.sites:
-            faults.append(
-                f"min-sites={self.min_sites} is more than sites={self.sites}; lower min-sites"
-            )
-        if bool(self.encoder_tls_cert) != bool(self.encoder_tls_key):
-            faults.append("encoder-tls-cert and encoder-tls-key go together; set both or neither")
-        if faults:
+        if faults := contradictions(self):
             raise ValueError("\n  - ".join(faults))
         return self
 
@@ -166,11 +249,38 @@ class RunConfig(BaseModel):
         """The cuts that are dealt to the sites in turn."""
         return parse_cuts(self.cut)
 
+    @property
+    def method_description(self) -> Method:
+        """What the method's name stands for."""
+        return METHODS[self.method]
+
+    def cuts_on(self, blocks: int) -> tuple[Cut, ...]:
+        """The cuts that are dealt on a backbone of `blocks` blocks; a method may want whole devices."""
+        if self.method_description.placement == "device":
+            return (Cut(blocks, blocks),)
+        return self.cuts
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The LoRA ranks that are dealt to the sites in turn."""
+        return tuple(int(r) for r in self.lora_ranks.split(";") if r) or (self.lora_rank,)
+
     def learning_rate_factor(self, round_: int) -> float:
-        """Factor on the learning rate in a round, 1 in the first: half a cosine over the rounds."""
+        """Factor on the learning rate in a round: a straight rise, then half a cosine over the rest."""
+        if round_ <= self.warmup_rounds:
+            return round_ / (self.warmup_rounds + 1)
         if self.lr_schedule == "constant":
             return 1.0
-        return 0.5 * (1 + math.cos(math.pi * (round_ - 1) / self.rounds))
+        done, all_ = round_ - self.warmup_rounds - 1, self.rounds - self.warmup_rounds
+        return 0.5 * (1 + math.cos(math.pi * done / all_))
+
+    def selected(self, sites: int) -> int:
+        """How many of `sites` sites train in a round."""
+        return round(self.participation * sites)
+
+    def syncs(self, round_: int) -> bool:
+        """Is what the devices trained sent and averaged in this round? The last round always is."""
+        return round_ % self.sync_every == 0 or round_ == self.rounds
 
     def trains_head(self, cut: Cut) -> bool:
         """Does LoRA below the cut train? Always where nothing is split: then no gradient could cross."""
@@ -185,16 +295,23 @@ class RunConfig(BaseModel):
     def from_flat(cls, flat: Mapping[str, Any]) -> RunConfig:
         """Read Flower's flat kebab-case keys. Raises one ConfigError that lists every fault."""
         known = set(cls.keys())
-        faults = [_unknown(key, known) for key in flat if key not in known]
+        faults = [unknown(key, known) for key in flat if key not in known]
+        settled, more = apply({k: v for k, v in flat.items() if k in known}, cls.defaults())
+        faults += more
         try:
-            config = cls(**{k: v for k, v in flat.items() if k in known})
+            config = cls(**settled)  # type: ignore[arg-type]
         except ValidationError as err:
-            faults += [_fault(e) for e in err.errors()]
+            faults += [fault(e) for e in err.errors()]
         if faults:
             raise ConfigError(
                 "the run's settings have faults:\n" + "\n".join(f"  - {f}" for f in faults)
             )
         return config
+
+    @classmethod
+    def defaults(cls) -> Flat:
+        """Every key with its default."""
+        return {_kebab(name): field.default for name, field in cls.model_fields.items()}
 
     @classmethod
     def keys(cls) -> tuple[str, ...]:
@@ -210,58 +327,13 @@ class RunConfig(BaseModel):
         return {k: v for k, v in self.flat().items() if k not in _SERVER_KEYS}
 
 
-def parse_set(pairs: list[str]) -> dict[str, str | int | float | bool]:
+def parse_set(pairs: list[str]) -> Flat:
     """Read `KEY=VALUE` pairs of the command line, typed by the key. Raises ConfigError for one without `=`."""
-    flat: dict[str, str | int | float | bool] = {}
-    faults: list[str] = []
-    kinds = {_kebab(n): f.annotation for n, f in RunConfig.model_fields.items()}
-    for pair in pairs:
-        key, eq, value = pair.partition("=")
-        if not eq:
-            faults.append(f"{pair!r} has no '='; use KEY=VALUE")
-        else:
-            # from_flat reports unknown keys together with all other faults.
-            flat[key] = _typed(value, kinds.get(key))
-    if faults:
-        raise ConfigError("the settings have faults:\n" + "\n".join(f"  - {f}" for f in faults))
-    return flat
+    return read_pairs(pairs, {_kebab(n): f.annotation for n, f in RunConfig.model_fields.items()})
 
 
-def _typed(value: str, kind: Any) -> str | int | float | bool:
-    """The value in its key's type where it reads as such; pydantic says the rest."""
-    if kind is bool and value.lower() in {"true", "false"}:
-        return value.lower() == "true"
-    if kind is int and _is_integer(value):
-        return int(value)
-    if kind is float and _is_number(value):
-        return float(value)
-    return value
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _is_integer(text: str) -> bool:
-    digits = text.removeprefix("-")
-    # Python refuses to read numbers of thousands of digits.
-    return digits.isascii() and digits.isdigit() and len(digits) < 1000
-
-
-def _unknown(key: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
-    return f"unknown key {key[:100]!r}; {hint}"
-
-
-def _fault(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if where and not message.startswith(where):
-        shown = repr(error["input"])
-        return f"{where}={shown if len(shown) < 200 else shown[:200] + '...'}: {message}"
-    return message
+def unknown_method(value: str) -> str:
+    """That a method is not known, with the nearest one that is."""
+    near = difflib.get_close_matches(value, METHODS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(METHODS)}"
+    return f"method {value[:100]!r} is not known; {hint}"

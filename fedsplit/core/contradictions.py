@@ -1,0 +1,158 @@
+"""Settings that cannot go together, each as a sentence that says what to do. Called by config.py alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedsplit.core.config import RunConfig
+
+_Check = tuple[bool, str]
+
+
+def contradictions(c: RunConfig) -> list[str]:
+    """Every pair of settings that cannot go together, in words."""
+    return [text for wrong, text in (*_federation(c), *_module(c), *_gradients(c)) if wrong]
+
+
+def _federation(c: RunConfig) -> list[_Check]:
+    device = c.method_description.placement == "device"
+    split = c.method_description.placement == "split"
+    local = all(cut.a == cut.b for cut in c.cuts)
+    default_cut = c.cut == type(c).model_fields["cut"].default
+    return [
+        (
+            bool(c.sites) and c.min_sites > c.sites,
+            f"min-sites={c.min_sites} is more than sites={c.sites}; lower min-sites",
+        ),
+        (
+            bool(c.sites) and c.selected(c.sites) < 1,
+            f"participation={c.participation:g} of sites={c.sites} selects nobody; raise one of them",
+        ),
+        (
+            c.min_sites <= c.sites and 1 <= c.selected(c.sites) < c.min_sites,
+            f"participation={c.participation:g} of sites={c.sites} selects {c.selected(c.sites)} a round, "
+            f"min-sites={c.min_sites} are wanted; raise participation or lower min-sites",
+        ),
+        (
+            bool(c.encoder_tls_cert) != bool(c.encoder_tls_key),
+            "encoder-tls-cert and encoder-tls-key go together; set both or neither",
+        ),
+        (
+            device and not local and not default_cut,
+            f"cut={c.cut}: method={c.method} runs the whole model on the device; leave cut out",
+        ),
+        (
+            split and local,
+            f"cut={c.cut} leaves nothing on the server, method={c.method} is a split; use e.g. cut=1,5",
+        ),
+        (
+            c.rounds == 0 and c.method != "closed-form" and not c.start_module
+            and c.classifier_init == "zero",
+            "rounds=0 trains nothing; set rounds, classifier-init or start-module",
+        ),
+        (
+            c.warmup_rounds >= max(c.rounds, 1),
+            f"warmup-rounds={c.warmup_rounds} leaves none of rounds={c.rounds}; lower it",
+        ),
+    ]  # fmt: skip
+
+
+def _module(c: RunConfig) -> list[_Check]:
+    lora, aggregation = c.module == "lora", c.lora_aggregation
+    mixed = len(set(c.ranks)) > 1
+    keeps = c.site_local != "none" or c.sync_every > 1
+    return [
+        (
+            max(c.ranks) > c.lora_rank,
+            f"lora-ranks={c.lora_ranks}: {max(c.ranks)} is more than lora-rank={c.lora_rank}, the largest; "
+            f"raise lora-rank",
+        ),
+        (
+            bool(c.lora_ranks) and not lora,
+            f"lora-ranks={c.lora_ranks} are for module=lora, not module={c.module}",
+        ),
+        (
+            aggregation != "plain" and not lora,
+            f"lora-aggregation={aggregation} is for module=lora, not module={c.module}",
+        ),
+        (
+            mixed and aggregation in ("ffa", "rolora"),
+            f"lora-aggregation={aggregation} wants one rank for all; drop lora-ranks, or use flexlora",
+        ),
+        (
+            c.robust_rule != "mean" and aggregation not in ("plain", "ffa", "rolora"),
+            f"robust-rule={c.robust_rule} judges tensors, lora-aggregation={aggregation} products; use plain",
+        ),
+        (
+            c.robust_rule != "mean" and mixed,
+            f"robust-rule={c.robust_rule} wants one rank for all; drop lora-ranks",
+        ),
+        (
+            keeps and aggregation not in ("plain", "ffa"),
+            f"site-local and sync-every keep tensors at the sites, lora-aggregation={aggregation} makes them "
+            f"anew each round; use plain",
+        ),
+        (
+            c.classifier_training == "fixed" and c.classifier_init == "zero" and not c.start_module,
+            "classifier-training=fixed with classifier-init=zero never tells classes apart; use "
+            "classifier-init=ridge",
+        ),
+        (
+            c.classifier_training == "fixed" and c.module == "classifier" and c.rounds > 0,
+            "classifier-training=fixed with module=classifier trains nothing; use method=closed-form",
+        ),
+        (
+            c.cache_activations and c.augmentation != "none",
+            f"cache-activations keeps what one image gave, augmentation={c.augmentation} changes it each time; "
+            f"use one of them",
+        ),
+        (
+            c.module_blocks > 0 and c.module not in ("lora", "adapter"),
+            f"module-blocks={c.module_blocks} is for module=lora or adapter, not module={c.module}",
+        ),
+    ]
+
+
+def _gradients(c: RunConfig) -> list[_Check]:
+    serves, zeroth = c.encoder_training, c.gradient == "zeroth-order"
+    return [
+        (
+            serves != "frozen" and all(cut.a == cut.b for cut in c.cuts),
+            f"encoder-training={serves} with cut={c.cut}: nothing runs on the server; use e.g. cut=1,5",
+        ),
+        (
+            serves != "frozen" and c.module in ("classifier", "prompt"),
+            f"encoder-training={serves} with module={c.module}: none of it is on the server; use module=lora",
+        ),
+        (
+            serves == "zeroth-order" and c.device_training != "tail",
+            "encoder-training=zeroth-order sends no gradient down, so a head cannot train; use "
+            "device-training=tail",
+        ),
+        (
+            serves != "frozen" and zeroth,
+            f"gradient=zeroth-order is for a frozen encoder, not encoder-training={serves}; set one of them",
+        ),
+        (
+            zeroth and c.optimizer != "sgd",
+            f"gradient=zeroth-order steps by SGD, optimizer={c.optimizer}; set optimizer=sgd",
+        ),
+        (
+            zeroth and (c.accumulate > 1 or c.clip_norm > 0 or c.proximal_mu > 0 or c.precision != "fp32"),
+            "gradient=zeroth-order takes no accumulate, clip-norm, proximal-mu or precision; leave them out",
+        ),
+        (
+            zeroth and (c.site_local != "none" or c.personalisation != "none"),
+            "gradient=zeroth-order sends seeds and scalars of all it trains; leave site-local and "
+            "personalisation out",
+        ),
+        (
+            c.personalisation == "fed-rod" and c.loss != "softmax",
+            "personalisation=fed-rod is made for loss=softmax",
+        ),
+        (
+            serves != "frozen" and c.lora_aggregation not in ("plain", "ffa"),
+            f"encoder-training={serves} with lora-aggregation={c.lora_aggregation} is not offered; use plain",
+        ),
+    ]  # fmt: skip

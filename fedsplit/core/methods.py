@@ -1,0 +1,183 @@
+"""Methods as descriptions: which settings a name stands for, where it runs, and whose idea it is. No code paths.
+
+A method says what is trained where, by which gradient, and what is aggregated how, in the keys of RunConfig.
+`config.py` applies the description when settings are read; every floor above reads the resolved keys alone.
+Sources are the papers; where a description leaves something of a paper out, its summary says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Value = str | int | float | bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """One named method."""
+
+    summary: str
+    """What it does, in a sentence or two."""
+    source: str
+    """The paper, or what it is without one."""
+    placement: Literal["any", "split", "device"] = "any"
+    """device: every site runs the whole model; split: some block must run on the server."""
+    fixes: Mapping[str, Value] = field(default_factory=dict)
+    """Key -> value that makes the method what it is; another value given is a fault."""
+    prefers: Mapping[str, Value] = field(default_factory=dict)
+    """Key -> value in place of the default; another value given is taken."""
+    one_of: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
+    """Key -> the values that fit the method."""
+
+
+_WHOLE: Mapping[str, Value] = {"encoder-training": "frozen"}
+_MODULES: tuple[Value, ...] = ("lora", "prompt", "adapter")
+
+METHODS: dict[str, Method] = {
+    "fedv": Method(
+        summary="U-shaped split with exact gradients; what the devices train is averaged each round.",
+        source="FedV, arXiv 2403.16050",
+        one_of={"encoder-training": ("frozen", "hosted", "shared"), "gradient": ("exact",)},
+    ),
+    "fedvz": Method(
+        summary=(
+            "The same split without a gradient on the wire: the server's module is trained by differences of the "
+            "losses that the sites report; heads are frozen, classifiers train by exact gradients at the site."
+        ),
+        source="FedVZ, arXiv 2403.16050; estimators after MeZO, arXiv 2305.17333",
+        placement="split",
+        fixes={"encoder-training": "zeroth-order", "gradient": "exact", "device-training": "tail"},
+        one_of={"module": ("lora", "adapter", "full")},
+    ),
+    "fedvz-device": Method(
+        summary=(
+            "Zeroth order at the device, which then only runs forward; seeds and scalars travel, not tensors."
+        ),
+        source="MeZO, arXiv 2305.17333; seeds and scalars as in FedKSeed, arXiv 2312.06353",
+        fixes={"gradient": "zeroth-order", **_WHOLE},
+        prefers={"optimizer": "sgd"},
+    ),
+    "fedyolo": Method(
+        summary="The backbone is loaded once onto the device; only a module a task travels.",
+        source="FedYolo, arXiv 2307.04905",
+        placement="device",
+        fixes=_WHOLE,
+        one_of={"module": _MODULES},
+    ),
+    "closed-form": Method(
+        summary="Ridge regression (or class means) from summed statistics of frozen features; one round.",
+        source="Fed3R, arXiv 2406.01116; class means: FedNCM",
+        fixes={"module": "classifier", "rounds": 0, **_WHOLE},
+        prefers={"classifier-init": "ridge"},
+        one_of={"classifier-init": ("ridge", "class-means")},
+    ),
+    "centralised": Method(
+        summary="One site with everybody's data: the bound that a federation is measured against.",
+        source="upper bound",
+        placement="device",
+        fixes={"min-sites": 1, **_WHOLE},
+    ),
+    "local-only": Method(
+        summary="Every site trains alone, for as many epochs as the rounds have, and nothing is averaged.",
+        source="lower bound",
+        fixes={"compare-local-only": True},
+    ),
+    "linear-probe": Method(
+        summary="The classifier alone, on frozen features, by FedAvg.",
+        source="baseline",
+        fixes={"module": "classifier", "loss": "softmax", **_WHOLE},
+    ),
+    "one-vs-all-probe": Method(
+        summary="The classifier alone, on frozen features, one yes-or-no question a class, by FedAvg.",
+        source="OvA-LP",
+        fixes={"module": "classifier", "loss": "one-vs-all", **_WHOLE},
+    ),
+    "head-tail": Method(
+        summary="All weights of head and tail train, the encoder's stay frozen.",
+        source="baseline",
+        placement="split",
+        fixes={"module": "full", "device-training": "head+tail", **_WHOLE},
+    ),
+    "fedavg-full": Method(
+        summary="Every site trains all weights of the whole model; they are averaged each round.",
+        source="FedAvg, arXiv 1602.05629",
+        placement="device",
+        fixes={"module": "full", **_WHOLE},
+    ),
+    "fedavg-lora": Method(
+        summary="Every site runs the whole model and trains LoRA and the classifier; no split.",
+        source="FedIT, arXiv 2305.05644",
+        placement="device",
+        fixes={"module": "lora", **_WHOLE},
+    ),
+    "fedprox": Method(
+        summary="Local training is held near the received module by proximal-mu / 2 times the squared distance.",
+        source="FedProx, arXiv 1812.06127",
+        prefers={"proximal-mu": 0.01},
+    ),
+    "ditto": Method(
+        summary="Beside the averaged module each site keeps a personal one, held near it by ditto-lambda.",
+        source="Ditto, arXiv 2012.04221",
+        fixes={"personalisation": "ditto", "gradient": "exact"},
+    ),
+    "fed-rod": Method(
+        summary="A generic classifier trained by balanced softmax and a personal one beside it, kept at the site.",
+        source="Fed-RoD, arXiv 2107.00778",
+        fixes={"personalisation": "fed-rod", "gradient": "exact"},
+    ),
+    "festa": Method(
+        summary=(
+            "Embeddings and classifier on the device, all blocks trained at the server by every site's steps. "
+            "Averages by samples and steps every site's gradient, which the released code does not."
+        ),
+        source="FESTA, arXiv 2111.01338, as FeSViBS (arXiv 2306.14638) runs it, without its sampling of blocks",
+        placement="split",
+        fixes={"module": "full", "encoder-training": "shared", "device-training": "head+tail"},
+    ),
+    "sfprompt": Method(
+        summary="Prompt tokens and the classifier train around a frozen split; no pruning of samples.",
+        source="SFPrompt, arXiv 2407.17533",
+        placement="split",
+        fixes={"module": "prompt", "device-training": "head+tail", **_WHOLE},
+    ),
+    "splitfrozen": Method(
+        summary="The device's blocks are frozen and get no gradient; LoRA trains at the server. Labels stay.",
+        source="SplitFrozen, arXiv 2503.18986, in U-shape",
+        placement="split",
+        fixes={"module": "lora", "device-training": "tail"},
+        prefers={"encoder-training": "shared"},
+        one_of={"encoder-training": ("shared", "hosted")},
+    ),
+}
+
+
+def apply(
+    flat: Mapping[str, Value], defaults: Mapping[str, Value]
+) -> tuple[dict[str, Value], list[str]]:
+    """The settings as their method wants them, and what in them contradicts it.
+
+    A value equal to the key's default counts as not given: Flower hands over all keys, given or not.
+    """
+    name = flat.get("method", defaults["method"])
+    method = METHODS.get(str(name))
+    if method is None:
+        return dict(flat), []
+    settled, faults = dict(flat), []
+    for key, value in method.fixes.items():
+        given = flat.get(key, defaults[key])
+        if given not in (defaults[key], value):
+            faults.append(
+                f"{key}={given}: method={name} means {key}={value}; leave {key} out, or choose another method"
+            )
+        settled[key] = value
+    for key, value in method.prefers.items():
+        if flat.get(key, defaults[key]) == defaults[key]:
+            settled[key] = value
+    for key, values in method.one_of.items():
+        given = settled.get(key, defaults[key])
+        if given not in values:
+            options = ", ".join(map(str, values))
+            faults.append(f"{key}={given} does not fit method={name}; use one of {options}")
+    return settled, faults

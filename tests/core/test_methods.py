@@ -1,0 +1,89 @@
+"""Methods are settings: each resolves, says what contradicts it, and survives Flower's round trip."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fedsplit.core.config import RunConfig
+from fedsplit.core.cut import Cut
+from fedsplit.core.errors import ConfigError
+from fedsplit.core.methods import METHODS
+
+EXTRA: dict[str, dict[str, Any]] = {}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_resolves_from_its_name_alone(name: str) -> None:
+    config = RunConfig.from_flat({"method": name} | EXTRA.get(name, {}))
+    flat = config.flat()
+    assert all(flat[key] == value for key, value in METHODS[name].fixes.items())
+    # Flower hands all keys back, resolved ones too.
+    assert RunConfig.from_flat(flat) == config
+    assert METHODS[name].summary.endswith(".")
+    assert METHODS[name].source
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_key_of_a_method_is_a_setting(name: str) -> None:
+    method = METHODS[name]
+    assert {*method.fixes, *method.prefers, *method.one_of} <= set(RunConfig.keys())
+
+
+def test_a_device_method_runs_every_block_on_the_device() -> None:
+    assert RunConfig.from_flat({"method": "fedyolo"}).cuts_on(12) == (Cut(12, 12),)
+    assert RunConfig.from_flat({"method": "fedv"}).cuts_on(6) == (Cut(1, 5),)
+
+
+@pytest.mark.parametrize(
+    ("flat", "said"),
+    [
+        ({"method": "fedvv"}, "did you mean 'fedv'?"),
+        ({"method": "fedyolo", "cut": "0,5"}, "cut=0,5: method=fedyolo runs the whole model on the device"),
+        ({"method": "fedyolo", "module": "full"}, "module=full does not fit method=fedyolo; use one of lora"),
+        ({"method": "fedavg-full", "module": "adapter"}, "module=adapter: method=fedavg-full means module=full"),
+        ({"method": "festa", "cut": "3,3"}, "cut=3,3 leaves nothing on the server"),
+        ({"method": "fedvz", "encoder-training": "shared"}, "encoder-training=shared: method=fedvz means"),
+        ({"method": "fedvz", "device-training": "head+tail"}, "device-training=head+tail: method=fedvz means"),
+        ({"module": "prompt", "encoder-training": "hosted"}, "none of it is on the server"),
+        ({"lora-ranks": "4;16"}, "16 is more than lora-rank=8"),
+        ({"lora-ranks": "4;x"}, "are not ranks; use e.g. 4;8;16"),
+        ({"lora-ranks": "4;8", "lora-aggregation": "ffa"}, "wants one rank for all"),
+        ({"robust-rule": "krum", "lora-aggregation": "flexlora"}, "judges tensors"),
+        ({"sites": 10, "participation": 0.01}, "participation=0.01 of sites=10 selects nobody"),
+        ({"sites": 10, "participation": 0.1}, "selects 1 a round, min-sites=2 are wanted"),
+        ({"classifier-training": "fixed"}, "never tells classes apart"),
+        ({"rounds": 0}, "rounds=0 trains nothing"),
+        ({"warmup-rounds": 5}, "warmup-rounds=5 leaves none of rounds=5"),
+        ({"method": "fedprox", "gradient": "zeroth-order"}, "steps by SGD, optimizer=adamw"),
+        ({"cache-activations": True, "augmentation": "flip"}, "use one of them"),
+        ({"module": "full", "module-blocks": 2}, "module-blocks=2 is for module=lora or adapter"),
+        ({"site-local": "classifier", "lora-aggregation": "flora"}, "use plain"),
+        ({"encoder-training": "hosted", "cut": "3,3"}, "nothing runs on the server"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_said_with_what_to_do(flat: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_flat(flat)
+    assert said in str(caught.value)
+
+
+def test_faults_of_the_method_and_of_the_fields_come_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        RunConfig.from_flat({"method": "fedyolo", "module": "full", "rounds": "many", "x": 1})
+    assert str(caught.value).count("\n  - ") == 3
+
+
+def test_the_learning_rate_rises_then_falls() -> None:
+    config = RunConfig.from_flat({"rounds": 6, "warmup-rounds": 2})
+    factors = [config.learning_rate_factor(r) for r in range(1, 7)]
+    assert factors[:3] == [1 / 3, 2 / 3, 1.0]
+    assert factors[2:] == sorted(factors[2:], reverse=True)
+    assert factors[-1] > 0
+    assert RunConfig(rounds=4).learning_rate_factor(1) == 1.0
+
+
+def test_the_last_round_always_syncs() -> None:
+    config = RunConfig.from_flat({"rounds": 5, "sync-every": 2})
+    assert [config.syncs(r) for r in range(1, 6)] == [False, True, False, True, True]

@@ -50,4 +50,6 @@ def _endpoint(config: RunConfig) -> Iterator[Endpoint]:
     secret = Path(config.encoder_secret_file)
     key = read_key(secret) if config.encoder_secret_file else None
     with hosting(config, key) as (server, host, key):
-        yield hosted(config, address=server.address, key=key, publish=host.publish)
+        yield hosted(
+            config, address=server.address, key=key, publish=host.publish, collect=host.collect
+        )

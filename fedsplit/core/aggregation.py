@@ -1,8 +1,9 @@
 """Checks a site's module update and averages the updates of a round, tensor by tensor. numpy only.
 
 Per-tensor, sample-weighted averaging (FedAvg, arXiv 1602.05629) over the sites that trained the tensor, so
-sites with different cuts train one module in one round. LoRA's A and B are averaged each for itself (FedIT's
-plain rule): mean(B) mean(A) is not mean(BA), which the docs say.
+sites with different cuts train one module in one round. What LoRA's pairs need beyond that (products, ranks)
+is in `lora_rules`, which builds on this file; `federation.server_rules` puts robust rules and server
+optimisers on top.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def check_update(
 ) -> None:
     """Raise UpdateError unless the update is what this site was asked for.
 
-    `trained` are the names it was to train, `samples` the training samples that it reported at roll call.
+    `module` are the tensors that this site received (with a rank of its own its LoRA pairs are narrower than
+    the run's), `trained` the names it was to train, `samples` the training samples that it reported at roll
+    call.
     """
     faults = _name_faults(update, trained)
     for name in sorted(set(update.delta) & set(trained)):
@@ -74,18 +77,54 @@ def aggregate(module: Tensors, updates: Sequence[Update]) -> dict[str, NDArray[n
     Tensors that nobody trained stay as they are. The order of the sites does not change the result: sums
     are in float64 and in the order of the sites' names.
     """
-    if not updates:
-        raise FederationError("no useful update came in, so there is nothing to aggregate")
-    ordered = sorted(updates, key=lambda update: update.site)
+    ordered = in_order(updates)
     merged: dict[str, NDArray[np.float32]] = {}
     for name, value in module.items():
-        trained = [u for u in ordered if name in u.delta]
-        if not trained:
-            merged[name] = value
-            continue
-        total = np.zeros(value.shape, dtype=np.float64)
-        for update in trained:
-            total += update.samples * update.delta[name].astype(np.float64)
-        mean = total / sum(u.samples for u in trained)
-        merged[name] = (value.astype(np.float64) + mean).astype(np.float32)
+        parts = [(float(u.samples), u.delta[name]) for u in ordered if name in u.delta]
+        merged[name] = moved(value, parts) if parts else value
     return merged
+
+
+def in_order(updates: Sequence[Update]) -> list[Update]:
+    """The updates by the sites' names. Raises FederationError when none came in or one has no samples."""
+    if not updates:
+        raise FederationError("no useful update came in, so there is nothing to aggregate")
+    if empty := [u.site for u in updates if u.samples < 1]:
+        raise FederationError(
+            f"the update of site {sorted(empty)[0]!r} counts for no sample, at least 1 is wanted; "
+            f"leave sites without training data out of the round"
+        )
+    return sorted(updates, key=lambda update: update.site)
+
+
+def moved(
+    value: NDArray[np.float32], parts: Sequence[tuple[float, NDArray[np.float32]]]
+) -> NDArray[np.float32]:
+    """`value` + weighted mean of `parts`, (weight, delta) each; summed in float64 in the order given."""
+    total = np.zeros(value.shape, dtype=np.float64)
+    for weight, delta in parts:
+        total += weight * delta.astype(np.float64)
+    mean = total / sum(weight for weight, _ in parts)
+    moved_value: NDArray[np.float32] = (value.astype(np.float64) + mean).astype(np.float32)
+    return moved_value
+
+
+# A robust rule by name: how many sites it needs to stand `f` hostile ones, as (factor, constant) of f.
+_NEEDED = {
+    "mean": (0, 1),
+    "trimmed-mean": (2, 1),
+    "median": (2, 1),
+    "krum": (2, 3),
+    "multi-krum": (2, 3),
+    "bulyan": (4, 3),
+}
+
+
+def sites_needed(robust_rule: str, byzantine_sites: int) -> int:
+    """Sites that must have trained a tensor for the rule to stand `byzantine_sites` hostile ones.
+
+    Krum and Multi-Krum: 2f + 3 (arXiv 1703.02757); Bulyan: 4f + 3 (arXiv 1802.07927); trimmed mean and median:
+    2f + 1 (arXiv 1803.01498).
+    """
+    factor, constant = _NEEDED[robust_rule]
+    return factor * byzantine_sites + constant

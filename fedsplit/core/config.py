@@ -145,9 +145,9 @@ class RunConfig(BaseModel):
     server_optimizer: Literal["mean", "momentum", "adam", "yogi"] = "mean"
     """What the server makes of the mean update: itself, or a step of FedAvgM, FedAdam or FedYogi."""
     server_learning_rate: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Learning rate of the server's optimiser."""
+    """Learning rate of the server's optimiser; 1 with mean, about 0.1 with momentum, 0.01 with adam and yogi."""
     server_momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of server-optimizer=momentum."""
+    """Momentum of server-optimizer=momentum, and the first beta of adam and yogi."""
     robust_rule: Literal["mean", "trimmed-mean", "median", "krum", "multi-krum", "bulyan"] = "mean"
     """How the sites' updates are combined; all but mean stand some hostile sites."""
     byzantine_sites: int = Field(0, ge=0)

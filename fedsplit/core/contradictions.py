@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fedsplit.core.aggregation import sites_needed
+
 if TYPE_CHECKING:
     from fedsplit.core.config import RunConfig
 
@@ -33,6 +35,16 @@ def _federation(c: RunConfig) -> list[_Check]:
             c.min_sites <= c.sites and 1 <= c.selected(c.sites) < c.min_sites,
             f"participation={c.participation:g} of sites={c.sites} selects {c.selected(c.sites)} a round, "
             f"min-sites={c.min_sites} are wanted; raise participation or lower min-sites",
+        ),
+        (
+            c.robust_rule == "trimmed-mean" and not c.byzantine_sites,
+            "robust-rule=trimmed-mean with byzantine-sites=0 trims nobody; set byzantine-sites",
+        ),
+        (
+            bool(c.sites) and c.selected(c.sites) < sites_needed(c.robust_rule, c.byzantine_sites),
+            f"robust-rule={c.robust_rule} with byzantine-sites={c.byzantine_sites} needs "
+            f"{sites_needed(c.robust_rule, c.byzantine_sites)} sites a round, {c.selected(c.sites)} train; add "
+            f"sites or lower byzantine-sites",
         ),
         (
             bool(c.encoder_tls_cert) != bool(c.encoder_tls_key),
@@ -77,16 +89,18 @@ def _module(c: RunConfig) -> list[_Check]:
             f"lora-aggregation={aggregation} is for module=lora, not module={c.module}",
         ),
         (
-            mixed and aggregation in ("ffa", "rolora"),
-            f"lora-aggregation={aggregation} wants one rank for all; drop lora-ranks, or use flexlora",
-        ),
-        (
             c.robust_rule != "mean" and aggregation not in ("plain", "ffa", "rolora"),
             f"robust-rule={c.robust_rule} judges tensors, lora-aggregation={aggregation} products; use plain",
         ),
         (
             c.robust_rule != "mean" and mixed,
             f"robust-rule={c.robust_rule} wants one rank for all; drop lora-ranks",
+        ),
+        (
+            (c.server_optimizer != "mean" or c.server_learning_rate != 1)
+            and aggregation in ("flexlora", "flora"),
+            f"server-optimizer={c.server_optimizer} has nothing to step along, for "
+            f"lora-aggregation={aggregation} makes new pairs each round; use plain",
         ),
         (
             keeps and aggregation not in ("plain", "ffa"),

@@ -1,13 +1,14 @@
 """The Encoder protocol: the one seam between `model` and `transport`, which cannot see each other.
 
 The real model (model/encoder.py), the gRPC stream (transport/client.py) and the fakes in the tests
-implement `Encoder` alike; `serving` implements `EncoderHost` for the gRPC server. Shapes:
-B batch, T tokens, D the backbone's width, P the width of the pooled features.
+implement `Encoder` alike; `serving` implements `EncoderHost` for the gRPC server. What the encoder itself trains, if
+anything, is the grant's `Training`. Shapes: B batch, T tokens, D the backbone's width, P the width of the pooled
+features, K perturbed forwards of a step.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,8 +23,15 @@ Mask = NDArray[np.bool_]
 class Encoder(Protocol):
     """One session with blocks[a:b] at a fixed module version. Safe to call from several threads.
 
-    Step ids are the caller's, strictly increasing within a session; evaluation and training share them.
+    Step ids are the caller's, strictly increasing within a session; evaluation and training share them. Where the
+    session trains, `encode` uses the weights of the moment, and a step's gradient is that of the weights of its own
+    forward. Calls that the session's `Training` does not allow raise RefusedError.
     """
+
+    @property
+    def trains(self) -> bool:
+        """Does a gradient that is sent back train tensors at the encoder (hosted, shared)?"""
+        ...
 
     def encode(
         self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
@@ -36,12 +44,64 @@ class Encoder(Protocol):
         ...
 
     def backprop(self, step: int, dz: Array) -> Array:
-        """Gradient of the loss at the encoder's output -> gradient at its input [B, T, D]. Frees the step."""
+        """Gradient of the loss at the encoder's output -> gradient at its input [B, T, D]. Frees the step.
+
+        Where the encoder `trains`, it also steps the optimiser of its own tensors.
+        """
+        ...
+
+    def learn(self, step: int, dz: Array) -> None:
+        """`backprop` for who trains nothing below: the encoder steps its own tensors and no gradient comes back."""
+        ...
+
+    def probe(self, step: int, h_BTD: Array, mask_BT: Mask | None = None) -> Array:
+        """Zeroth order: outputs of K perturbed encoders, [K, B, T, D] or [K, B, P].
+
+        K and the order are `core.directions.points` of the session's estimator; the step waits for `score`.
+        """
+        ...
+
+    def score(self, step: int, losses_K: Array) -> None:
+        """Zeroth order: the K losses of a probed step, from which the encoder estimates its gradient and steps."""
         ...
 
     def close(self) -> None:
         """End the session and free whatever it holds. Calling it twice is harmless."""
         ...
+
+
+Estimator = Literal["forward", "central", "one-point"]
+Directions = Literal["gaussian", "sphere"]
+
+
+class Training(BaseModel):
+    """What a session trains at the encoder, and how: the module's tensors on the server's blocks of its cut.
+
+    hosted: a copy of its own, for the site. shared: one copy for all sessions of the module version. zeroth-order: a
+    copy of its own that is stepped by estimates from the losses of perturbed forwards.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mode: Literal["hosted", "shared", "zeroth-order"]
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(gt=0, le=1e6, allow_inf_nan=False)
+    """Of this round: a schedule's factor is already in it."""
+    weight_decay: float = Field(default=0.0, ge=0, le=1e6, allow_inf_nan=False)
+    clip_norm: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Largest norm of a step's gradient over the tensors that train here; 0: no limit."""
+    lora: Literal["both", "A", "B"] = "both"
+    """Which half of each LoRA pair trains (FFA-LoRA and RoLoRA train one)."""
+    weight: float = Field(default=1.0, gt=0, le=1)
+    """Shared: the site's part of all samples; its steps are taken with this times the learning rate."""
+    estimator: Estimator = "central"
+    queries: int = Field(default=1, ge=1, le=1024)
+    """Directions of a zeroth-order step."""
+    epsilon: float = Field(default=0.01, gt=0, le=1e3, allow_inf_nan=False)
+    """How far along a direction the weights are moved."""
+    directions: Directions = "gaussian"
+    seed: int = Field(default=0, ge=0, lt=1 << 63)
+    """Of the directions; with the probe's number within the session it makes them."""
 
 
 class Grant(BaseModel):
@@ -62,6 +122,8 @@ class Grant(BaseModel):
     max_batch: int = Field(ge=1)
     max_tokens: int = Field(ge=1)
     max_steps: int = Field(ge=1)
+    training: Training | None = None
+    """What the session trains at the encoder; None: nothing."""
 
     @property
     def cut(self) -> Cut:
@@ -96,4 +158,11 @@ class EncoderHost(Protocol):
 
     def publish(self, version: str, tensors: bytes) -> None:
         """Install a module version (safetensors bytes, names of the whole model). Raises ProtocolError on bad bytes."""
+        ...
+
+    def collect(self, version: str) -> dict[str, dict[str, Array]]:
+        """What sessions of a version have trained here: site -> name -> delta; for shared, one under "".
+
+        A second call gives nothing. Raises RefusedError for a version that is not here.
+        """
         ...

@@ -16,6 +16,7 @@ Phase = Literal["starting", "waiting", "training", "evaluating", "done", "failed
 
 # Bounded, for these numbers come from sites and are added up.
 Count = Annotated[int, Field(ge=0, le=2**50)]
+Flops = Annotated[int, Field(ge=0, le=2**62)]
 Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 
 
@@ -49,6 +50,8 @@ class RoundMetrics(_Record):
     seconds_wait: Seconds
     """Time it waited for the encoder."""
     peak_rss_bytes: Count
+    flops_device: Flops = 0
+    """Floating-point operations of the device's head and tail."""
 
 
 class Status(_Record):
@@ -85,6 +88,7 @@ class SiteSummary(_Record):
     seconds_wait: float
     peak_rss_bytes: int
     rounds_missed: int
+    flops_device: int = 0
 
 
 class LeftOut(_Record):
@@ -111,12 +115,16 @@ class Summary(_Record):
     accuracy_global: float | None
     """The last module on the test samples of all sites that answered."""
     accuracy_global_start: float | None
+    accuracy_personal: float | None = None
+    """Each site's own model after its last training on its own test samples, over all of them."""
     accuracy_by_round: tuple[float, ...]
     """accuracy_global_start first, then after each round."""
     accuracy_local_only: float | None
     """Mean over the sites of their accuracy_local_only, where it was run."""
     bytes_activation: int
     bytes_module: int
+    flops_device: int = 0
+    """Floating-point operations of all devices together."""
     bytes_full_model: int
     """What the same rounds would have moved with the whole model instead of the module."""
     wall_s: float

@@ -12,16 +12,17 @@ from pathlib import Path
 
 from fedsplit import __version__
 from fedsplit.core.config import RunConfig
-from fedsplit.core.encoder import Capabilities, Grant
+from fedsplit.core.encoder import Array, Capabilities, Grant
 from fedsplit.core.errors import ConfigError
 from fedsplit.federation.messages import Stream
 from fedsplit.model.checkpoint import digest, find_backbone
 from fedsplit.transport import tokens
-from fedsplit.transport.client import capabilities, publish
+from fedsplit.transport.client import capabilities, collect, publish
 from fedsplit.transport.keys import read_key
 from fedsplit.transport.wiring import ClientTls
 
 Publish = Callable[[str, bytes], None]
+Collect = Callable[[str], dict[str, dict[str, Array]]]
 # A round's token outlives its deadline by this, for sites that start late.
 TOKEN_MARGIN_S = 300.0
 EVERYWHERE = ("0.0.0.0", "[::]")
@@ -37,6 +38,8 @@ class Endpoint:
     ca_file: str
     publish: Publish
     """(version, packed module) -> installed at the host."""
+    collect: Collect
+    """version -> site -> deltas that the host trained on its behalf; under "" those of a shared copy."""
 
     def stream_for(self, grant: Grant, *, deadline_s: float) -> Stream:
         """What a site needs to open its stream for one round."""
@@ -46,7 +49,9 @@ class Endpoint:
         )
 
 
-def hosted(config: RunConfig, *, address: str, key: bytes, publish: Publish) -> Endpoint:
+def hosted(
+    config: RunConfig, *, address: str, key: bytes, publish: Publish, collect: Collect
+) -> Endpoint:
     """The endpoint of the app's own encoder, which listens on `address`. Raises ConfigError."""
     dialled = config.encoder_address or address
     if dialled.rpartition(":")[0] in EVERYWHERE:
@@ -55,7 +60,7 @@ def hosted(config: RunConfig, *, address: str, key: bytes, publish: Publish) -> 
             f"dial that; set encoder-address to the HOST:PORT at which they reach it"
         )
     tls = bool(config.encoder_tls_cert)
-    return Endpoint(dialled, key, tls, config.encoder_tls_ca, publish)
+    return Endpoint(dialled, key, tls, config.encoder_tls_ca, publish, collect)
 
 
 def external(config: RunConfig) -> Endpoint:
@@ -79,9 +84,12 @@ def external(config: RunConfig) -> Endpoint:
     def send(version: str, packed: bytes) -> None:
         publish(address, token(), version, packed, tls, allow_insecure=config.encoder_insecure)
 
+    def fetch(version: str) -> dict[str, dict[str, Array]]:
+        return collect(address, token(), version, tls, allow_insecure=config.encoder_insecure)
+
     offered = capabilities(address, token(), tls, allow_insecure=config.encoder_insecure)
     _check_fits(config, offered)
-    return Endpoint(address, key, tls is not None, config.encoder_tls_ca, send)
+    return Endpoint(address, key, tls is not None, config.encoder_tls_ca, send, fetch)
 
 
 def _check_fits(config: RunConfig, offered: Capabilities) -> None:

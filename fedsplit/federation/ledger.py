@@ -40,7 +40,7 @@ class Ledger:
 
     def accuracy_of_round(self, round_: int) -> float | None:
         """Global accuracy of the module as sites received it in a round, over all test samples."""
-        rows = [m for m in self.metrics if m.round == round_]
+        rows = [m for m in self.metrics if m.round == round_ and round_ > 0]
         total = sum(m.test_samples for m in rows)
         return sum(m.correct_global for m in rows) / total if total else None
 
@@ -68,18 +68,35 @@ class Ledger:
             sites=tuple(self._site(name) for name in sorted(self.calls)),
             accuracy_global=curve[-1],
             accuracy_global_start=curve[0],
+            accuracy_personal=self._personal(),
             accuracy_by_round=known,
             accuracy_local_only=sum(alone) / len(alone) if alone else None,
             bytes_activation=sum(
                 m.bytes_activation_up + m.bytes_activation_down for m in self.metrics
             ),
             bytes_module=sum(m.bytes_module_up + m.bytes_module_down for m in self.metrics),
+            flops_device=sum(m.flops_device for m in self.metrics),
             bytes_full_model=self._full_model_bytes(),
             wall_s=self.wall_s(),
             outcome=outcome,
             left_out=self._left_out(),
             reason=reason,
             module="module",
+        )
+
+    def _personal(self) -> float | None:
+        """Right answers of each site's own model on its own test samples, over all sites that have one."""
+        if self.local_only:
+            alone = self.local_only.values()
+            if not any(m.correct_personal is not None for m in self.metrics):
+                return _share(sum(o.correct_own for o in alone), sum(o.total_own for o in alone))
+        last: dict[str, RoundMetrics] = {}
+        for row in self.metrics:
+            if row.correct_personal is not None:
+                last[row.site] = max(row, last.get(row.site, row), key=lambda m: m.round)
+        return _share(
+            sum(m.correct_personal or 0 for m in last.values()),
+            sum(m.test_samples for m in last.values()),
         )
 
     def _full_model_bytes(self) -> int:
@@ -96,7 +113,9 @@ class Ledger:
         )
 
     def _site(self, name: str) -> SiteSummary:
-        rows = sorted((m for m in self.metrics if m.site == name), key=lambda m: m.round)
+        every = sorted((m for m in self.metrics if m.site == name), key=lambda m: m.round)
+        # Before the first round statistics may have travelled; nothing was tested then.
+        rows = [m for m in every if m.round > 0]
         trained = [m for m in rows if m.correct_personal is not None]
         alone = self.local_only.get(name)
         return SiteSummary(
@@ -115,11 +134,12 @@ class Ledger:
             accuracy_local_only_personal=_share(alone.correct_own, alone.total_own)
             if alone
             else None,
-            bytes_up=sum(m.bytes_activation_up + m.bytes_module_up for m in rows),
-            bytes_down=sum(m.bytes_activation_down + m.bytes_module_down for m in rows),
-            seconds_device=sum(m.seconds_device for m in rows),
-            seconds_wait=sum(m.seconds_wait for m in rows),
-            peak_rss_bytes=max((m.peak_rss_bytes for m in rows), default=0),
+            bytes_up=sum(m.bytes_activation_up + m.bytes_module_up for m in every),
+            bytes_down=sum(m.bytes_activation_down + m.bytes_module_down for m in every),
+            seconds_device=sum(m.seconds_device for m in every),
+            seconds_wait=sum(m.seconds_wait for m in every),
+            peak_rss_bytes=max((m.peak_rss_bytes for m in every), default=0),
+            flops_device=sum(m.flops_device for m in every),
             rounds_missed=len({r for r, site, _ in self.absences if site == name and r > 0}),
         )
 

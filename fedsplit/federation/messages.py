@@ -21,6 +21,7 @@ from fedsplit.core.errors import FederationError, FedsplitError
 from fedsplit.core.records import RoundMetrics
 
 ORDER, ANSWER, FAULT, MODULE, DELTA = "order", "answer", "fault", "module", "delta"
+STATISTICS, SCALARS = "statistics", "scalars"
 MAX_JSON_CHARS = 1_000_000
 # Counts are weights of the average: they must fit the arithmetic of numpy.
 MAX_SAMPLES = 10**12
@@ -30,7 +31,7 @@ _NPY = re.compile(
     rb"'shape': \(((?:[0-9]{1,12}(?:,|, )?){0,8})\), \} *\n",
     re.DOTALL,
 )
-Kind = Literal["roll-call", "train", "evaluate", "local-only"]
+Kind = Literal["roll-call", "statistics", "calibrate", "train", "evaluate", "local-only"]
 Tensors = Mapping[str, NDArray[np.float32]]
 
 
@@ -58,9 +59,15 @@ class Order(_Part):
     config: dict[str, str | int | float | bool]
     classes: tuple[str, ...] | None
     cut: str
+    rank: int = Field(ge=1, le=1024)
+    """The site's LoRA rank."""
     backbone_sha256: str
     stream: Stream | None
     """None where nothing runs on the server, and at roll call."""
+    encoder_digest: str = ""
+    """Digest of the module's tensors that the site does not hold: what its activations depend on beside its own."""
+    state_dir: str = ""
+    """Simulation only: where the sites of this machine keep what is their own."""
 
 
 class RollCall(_Part):
@@ -76,11 +83,22 @@ class RollCall(_Part):
     fedsplit_version: str
     number: int
     """Its partition's number in simulation, -1 in deployment: decides the order in which cuts are dealt."""
+    rank: int = Field(0, ge=0, le=1024)
+    """The site's own LoRA rank; 0: the run's."""
 
 
 class Answer(_Part):
     """What a site says after a round."""
 
+    metrics: RoundMetrics
+
+
+class Calibration(_Part):
+    """How a site's training samples like a closed-form classifier at several temperatures."""
+
+    site: str
+    nll: tuple[float, ...] = Field(max_length=256)
+    """Summed negative log-likelihood, one a temperature."""
     metrics: RoundMetrics
 
 

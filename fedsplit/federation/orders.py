@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from flwr.app import Message
@@ -10,13 +11,15 @@ from flwr.app import Message
 from fedsplit import __version__
 from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Grant
+from fedsplit.core.encoder import Grant, Training
+from fedsplit.core.lora_rules import Rule
 from fedsplit.federation import messages
 from fedsplit.federation.endpoint import Endpoint
 from fedsplit.federation.messages import Kind, Order, RollCall
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec, ModuleTensors
+from fedsplit.training.activation_cache import version_of as digest_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,12 @@ class Site:
     name: str
     node_id: int
     cut: Cut
+    rank: int
     call: RollCall
+
+
+# Orders that only test or measure.
+_FORWARD: tuple[Kind, ...] = ("evaluate", "statistics", "calibrate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +45,10 @@ class Orders:
     config: RunConfig
     backbone: Backbone
     spec: ModuleSpec
+    rule: Rule
     sites: Sequence[Site]
     endpoint: Endpoint
+    state_dir: str = ""
 
     def version(self, round_: int) -> str:
         """The name under which a round's module is published to the encoder."""
@@ -48,11 +58,25 @@ class Orders:
         """How long sites have for one order; training alone is the whole run's work at once."""
         return self.config.deadline_s * (self.config.rounds if kind == "local-only" else 1)
 
-    def messages(self, kind: Kind, round_: int, tensors: ModuleTensors) -> list[Message]:
-        """One message a site."""
-        return [self._message(site, kind, round_, tensors) for site in self.sites]
+    def received(self, site: Site, tensors: ModuleTensors) -> ModuleTensors:
+        """What a site receives of the module: the tensors of its device, at its rank."""
+        held = module.device_names(self.backbone, self.spec, site.cut)
+        return self.rule.for_site({n: tensors[n] for n in sorted(held)}, site.rank)
 
-    def _message(self, site: Site, kind: Kind, round_: int, tensors: ModuleTensors) -> Message:
+    def messages(
+        self, kind: Kind, round_: int, tensors: ModuleTensors, sites: Sequence[Site] | None = None
+    ) -> Iterator[Message]:
+        """One message a site, each made when it is asked for."""
+        digests: dict[Cut, str] = {}
+        for site in self.sites if sites is None else sites:
+            if site.cut not in digests:
+                held = module.device_names(self.backbone, self.spec, site.cut)
+                digests[site.cut] = digest_of({n: t for n, t in tensors.items() if n not in held})
+            yield self._message(site, kind, round_, tensors, digests[site.cut])
+
+    def _message(
+        self, site: Site, kind: Kind, round_: int, tensors: ModuleTensors, encoder_digest: str
+    ) -> Message:
         stream = None
         if not site.cut.local(self.backbone.blocks):
             grant = self._grant(site, kind, round_)
@@ -65,12 +89,14 @@ class Orders:
             config=self.config.flat_for_sites(),
             classes=self.spec.classes,
             cut=str(site.cut),
+            rank=site.rank,
             backbone_sha256=self.backbone.sha256,
             stream=stream,
+            encoder_digest=encoder_digest,
+            state_dir=self.state_dir,
         )
         content = messages.write(messages.ORDER, order)
-        held = module.device_names(self.backbone, self.spec, site.cut)
-        content[messages.MODULE] = messages.to_arrays({n: tensors[n] for n in held})
+        content[messages.MODULE] = messages.to_arrays(self.received(site, tensors))
         return Message(
             content,
             site.node_id,
@@ -82,8 +108,12 @@ class Orders:
 
     def _grant(self, site: Site, kind: Kind, round_: int) -> Grant:
         epochs = self.config.local_epochs * (self.config.rounds if kind == "local-only" else 1)
+        if self.config.personalisation == "ditto":
+            epochs *= 2
+        # With a trained head each perturbed forward of the device is a step of its own.
+        forwards = 2 * self.config.zo_queries + 1 if self.config.gradient != "exact" else 1
         tests = sum(s.call.test_samples for s in self.sites)
-        samples = epochs * site.call.samples + 3 * tests
+        samples = forwards * epochs * site.call.samples + 3 * tests
         return Grant(
             run=self.run,
             site=site.name,
@@ -95,7 +125,34 @@ class Orders:
             backbone_sha256=self.backbone.sha256,
             fedsplit_version=__version__,
             max_batch=self.config.batch_size,
-            max_tokens=self.backbone.max_tokens(self.config.image_size, self.config.max_length),
+            max_tokens=self.backbone.max_tokens(self.config.image_size, self.config.max_length)
+            + (self.config.prompt_tokens if self.config.module == "prompt" else 0),
             # Twice what the round needs: last batches are smaller, and a retry must not run dry.
             max_steps=2 * (samples // self.config.batch_size + 1) + 64,
+            training=None if kind in _FORWARD else self._training(site, round_),
+        )
+
+    def _training(self, site: Site, round_: int) -> Training | None:
+        """What the encoder trains for a site in a round."""
+        c = self.config
+        if c.encoder_training == "frozen":
+            return None
+        samples = sum(s.call.samples for s in self.sites)
+        # Sites draw directions of their own; sessions of a shared copy must agree on everything.
+        own = site.name if c.encoder_training == "zeroth-order" else ""
+        key = f"{c.seed}/{own}/{round_}/encoder"
+        return Training(
+            mode=c.encoder_training,
+            optimizer=c.optimizer,
+            learning_rate=(c.lora_learning_rate or c.learning_rate)
+            * c.learning_rate_factor(max(round_, 1)),
+            weight_decay=c.weight_decay,
+            clip_norm=c.clip_norm,
+            lora="B" if c.lora_aggregation == "ffa" else "both",
+            weight=site.call.samples / samples,
+            estimator=c.zo_estimator,
+            queries=c.zo_queries,
+            epsilon=c.zo_epsilon,
+            directions=c.zo_directions,
+            seed=zlib.crc32(key.encode()),
         )

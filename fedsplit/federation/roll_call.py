@@ -81,7 +81,9 @@ class RollCaller:
         orders = {str(node): self._roll_call_order(node) for node in nodes}
         calls: dict[int, RollCall] = {}
         answered = set()
-        for name, reply in exchange(self.grid, orders, deadline_s=self.config.deadline_s):
+        for name, reply in exchange(
+            self.grid, orders.items(), deadline_s=self.config.deadline_s
+        ):
             answered.add(name)
             fault = messages.fault_of(reply)
             try:
@@ -109,7 +111,8 @@ class RollCaller:
                 f"wanted: {why}"
             )
         ordered = sorted(calls.items(), key=lambda item: (item[1].number, item[1].site))
-        ordered = ordered[: self.config.sites or None]
+        # Centralised training is one site's, which in simulation holds everybody's samples.
+        ordered = ordered[: 1 if self.config.method == "centralised" else self.config.sites or None]
         return [self._site(node, call, i) for i, (node, call) in enumerate(ordered)]
 
     def _call_of(self, reply: Message) -> RollCall:
@@ -118,8 +121,24 @@ class RollCaller:
             raise FederationError(fault.message)
         call = messages.read(reply.content, messages.ANSWER, RollCall)
         if call.cut:
-            Cut.parse(call.cut).check(self.backbone.blocks)
+            self._check_cut(Cut.parse(call.cut))
+        if call.rank > self.config.lora_rank:
+            raise FederationError(
+                f"its lora-rank={call.rank} is above the run's lora-rank={self.config.lora_rank}, the largest; "
+                f"lower it in the site's node config"
+            )
         return call
+
+    def _check_cut(self, cut: Cut) -> None:
+        """Raise FederationError unless a site's own cut fits backbone and method."""
+        placement = self.config.method_description.placement
+        local = cut.local(self.backbone.blocks)
+        if placement != "any" and local != (placement == "device"):
+            wanted = "runs the whole model on the device" if placement == "device" else "is a split"
+            raise FederationError(
+                f"its cut={cut} does not fit method={self.config.method}, which {wanted}; leave cut out of the "
+                f"site's node config"
+            )
 
     def _roll_call_order(self, node: int) -> Message:
         order = Order(
@@ -130,13 +149,15 @@ class RollCaller:
             config=self.config.flat_for_sites(),
             classes=self.config.class_names,
             cut="",
+            rank=self.config.lora_rank,
             backbone_sha256=self.backbone.sha256,
             stream=None,
         )
         return Message(messages.write(messages.ORDER, order), node, "query", group_id="0")
 
     def _site(self, node: int, call: RollCall, place: int) -> Site:
-        cut = Cut.parse(call.cut) if call.cut else self.config.cuts[place % len(self.config.cuts)]
+        cuts, ranks = self.config.cuts_on(self.backbone.blocks), self.config.ranks
+        cut = Cut.parse(call.cut) if call.cut else cuts[place % len(cuts)]
         self.ledger.calls[call.site] = call
         self.ledger.cuts[call.site] = str(cut)
-        return Site(call.site, node, cut, call)
+        return Site(call.site, node, cut, call.rank or ranks[place % len(ranks)], call)

@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,12 @@ from safetensors.numpy import load_file, save_file
 from fedsplit.core.errors import RunDirError
 from fedsplit.core.records import RoundMetrics, Status, Summary
 
-MODULE_FILE, MANIFEST, KEEP = "module.safetensors", "manifest.json", 3
+MODULE_FILE, EXTRA_FILE, MANIFEST, KEEP = (
+    "module.safetensors",
+    "extra.safetensors",
+    "manifest.json",
+    3,
+)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,8 @@ class Checkpoint:
     round: int
     module: dict[str, NDArray[np.float32]]
     state: dict[str, Any]
+    extra: dict[str, NDArray[np.float32]] = field(default_factory=dict)
+    """Tensors beside the module: moments of the server's optimiser, the best module so far."""
 
 
 class RunDir:
@@ -143,16 +150,20 @@ class RunDir:
         root = self.path / "checkpoints"
         with _translated(self.path):
             with _whole_folder(root / f"round-{checkpoint.round:05d}") as part:
-                save_file(checkpoint.module, part / MODULE_FILE)
+                files = [part / MODULE_FILE]
+                save_file(checkpoint.module, files[0])
+                if checkpoint.extra:
+                    files.append(part / EXTRA_FILE)
+                    save_file(checkpoint.extra, files[1])
                 manifest = {
                     "round": checkpoint.round,
                     "state": checkpoint.state,
-                    "sha256": {MODULE_FILE: _sha256(part / MODULE_FILE)},
+                    "sha256": {file.name: _sha256(file) for file in files},
                 }
                 (part / MANIFEST).write_text(
                     json.dumps(manifest, indent=2) + "\n", encoding="utf-8"
                 )
-                _flush(part / MODULE_FILE, part / MANIFEST)
+                _flush(*files, part / MANIFEST)
             for old in _rounds(root)[:-KEEP]:
                 shutil.rmtree(old, ignore_errors=True)
 
@@ -185,9 +196,12 @@ def _rounds(root: Path) -> list[Path]:
 
 def _read_checkpoint(path: Path) -> Checkpoint:
     manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    if _sha256(path / MODULE_FILE) != manifest["sha256"][MODULE_FILE]:
-        raise ValueError("its module does not have the manifest's sha256")
-    return Checkpoint(manifest["round"], load_file(path / MODULE_FILE), manifest["state"])
+    sums = manifest["sha256"]
+    for name in {MODULE_FILE, *sums}:
+        if _sha256(path / name) != sums[name]:
+            raise ValueError(f"{name} does not have the manifest's sha256")
+    extra = load_file(path / EXTRA_FILE) if EXTRA_FILE in sums else {}
+    return Checkpoint(manifest["round"], load_file(path / MODULE_FILE), manifest["state"], extra)
 
 
 def _sha256(path: Path) -> str:

@@ -25,6 +25,7 @@ from fedsplit.federation.messages import LocalOnly
 from fedsplit.federation.orders import Site
 from fedsplit.federation.roll_call import RollCaller
 from fedsplit.federation.run_dir import RunDir
+from fedsplit.federation.start_module import start_from
 from fedsplit.federation.strategy import SplitStrategy
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
@@ -55,7 +56,7 @@ class Run:
         self.endpoint = endpoint
         self.simulated = simulated
         self.backbone = Backbone.find(config.backbone)
-        self.backbone.check_cuts(config.cuts)
+        self.backbone.check_cuts(config.cuts_on(self.backbone.blocks))
         runs = Path(config.runs_dir)
         if config.resume:
             self.dir = RunDir.reopen(runs, config.resume)
@@ -102,19 +103,30 @@ class Run:
             endpoint=self.endpoint,
             run_dir=self.dir,
             ledger=self.ledger,
+            simulated=self.simulated,
             on_update=_log.info,
         )
-        first, tensors = 1, module.initial(self.backbone, spec, seed=self.config.seed)
+        first, tensors = 1, self._start(spec)
         if self.config.resume and self.dir.has_checkpoint:
-            first, tensors = self._restore()
+            first, tensors = self._restore(strategy)
         elif self.config.resume:
             # What an unfinished first round left behind would be counted twice.
-            self.dir.forget_after(0)
+            self.dir.forget_after(-1)
         arrays = messages.to_arrays(tensors)
+        if first == 1 and self.config.classifier_init != "zero":
+            arrays = strategy.closed_form_start(self.grid, arrays)
         if self.config.compare_local_only and first == 1:
             strategy.compare_local_only(self.grid, arrays)
-        strategy.start(self.grid, arrays, self.config.rounds, first_round=first)
-        self._save_module(strategy)
+        if self.config.method != "local-only":
+            strategy.start(self.grid, arrays, self.config.rounds, first_round=first)
+            self._save_module(strategy)
+
+    def _start(self, spec: ModuleSpec) -> module.ModuleTensors:
+        """The module before the first round. Raises ConfigError where a start-module does not fit."""
+        fresh = module.initial(self.backbone, spec, seed=self.config.seed)
+        if not self.config.start_module:
+            return fresh
+        return start_from(Path(self.config.start_module), self.backbone, spec, fresh)
 
     def _say_waiting(self, text: str) -> None:
         status = Status(
@@ -146,9 +158,10 @@ class Run:
             },
         )
 
-    def _restore(self) -> tuple[int, module.ModuleTensors]:
+    def _restore(self, strategy: SplitStrategy) -> tuple[int, module.ModuleTensors]:
         """(first round to run, module) from the last checkpoint, the ledger filled as it was."""
         saved = self.dir.last_checkpoint()
+        strategy.restore(saved)
         self.dir.forget_after(saved.round)
         self.ledger.metrics = self.dir.read_metrics()
         self.ledger.absences = [(int(r), str(s), str(w)) for r, s, w in saved.state["absences"]]

@@ -7,23 +7,31 @@ receives before it trains it, so the curve costs no message of its own; one more
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedsplit.core.aggregation import Update, aggregate, check_update
+from fedsplit.core.aggregation import Update, check_update
 from fedsplit.core.config import RunConfig
-from fedsplit.core.errors import FederationError, FedsplitError, UpdateError
-from fedsplit.core.records import Phase, Status
+from fedsplit.core.errors import ConfigError, FederationError, FedsplitError, UpdateError
+from fedsplit.core.records import Phase, RoundMetrics, Status
+from fedsplit.core.lora_rules import rule_of
 from fedsplit.federation import messages
+from fedsplit.federation.best import Best
+from fedsplit.federation.closed_form_start import ClosedFormStart
 from fedsplit.federation.endpoint import Endpoint
-from fedsplit.federation.exchange import exchange
+from fedsplit.federation.exchange import WINDOW, WINDOW_SIMULATED, exchange
 from fedsplit.federation.ledger import Ledger
-from fedsplit.federation.messages import Answer, LocalOnly
+from fedsplit.federation.messages import Answer, Calibration, Kind, LocalOnly
 from fedsplit.federation.orders import Orders, Site
+from fedsplit.federation.plan import plan
 from fedsplit.federation.run_dir import Checkpoint, RunDir
+from fedsplit.federation.server_rules import ServerRule
+from fedsplit.federation.zeroth_order import replayed
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec, ModuleTensors
@@ -42,6 +50,7 @@ class SplitStrategy(Strategy):
         endpoint: Endpoint,
         run_dir: RunDir,
         ledger: Ledger,
+        simulated: bool = False,
         on_update: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.config = config
@@ -54,15 +63,31 @@ class SplitStrategy(Strategy):
         self.module: ModuleTensors = {}
         self.rounds_done = 0
         self._say = on_update
+        self._window = WINDOW_SIMULATED if simulated else WINDOW
         self._replied: list[str] = []
+        self._best = Best(patience=config.early_stop_rounds)
+        rule = rule_of(
+            config.lora_aggregation, scale=config.lora_alpha / config.lora_rank, seed=config.seed
+        )
+        self.server_rule = ServerRule(
+            rule,
+            optimizer=config.server_optimizer,
+            learning_rate=config.server_learning_rate,
+            momentum=config.server_momentum,
+            robust_rule=config.robust_rule,
+            byzantine_sites=config.byzantine_sites,
+        )
         self._orders = Orders(
             run=run_dir.name,
             config=config,
             backbone=backbone,
             spec=spec,
+            rule=rule,
             sites=tuple(self.sites.values()),
             endpoint=endpoint,
+            state_dir=str(run_dir.path / "sites") if simulated else "",
         )
+        self._check_robust()
 
     # What Flower's Strategy asks for.
 
@@ -74,20 +99,24 @@ class SplitStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One train message a site, with the module tensors that its device holds."""
+        """One train message a selected site, with the module tensors that its device holds."""
         del config, grid
-        return self._orders.messages("train", server_round, _tensors(arrays))
+        return self._orders.messages(
+            "train", server_round, _tensors(arrays), self._selected(server_round)
+        )
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Check the updates, average the good ones. Raises FederationError below `min-sites`."""
-        updates = [u for u in (self._update(server_round, reply) for reply in replies) if u]
-        if len(updates) < self.config.min_sites:
-            raise FederationError(self._too_few(server_round, len(updates)))
-        self.module = aggregate(self.module, updates)
+        """Check the updates, combine the good ones. Raises FederationError below `min-sites`."""
+        good = [u for u in (self._update(server_round, reply) for reply in replies) if u]
+        if len(good) < self.config.min_sites:
+            raise FederationError(self._too_few(server_round, len(good)))
+        if self._best.improved(self.ledger.accuracy_of_round(server_round)):
+            self._best.keep(self.module)
+        self.module = self._combined(server_round, good)
         accuracy = self.ledger.accuracy_of_round(server_round)
-        numbers = MetricRecord({"updates": len(updates), "accuracy-received": accuracy or 0.0})
+        numbers = MetricRecord({"updates": len(good), "accuracy-received": accuracy or 0.0})
         return messages.to_arrays(self.module), numbers
 
     def configure_evaluate(
@@ -127,20 +156,29 @@ class SplitStrategy(Strategy):
             arrays = result.arrays = new_arrays
             result.train_metrics_clientapp[round_] = numbers
             self.rounds_done = round_
+            if self._best.over:
+                self._say(
+                    f"round {round_}: no better accuracy in {self.config.early_stop_rounds} rounds; the best "
+                    f"module is kept"
+                )
+                self.module = self._best.module
+                arrays = messages.to_arrays(self.module)
+                self.checkpoint()
+                break
             self.checkpoint()
-        last = num_rounds + 1
+        last = self.rounds_done + 1
         self._publish(last)
         orders = self.configure_evaluate(last, arrays, nothing, grid)
         replies = self._exchange(grid, last, orders, "evaluating")
         if (tested := self.aggregate_evaluate(last, replies)) is not None:
-            result.evaluate_metrics_clientapp[num_rounds] = tested
+            result.evaluate_metrics_clientapp[self.rounds_done] = tested
         return result
 
     def compare_local_only(self, grid: Grid, arrays: ArrayRecord) -> None:
         """Let every site train alone, for as many epochs as the run has, and note what it reaches."""
         self.module = _tensors(arrays)
-        self._publish(0)
         orders = self._orders.messages("local-only", 0, self.module)
+        self._publish(0)
         deadline_s = self._orders.deadline_s("local-only")
         for reply in self._exchange(grid, 0, orders, "training", deadline_s=deadline_s):
             site = self.sites[reply.metadata.src_node_id]
@@ -152,6 +190,41 @@ class SplitStrategy(Strategy):
                 continue
             self.ledger.local_only[site.name] = alone
 
+    def closed_form_start(self, grid: Grid, arrays: ArrayRecord) -> ArrayRecord:
+        """The module with its classifier solved from the sites' summed statistics, calibrated if wanted."""
+        self.module = _tensors(arrays)
+        start = ClosedFormStart(self.config, self.backbone, self.spec, self.module)
+        self._publish(0)
+        for site, reply in self._asked(grid, "statistics"):
+            try:
+                answer = self._read(0, site.name, reply)
+                start.add(site.name, messages.from_arrays(reply.content, messages.STATISTICS))
+            except FedsplitError as err:
+                self._left_out(0, site.name, str(err))
+                continue
+            self._account(answer.metrics)
+        if start.sites < self.config.min_sites:
+            raise FederationError(self._too_few(0, start.sites))
+        self.module = self.module | start.solved()
+        if self.config.calibrate:
+            for site, reply in self._asked(grid, "calibrate"):
+                try:
+                    _raise_fault(reply)
+                    told = messages.read(reply.content, messages.ANSWER, Calibration)
+                    start.add_nll(told.nll)
+                except FedsplitError as err:
+                    self._left_out(0, site.name, str(err))
+                    continue
+                self._account(told.metrics)
+            self.module = self.module | start.calibrated(self.module)
+        return messages.to_arrays(self.module)
+
+    def _asked(self, grid: Grid, kind: Kind) -> Iterator[tuple[Site, Message]]:
+        """The replies to an order before the first round."""
+        orders = self._orders.messages(kind, 0, self.module)
+        for reply in self._exchange(grid, 0, orders, "starting"):
+            yield self.sites[reply.metadata.src_node_id], reply
+
     def checkpoint(self) -> None:
         """Save the module as it is after the last round."""
         ledger = self.ledger
@@ -159,8 +232,20 @@ class SplitStrategy(Strategy):
             "absences": [list(a) for a in ledger.absences],
             "local_only": {n: o.model_dump() for n, o in ledger.local_only.items()},
             "wall_s": ledger.wall_s(),
+            "best": self._best.state(),
         }
-        self.run_dir.save_checkpoint(Checkpoint(self.rounds_done, self.module, state))
+        extra = {f"server/{n}": t for n, t in self.server_rule.state().items()}
+        extra |= {f"best/{n}": t for n, t in self._best.module.items()}
+        self.run_dir.save_checkpoint(Checkpoint(self.rounds_done, self.module, state, extra))
+
+    def restore(self, saved: Checkpoint) -> None:
+        """Go on from what `checkpoint` saved, but for the module itself, which `start` is given."""
+        server = "server/"
+        self.server_rule.restore(
+            {n.removeprefix(server): t for n, t in saved.extra.items() if n.startswith(server)}
+        )
+        best = {n.removeprefix("best/"): t for n, t in saved.extra.items() if n.startswith("best/")}
+        self._best.restore(saved.state.get("best", {}), best)
 
     # The steps.
 
@@ -179,34 +264,43 @@ class SplitStrategy(Strategy):
         phase: Phase,
         *,
         deadline_s: float | None = None,
-    ) -> list[Message]:
-        """Send, and note who answers and who does not."""
+    ) -> Iterator[Message]:
+        """Send; note who answers and who does not, as it happens."""
         wait_s = deadline_s or self.config.deadline_s
-        by_name = {self.sites[m.metadata.dst_node_id].name: m for m in orders}
+        asked: list[str] = []
+
+        def named() -> Iterator[tuple[str, Message]]:
+            for order in orders:
+                asked.append(self.sites[order.metadata.dst_node_id].name)
+                yield asked[-1], order
+
         self._replied = []
         self._status(phase, round_)
-        replies = []
-        for name, reply in exchange(grid, by_name, deadline_s=wait_s):
-            replies.append(reply)
+        for name, reply in exchange(grid, named(), deadline_s=wait_s, window=self._window):
             if round_ > 0:
                 self._note(round_, name, reply)
             self._replied.append(name)
             self._status(phase, round_)
-        for name in sorted(by_name.keys() - set(self._replied)):
-            self.ledger.absent(round_, name, f"no answer within {wait_s:g} s")
-            self._say(f"round {round_}: no answer from {name} within {wait_s:g} s")
-        return replies
+            yield reply
+        for name in sorted(set(asked) - set(self._replied)):
+            self._left_out(round_, name, f"no answer within {wait_s:g} s")
 
     def _note(self, round_: int, name: str, reply: Message) -> None:
         """Account for one reply as it comes in."""
         try:
             answer = self._read(round_, name, reply)
         except FedsplitError as err:
-            self.ledger.absent(round_, name, str(err))
-            self._say(f"round {round_}: {name} left out: {err}")
+            self._left_out(round_, name, str(err))
             return
-        self.ledger.metrics.append(answer.metrics)
-        self.run_dir.add_metrics(answer.metrics)
+        self._account(answer.metrics)
+
+    def _account(self, metrics: RoundMetrics) -> None:
+        self.ledger.metrics.append(metrics)
+        self.run_dir.add_metrics(metrics)
+
+    def _left_out(self, round_: int, name: str, reason: str) -> None:
+        self.ledger.absent(round_, name, reason)
+        self._say(f"round {round_}: {name} left out: {reason}")
 
     def _read(self, round_: int, name: str, reply: Message) -> Answer:
         _raise_fault(reply)
@@ -216,7 +310,7 @@ class SplitStrategy(Strategy):
             raise FederationError(f"it answered for {told}, ({name!r}, {round_}) was asked")
         numbers = answer.metrics
         call = self.ledger.calls[name]
-        if numbers.test_samples != call.test_samples:
+        if round_ and numbers.test_samples != call.test_samples:
             raise FederationError(
                 f"it tested {numbers.test_samples} samples, at roll call it had {call.test_samples}"
             )
@@ -237,25 +331,73 @@ class SplitStrategy(Strategy):
         if found is None:
             return None
         site, answer = found
+        received = self._orders.received(site, self.module)
+        names = plan(self.config, self.backbone, self._spec_of(site), site.cut, round_)
         try:
-            delta = messages.from_arrays(reply.content, messages.DELTA)
+            if self.config.gradient == "zeroth-order":
+                delta = self._replayed(round_, site, reply, {n: received[n] for n in names.trained})
+            else:
+                delta = messages.from_arrays(reply.content, messages.DELTA)
             update = Update(site=site.name, samples=answer.metrics.samples, delta=delta)
             check_update(
-                update,
-                module=self.module,
-                trained=module.trained_names(
-                    self.backbone,
-                    self.spec,
-                    site.cut,
-                    head=self.config.trains_head(site.cut),
-                ),
-                samples=site.call.samples,
+                update, module=received, trained=names.sent, samples=site.call.samples
             )
         except (UpdateError, FederationError) as err:
-            self.ledger.absent(round_, site.name, str(err))
-            self._say(f"round {round_}: {err}")
+            self._left_out(round_, site.name, str(err))
             return None
         return update
+
+    def _replayed(
+        self, round_: int, site: Site, reply: Message, start: ModuleTensors
+    ) -> ModuleTensors:
+        return replayed(
+            reply.content,
+            self.config,
+            self.backbone,
+            site=site.name,
+            samples=site.call.samples,
+            round_=round_,
+            start=start,
+        )
+
+    def _spec_of(self, site: Site) -> ModuleSpec:
+        return replace(self.spec, rank=site.rank)
+
+    def _combined(self, round_: int, updates: list[Update]) -> ModuleTensors:
+        """The next module, from what the devices sent and what the encoder trained."""
+        received = {
+            site.name: self._orders.received(site, self.module) for site in self.sites.values()
+        }
+        if self.config.encoder_training != "frozen":
+            collected = self.endpoint.collect(self._orders.version(round_))
+            updates = [_with_hosted(u, collected.get(u.site, {})) for u in updates]
+            received = {name: {**self.module, **own} for name, own in received.items()}
+            for name, delta in collected.get("", {}).items():
+                self.module[name] = self.module[name] + delta
+        if not any(u.delta for u in updates):
+            return self.module
+        return self.server_rule.combine(self.module, updates, received, round_)
+
+    def _selected(self, round_: int) -> list[Site]:
+        """The sites that train in a round: all, or a draw by seed and round."""
+        sites = list(self.sites.values())
+        count = self.config.selected(len(sites))
+        if count < 1:
+            raise ConfigError(
+                f"participation={self.config.participation:g} of {len(sites)} sites selects nobody; raise it"
+            )
+        draw = np.random.default_rng([self.config.seed, round_]).choice(
+            len(sites), size=count, replace=False
+        )
+        return [sites[i] for i in sorted(draw)]
+
+    def _check_robust(self) -> None:
+        """Raise ConfigError now where a robust rule could never work with these sites and cuts."""
+        names = {
+            s.name: plan(self.config, self.backbone, self._spec_of(s), s.cut, self.config.rounds).sent
+            for s in self.sites.values()
+        }
+        self.server_rule.check(names)
 
     def _too_few(self, round_: int, useful: int) -> str:
         lost = "; ".join(f"{s}: {why}" for r, s, why in self.ledger.absences if r == round_)
@@ -289,3 +431,8 @@ def _tensors(arrays: ArrayRecord) -> ModuleTensors:
 def _raise_fault(reply: Message) -> None:
     if (fault := messages.fault_of(reply)) is not None:
         raise FederationError(fault.message)
+
+
+def _with_hosted(update: Update, delta: ModuleTensors) -> Update:
+    """A site's update with what the encoder trained on its behalf."""
+    return replace(update, delta={**update.delta, **delta})

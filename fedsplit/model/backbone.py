@@ -3,12 +3,12 @@
 A `Part` is the whole model's skeleton on the meta device with only the tensors it needs materialised, so
 every name is the whole model's name: PEFT attaches to it, aggregation matches by name and the exported
 module loads on the whole backbone. Called by `split.py` (device) and `encoder.py` (server).
-Shapes: B batch, T tokens, D width, P pooled width, C classes.
+Shapes: B batch, T tokens, D width, P pooled width, F width of the last linear layer, C classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -21,10 +21,13 @@ from fedsplit.core.cut import Cut
 from fedsplit.core.errors import BackboneError
 from fedsplit.model.checkpoint import digest, find_backbone, load_tensors, weight_files
 from fedsplit.model.families import Family, family_of
+from fedsplit.model.layers import PROMPT, adapted, widen_mask, without_prompt
 
 # What transformers raises for a config.json that is not what it expects.
 _BAD_CONFIG = (ValueError, KeyError, TypeError)
 _OLD_LABELS = ("id2label", "label2id", "num_labels")
+Weights = Callable[[nn.Module, set[str]], Mapping[str, Tensor]]
+"""(skeleton, names) -> frozen tensors of these names, which the part shares and never alters."""
 
 
 @dataclass(frozen=True)
@@ -80,13 +83,16 @@ class Backbone:
         for cut in cuts:
             cut.check(self.blocks)
 
-    def max_tokens(self, image_size: int, max_length: int) -> int:
-        """Most tokens of a sample: patches and special tokens of an image, `max_length` of a text."""
+    def max_tokens(self, image_size: int, max_length: int, prompt_tokens: int = 0) -> int:
+        """Most tokens of a sample: patches and special tokens of an image, `max_length` of a text; a prompt's too.
+
+        A prompt goes in after the position embeddings, so it takes no place of a text's.
+        """
         if self.family.kind == "text":
-            return min(max_length, int(self.config.max_position_embeddings))
-        height, width = _sides(image_size or self.config.image_size)
-        patch_height, patch_width = _sides(self.config.patch_size)
-        return (height // patch_height) * (width // patch_width) + 2
+            return min(max_length, int(self.config.max_position_embeddings)) + prompt_tokens
+        height, width = sides(image_size or self.config.image_size)
+        patch_height, patch_width = sides(self.config.patch_size)
+        return (height // patch_height) * (width // patch_width) + 2 + prompt_tokens
 
     def weight_bytes(self) -> int:
         """Bytes of all weights in fp32: what full-model averaging would move one way."""
@@ -113,7 +119,7 @@ class Backbone:
         return model.eval().requires_grad_(False)
 
 
-def _sides(size: Any) -> tuple[int, int]:
+def sides(size: Any) -> tuple[int, int]:
     """(height, width) of a config's size, which is one number or two."""
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return int(height), int(width)
@@ -131,39 +137,47 @@ class Part:
         embeddings: bool,
         pool: bool,
         share: Part | None = None,
+        weights: Weights | None = None,
     ) -> None:
-        """Materialise `blocks` (and the ends asked for) from disk, or share the tensors of `share`.
+        """Materialise `blocks` (and the ends asked for) from disk, or with the tensors of `share` or `weights`.
 
         The classifier of a part with embeddings is materialised as zeros: its values come with the module.
         """
         self.backbone = backbone
         self.family = backbone.family
         self.model: Any = backbone.skeleton(classes)
-        self._base: Any = getattr(self.model, self.family.base)
+        self.base: Any = getattr(self.model, self.family.base)
         self.held = tuple(blocks)
+        self.embeddings = embeddings
+        # What the module makes of this part; `module.attach` sets them.
+        self.prompt_tokens = 0
+        self.full = False
         paths = [f"{self.family.base}.{self.family.blocks}.{i}" for i in self.held]
         if embeddings:
             paths.append(f"{self.family.base}.{self.family.embeddings}")
         if pool:
             paths += [f"{self.family.base}.{name}" for name in self.family.pool_modules]
-        self._materialise(paths, share)
+        self._materialise(paths, share, weights)
         if embeddings:
             for name in self.family.classifier:
                 getattr(self.model, name).to_empty(device="cpu").requires_grad_(True)
                 for parameter in getattr(self.model, name).parameters():
                     nn.init.zeros_(parameter)
 
-    def _materialise(self, paths: list[str], share: Part | None) -> None:
+    def _materialise(self, paths: list[str], share: Part | None, weights: Weights | None) -> None:
         modules = [self.model.get_submodule(path) for path in paths]
         names = {
             f"{path}.{name}"
             for path, module in zip(paths, modules, strict=True)
             for name, _ in module.named_parameters()
         }
-        if share is None:
-            tensors = load_tensors(self.backbone.path, self.model, names)
-        else:
+        tensors: Mapping[str, Tensor]
+        if share is not None:
             tensors = {n: p for n, p in share.model.named_parameters() if n in names}
+        elif weights is not None:
+            tensors = weights(self.model, names)
+        else:
+            tensors = load_tensors(self.backbone.path, self.model, names)
         for path, module in zip(paths, modules, strict=True):
             _restore_buffers(module)
             own = {n: tensors[f"{path}.{n}"] for n, _ in module.named_parameters()}
@@ -171,17 +185,28 @@ class Part:
             module.requires_grad_(False)
 
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Model inputs -> embeddings [B, T, D]. The attention mask is not an input of this."""
-        embeddings = getattr(self._base, self.family.embeddings)
+        """Model inputs -> embeddings [B, T, D], a prompt among them. The attention mask is not an input of this."""
+        embeddings = getattr(self.base, self.family.embeddings)
         known = {k: v for k, v in inputs.items() if k != "attention_mask"}
         if self.family.kind == "image":
             out: Tensor = embeddings(known["pixel_values"], **dict(self.family.embed_kwargs))
         else:
             out = embeddings(**known, **dict(self.family.embed_kwargs))
-        return out
+        return getattr(self.base, PROMPT)(out) if self.prompt_tokens else out
+
+    def mask(self, mask_BT: Tensor | None) -> Tensor | None:
+        """The inputs' mask as blocks want it: with ones for the prompt's tokens."""
+        if mask_BT is None or not self.prompt_tokens:
+            return mask_BT
+        return widen_mask(mask_BT, self.prompt_tokens)
+
+    @property
+    def blocks(self) -> Any:
+        """The list of all L blocks, also those that this part does not hold."""
+        return reduce(getattr, self.family.blocks.split("."), self.base)
 
     def run(self, h_BTD: Tensor, mask_BT: Tensor | None, start: int, stop: int) -> Tensor:
-        """Run blocks[start:stop]; `mask_BT` is True on real tokens, None means all are."""
+        """Run blocks[start:stop]; `mask_BT` is True on real tokens and a prompt's, None means all are."""
         if start == stop:
             return h_BTD
         from transformers.masking_utils import create_bidirectional_mask
@@ -189,18 +214,26 @@ class Part:
         mask = create_bidirectional_mask(
             config=self.model.config, inputs_embeds=h_BTD, attention_mask=mask_BT
         )
-        blocks = reduce(getattr, self.family.blocks.split("."), self._base)
-        for block in blocks[start:stop]:
-            h_BTD = block(h_BTD, mask)
+        for block in self.blocks[start:stop]:
+            h_BTD = adapted(block, block(h_BTD, mask))
         return h_BTD
 
     def pool(self, h_BTD: Tensor) -> Tensor:
-        """Final norm and pooling: [B, T, D] -> [B, P]."""
-        return self.family.pool(self._base, h_BTD)
+        """Final norm and pooling: [B, T, D] -> [B, P]. A prompt's tokens are not pooled."""
+        if self.prompt_tokens:
+            h_BTD = without_prompt(h_BTD, self.prompt_tokens)
+        return self.family.pool(self.base, h_BTD)
+
+    def features(self, pooled_BP: Tensor) -> Tensor:
+        """Pooled features [B, P] -> what enters the last linear layer, [B, F]."""
+        return self.family.features(self.model, pooled_BP)
 
     def classify(self, pooled_BP: Tensor) -> Tensor:
         """Pooled features [B, P] -> logits [B, C]."""
-        return self.family.classify(self.model, pooled_BP)
+        logits: Tensor = self.model.get_submodule(self.family.final_linear)(
+            self.features(pooled_BP)
+        )
+        return logits
 
 
 def _restore_buffers(module: nn.Module) -> None:

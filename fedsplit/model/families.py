@@ -2,7 +2,7 @@
 
 Adding a family is one `Family(...)` entry below. Names are attribute paths inside transformers' own
 classification model, so that every tensor keeps the whole model's name. Shapes: B batch, T tokens,
-D width, P width of the pooled features, C classes.
+D width, P width of the pooled features, F width of what enters the last linear layer, C classes.
 """
 
 from __future__ import annotations
@@ -41,8 +41,14 @@ class Family:
     """P / D."""
     classifier: tuple[str, ...] = ("classifier",)
     """Top-level submodules that make logits of pooled features; they train with the module."""
-    classify: Callable[[Any, Tensor], Tensor] = lambda model, pooled: model.classifier(pooled)
-    """(whole model, pooled features [B, P]) -> logits [B, C]."""
+    features: Callable[[Any, Tensor], Tensor] = lambda model, pooled: pooled  # noqa: ARG005
+    """(whole model, pooled features [B, P]) -> what enters the last linear layer, [B, F]."""
+    final_linear: str = "classifier"
+    """Path of the linear layer that makes the logits."""
+    prompts: bool = True
+    """May prompt tokens stand between the first token and the others?"""
+    idle: tuple[str, ...] = ()
+    """Parameters that classification never uses; a full module leaves them out."""
     embed_kwargs: tuple[tuple[str, Any], ...] = ()
     """Extra arguments of the embeddings' forward."""
     embeddings: str = "embeddings"
@@ -67,15 +73,13 @@ def _pooler(backbone: Any, h_BTD: Tensor) -> Tensor:
     return pooled
 
 
-def _classify_first(model: Any, pooled_BP: Tensor) -> Tensor:
-    # RoBERTa's head picks the first token itself, so it is handed a sequence of one.
-    logits: Tensor = model.classifier(pooled_BP[:, None])
-    return logits
+# Dropout, which the heads of the next two have as well, never acts here.
+def _dense_tanh(model: Any, pooled_BP: Tensor) -> Tensor:
+    return torch.tanh(model.classifier.dense(pooled_BP))
 
 
-def _classify_twice(model: Any, pooled_BP: Tensor) -> Tensor:
-    logits: Tensor = model.classifier(nn.functional.relu(model.pre_classifier(pooled_BP)))
-    return logits
+def _pre_relu(model: Any, pooled_BP: Tensor) -> Tensor:
+    return nn.functional.relu(model.pre_classifier(pooled_BP))
 
 
 # interpolate_pos_encoding is the identity at the size a backbone was trained with.
@@ -107,6 +111,7 @@ FAMILIES: dict[str, Family] = {
             pool=_norm_first_and_mean,
             pool_modules=("layernorm",),
             pool_factor=2,
+            idle=("dinov2.embeddings.mask_token",),
         ),
         Family(
             model_type="bert",
@@ -126,7 +131,8 @@ FAMILIES: dict[str, Family] = {
             blocks="encoder.layer",
             lora_targets=("query", "value"),
             pool=_first,
-            classify=_classify_first,
+            features=_dense_tanh,
+            final_linear="classifier.out_proj",
         ),
         Family(
             model_type="distilbert",
@@ -137,7 +143,7 @@ FAMILIES: dict[str, Family] = {
             lora_targets=("q_lin", "v_lin"),
             pool=_first,
             classifier=("pre_classifier", "classifier"),
-            classify=_classify_twice,
+            features=_pre_relu,
         ),
     )
 }

@@ -10,13 +10,15 @@ from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Encoder
 from fedsplit.core.errors import ConfigError
 from fedsplit.model import module
-from fedsplit.model.backbone import Backbone, Part
-from fedsplit.model.module import ModuleSpec
+from fedsplit.model.backbone import Backbone, Part, Weights
+from fedsplit.model.module import ModuleSpec, ModuleTensors
 from fedsplit.model.seam import cross
 
 
-def device_part(backbone: Backbone, cut: Cut, spec: ModuleSpec) -> Part:
-    """Head and tail of the cut with LoRA on their blocks; the server's blocks stay on meta."""
+def device_part(
+    backbone: Backbone, cut: Cut, spec: ModuleSpec, *, weights: Weights | None = None
+) -> Part:
+    """Head and tail of the cut with the module on them; the server's blocks stay on meta."""
     cut.check(backbone.blocks)
     part = Part(
         backbone,
@@ -24,13 +26,20 @@ def device_part(backbone: Backbone, cut: Cut, spec: ModuleSpec) -> Part:
         blocks=cut.device_blocks(backbone.blocks),
         embeddings=True,
         pool=not cut.pooled(backbone.blocks),
+        weights=weights,
     )
     module.attach(part, spec)
     return part
 
 
-def server_part(backbone: Backbone, spec: ModuleSpec, *, share: Part | None = None) -> Part:
-    """All blocks and the pooling, for any cut, with LoRA; `share` lends its frozen tensors."""
+def server_part(
+    backbone: Backbone,
+    spec: ModuleSpec,
+    *,
+    share: Part | None = None,
+    weights: Weights | None = None,
+) -> Part:
+    """All blocks and the pooling, for any cut, with the module; `share`, a part without one, lends its tensors."""
     part = Part(
         backbone,
         classes=len(spec.classes),
@@ -38,9 +47,10 @@ def server_part(backbone: Backbone, spec: ModuleSpec, *, share: Part | None = No
         embeddings=False,
         pool=True,
         share=share,
+        weights=weights,
     )
     module.attach(part, spec)
-    # Nothing trains here; a LoRA that wants gradients would only make each kept graph larger.
+    # Nothing trains unless asked to; a module that wants gradients would only make each kept graph larger.
     part.model.requires_grad_(False)
     return part
 
@@ -57,36 +67,51 @@ class SplitModel:
         self.part = part
         self.cut = cut
         self._encoder = encoder
-        family = part.family
-        self._blocks = f"{family.base}.{family.blocks}"
         self._steps = itertools.count(1)
-        self._pooled = cut.pooled(part.backbone.blocks)
+        self._server_pools = cut.pooled(part.backbone.blocks)
 
     def head_trains(self) -> bool:
         """Does anything below the seam train, so that gradients must come back through it?"""
-        below = tuple(f"{self._blocks}.{i}." for i in range(self.cut.a))
         return any(
-            parameter.requires_grad and name.startswith(below)
+            parameter.requires_grad and module.depth(self.part.backbone, name) < self.cut.a
             for name, parameter in module.parameters(self.part).items()
-            if below
         )
 
     def head(self, inputs: dict[str, Tensor], mask_BT: Tensor | None) -> Tensor:
-        """Model inputs -> what crosses the wire, [B, T, D]."""
-        return self.part.run(self.part.embed(inputs), mask_BT, 0, self.cut.a)
+        """Model inputs -> what crosses the wire, [B, T, D]; with a prompt T counts its tokens.
+
+        `mask_BT` is the inputs' own here and in what follows.
+        """
+        return self.part.run(self.part.embed(inputs), self.part.mask(mask_BT), 0, self.cut.a)
 
     def encode(self, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
         """Through the encoder: [B, T, D] -> [B, T, D] or pooled [B, P]."""
         if self._encoder is None:
             return h_BTD
-        return cross(h_BTD, mask_BT, self._encoder, next(self._steps))
+        return cross(h_BTD, self.part.mask(mask_BT), self._encoder, next(self._steps))
 
     def tail(self, z: Tensor, mask_BT: Tensor | None) -> Tensor:
         """What came back -> logits [B, C]."""
-        if not self._pooled:
-            z = self.part.pool(self.part.run(z, mask_BT, self.cut.b, self.part.backbone.blocks))
-        return self.part.classify(z)
+        return self.part.classify(self.pooled(z, mask_BT))
+
+    def pooled(self, z: Tensor, mask_BT: Tensor | None) -> Tensor:
+        """What came back -> pooled features [B, P], as `Part.features` and `Part.classify` take them."""
+        if self._server_pools:
+            return z
+        stop = self.part.backbone.blocks
+        return self.part.pool(self.part.run(z, self.part.mask(mask_BT), self.cut.b, stop))
 
     def __call__(self, inputs: dict[str, Tensor], mask_BT: Tensor | None) -> Tensor:
         """Model inputs -> logits [B, C]."""
         return self.tail(self.encode(self.head(inputs, mask_BT), mask_BT), mask_BT)
+
+
+def whole_model(backbone: Backbone, spec: ModuleSpec, tensors: ModuleTensors) -> SplitModel:
+    """The whole model with a trained module, all of it here: `model(inputs, mask)` gives logits [B, C].
+
+    `inputs` are those of transformers' own model; `mask` is a text's attention mask, None where nothing is padded.
+    """
+    local = Cut(backbone.blocks, backbone.blocks)
+    part = device_part(backbone, local, spec)
+    module.load(part, tensors)
+    return SplitModel(part, local, None)

@@ -1,7 +1,7 @@
 """Hosts the frozen backbone: one set of weights, a few module versions over it, a session a stream.
 
 Implements core's EncoderHost for transport's server. Each version is a part of its own that shares the
-frozen tensors, so versions do not disturb each other and cost only their LoRA.
+frozen tensors, so versions do not disturb each other and cost only their module. What sessions train here: training.py.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import threading
 from collections import OrderedDict
 
 from fedsplit import __version__
-from fedsplit.core.encoder import Capabilities, Encoder, Grant
+from fedsplit.core.encoder import Array, Capabilities, Encoder, Grant
 from fedsplit.core.errors import BackboneError, ConfigError, ProtocolError, RefusedError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone, Part
 from fedsplit.model.encoder import LocalEncoder
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.split import server_part
+from fedsplit.serving.training import TRAINING_BYTES, Trainees
 
 # The version of this round, the one before it, and room for a second run on the same host.
 MAX_VERSIONS = 4
@@ -25,12 +26,16 @@ MAX_VERSIONS = 4
 class BackboneHost:
     """A frozen backbone that many sites' sessions share. Safe to call from several threads."""
 
-    def __init__(self, backbone: Backbone) -> None:
-        """Read all blocks of the backbone. Raises BackboneError."""
+    def __init__(self, backbone: Backbone, *, training_bytes: int = TRAINING_BYTES) -> None:
+        """Read all blocks of the backbone. Raises BackboneError.
+
+        `training_bytes` is what all that sessions train here, and deltas that nobody has collected, may take.
+        """
         self.backbone = backbone
         bare = ModuleSpec(classes=("?",), lora=False)
         self._bare = server_part(backbone, bare)
         self._versions: OrderedDict[str, Part] = OrderedDict()
+        self._trainees = Trainees(training_bytes)
         self._lock = threading.Lock()
 
     def capabilities(self) -> Capabilities:
@@ -63,10 +68,11 @@ class BackboneHost:
         except (BackboneError, ConfigError) as err:
             raise ProtocolError(f"module version {version!r}: {err}") from err
         with self._lock:
+            self._trainees.forget(version)
             self._versions[version] = part
             self._versions.move_to_end(version)
             while len(self._versions) > MAX_VERSIONS:
-                self._versions.popitem(last=False)
+                self._trainees.forget(self._versions.popitem(last=False)[0])
 
     def open(self, grant: Grant) -> Encoder:
         """See core.encoder.EncoderHost."""
@@ -86,4 +92,20 @@ class BackboneHost:
             raise RefusedError(
                 f"module version {grant.version!r} is not published here; known: {known or 'none'}"
             )
-        return LocalEncoder(part, grant.cut)
+        if grant.training is None:
+            return LocalEncoder(part, grant.cut)
+        encoder = self._trainees.open(part, grant, grant.training)
+        with self._lock:
+            if grant.version not in self._versions:  # evicted meanwhile: nobody can collect it
+                self._trainees.forget(grant.version)
+        return encoder
+
+    def collect(self, version: str) -> dict[str, dict[str, Array]]:
+        """See core.encoder.EncoderHost."""
+        with self._lock:
+            known = tuple(self._versions)
+        if version not in known:
+            raise RefusedError(
+                f"module version {version!r} is not here, so nothing that was trained on it is; known: {known or 'none'}"
+            )
+        return self._trainees.collect(version)

@@ -1,46 +1,39 @@
 """One site's round: evaluate what came, train it, evaluate again. Plain PyTorch over the split model.
 
 Called by federation/site.py. It knows nothing of Flower or gRPC: the encoder is core's protocol. Where the
-head is frozen, and in evaluation, up to `in_flight` steps are at the encoder while the tail works.
+head is frozen, and in evaluation, up to `in_flight` steps are at the encoder while the tail works. Its pieces:
+settings.py, losses.py, augment.py, optimise.py (gradient -> step) and pipeline.py (batch -> what the tail reads).
 """
 
 from __future__ import annotations
 
-import threading
-import time
-from collections import deque
+import math
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedsplit.core.encoder import Array, Encoder, Mask
-from fedsplit.core.errors import FederationError
-from fedsplit.model import module
+from fedsplit.core.errors import ConfigError, FederationError
 from fedsplit.model.split import SplitModel
+from fedsplit.training import pipeline
+from fedsplit.training.activation_cache import Place
+from fedsplit.training.augment import augment, check
 from fedsplit.training.data import Batch
+from fedsplit.training.losses import loss_of
+from fedsplit.training.meter import WaitMeter
+from fedsplit.training.optimise import Arrays, Stepper
+from fedsplit.training.pipeline import Flow
+from fedsplit.training.settings import Precision, TrainSettings
+
+__all__ = ["Batches", "Score", "TrainSettings", "WaitMeter", "evaluate", "train"]
 
 Batches = Callable[[int], Iterable[Batch]]
 """epoch -> the training batches of that epoch, in their shuffled order."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainSettings:
-    """How a site trains in a round."""
-
-    epochs: int
-    learning_rate: float
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    weight_decay: float = 0.0
-    in_flight: int = 2
-    lora_learning_rate: float = 0.0
-    """Learning rate of LoRA where it is not the classifier's; 0: the same."""
-    schedule: tuple[float, ...] = ()
-    """Factor on the learning rates, one an epoch; empty: 1 throughout."""
+Watch = Callable[[Tensor, Tensor], None]
+"""Sees the logits (detached) and labels of each training batch: what else learns of them."""
+Adjust = Callable[[Tensor], Tensor]
+"""Logits -> the logits that count: a personal classifier adds its own."""
 
 
 @dataclass(frozen=True)
@@ -51,137 +44,150 @@ class Score:
     total: int
 
 
-class WaitMeter:
-    """An Encoder that adds up how long the training thread waited for the one behind it."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-        self._thread = threading.get_ident()
-        self.wait_s = 0.0
-
-    def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
-    ) -> Array:
-        """See core.encoder.Encoder."""
-        with self.waiting():
-            return self._encoder.encode(step, h_BTD, mask_BT, keep=keep)
-
-    def backprop(self, step: int, dz: Array) -> Array:
-        """See core.encoder.Encoder."""
-        with self.waiting():
-            return self._encoder.backprop(step, dz)
-
-    def close(self) -> None:
-        """See core.encoder.Encoder."""
-        self._encoder.close()
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time inside, on the training thread only: steps in flight overlap its work."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            if threading.get_ident() == self._thread:
-                self.wait_s += time.perf_counter() - start
-
-
 def evaluate(
     model: SplitModel,
     batches: Iterable[Batch],
     *,
     in_flight: int = 2,
     meter: WaitMeter | None = None,
+    cache: Place | None = None,
+    precision: Precision = "fp32",
+    adjust: Adjust | None = None,
 ) -> Score:
     """Count right answers. Several steps are in flight: nothing of a step depends on another."""
+    flow = Flow(in_flight=in_flight, meter=meter, cache=cache, precision=precision)
     correct = total = 0
     with torch.no_grad():
-        for batch, z in _encoded_ahead(model, batches, in_flight, meter):
-            predicted_B = model.tail(z, batch.mask).argmax(dim=1)
+        for batch, z in pipeline.ahead(model, batches, flow):
+            logits_BC = pipeline.tail(model, z, batch.mask, precision)
+            predicted_B = (adjust(logits_BC) if adjust else logits_BC).argmax(dim=1)
             correct += int((predicted_B == batch.labels).sum())
             total += len(batch.labels)
     return Score(correct, total)
 
 
 def train(
-    model: SplitModel, batches: Batches, settings: TrainSettings, *, meter: WaitMeter | None = None
+    model: SplitModel,
+    batches: Batches,
+    settings: TrainSettings,
+    *,
+    meter: WaitMeter | None = None,
+    anchor: Arrays | None = None,
+    cache: Place | None = None,
+    watch: Watch | None = None,
 ) -> float:
-    """Train the model's module in place; the mean loss over all samples of the round.
+    """Train the model's module in place; the mean loss over all samples of the round, of the data alone.
 
-    Raises FederationError when the loss stops being finite.
+    `anchor` is what the proximal term pulls to; without one, what the model holds now. Raises FederationError
+    when the loss stops being finite, ConfigError for settings that do not fit the model.
     """
-    optimizer = _optimizer(model, settings)
-    loss_sum, samples = 0.0, 0
+    check(settings.augmentation, model.part.family.kind)
+    check_cache(model, settings, cache)
+    flow = Flow(
+        in_flight=settings.in_flight, meter=meter, cache=cache, precision=settings.precision
+    )
+    stepper = Stepper(model.part, settings, anchor=anchor)
+    total = MeanLoss(settings.learning_rate)
     for epoch in range(settings.epochs):
-        if settings.schedule:
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * settings.schedule[epoch]
-        for batch, z in _encoded(model, batches(epoch), settings.in_flight, meter):
-            loss = nn.functional.cross_entropy(model.tail(z, batch.mask), batch.labels)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            value = float(loss.detach())
-            if not torch.isfinite(loss.detach()):
-                raise FederationError(
-                    f"the training loss became {value} in epoch {epoch + 1}; lower learning-rate "
-                    f"(now {settings.learning_rate:g})"
-                )
-            loss_sum += value * len(batch.labels)
-            samples += len(batch.labels)
-    return loss_sum / max(samples, 1)
+        stepper.set_factor(settings.factor(epoch))
+        for loss, logits_BC, batch in _losses(
+            model, augmented(batches, epoch, settings), settings, flow
+        ):
+            stepper.backward(loss, len(batch.labels))
+            total.add(float(loss.detach()), len(batch.labels), epoch)
+            if watch:
+                watch(logits_BC.detach(), batch.labels)
+        stepper.step()
+    return total.mean
 
 
-def _optimizer(model: SplitModel, settings: TrainSettings) -> torch.optim.Optimizer:
-    """An optimiser with one parameter group for LoRA and one for the classifier."""
-    trainable = {n: p for n, p in module.parameters(model.part).items() if p.requires_grad}
-    lora = [p for n, p in trainable.items() if ".lora_" in n]
-    classifier = [p for n, p in trainable.items() if ".lora_" not in n]
-    rates = (settings.lora_learning_rate or settings.learning_rate, settings.learning_rate)
-    groups = [
-        {"params": parameters, "lr": rate, "initial_lr": rate}
-        for parameters, rate in zip((lora, classifier), rates, strict=True)
-        if parameters
-    ]
-    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.SGD
-    return kind(groups, weight_decay=settings.weight_decay)
+class MeanLoss:
+    """The mean over samples of losses that must stay finite."""
+
+    def __init__(self, learning_rate: float) -> None:
+        self._learning_rate = learning_rate
+        self._sum, self._samples = 0.0, 0
+
+    def check(self, loss: float, epoch: int) -> None:
+        """Raise FederationError when a loss is not finite."""
+        if not math.isfinite(loss):
+            raise FederationError(
+                f"the training loss became {loss} in epoch {epoch + 1}; lower learning-rate "
+                f"(now {self._learning_rate:g})"
+            )
+
+    def add(self, loss: float, samples: int, epoch: int) -> None:
+        """Take in a batch's mean. Raises FederationError when it is not finite."""
+        self.check(loss, epoch)
+        self._sum += loss * samples
+        self._samples += samples
+
+    @property
+    def mean(self) -> float:
+        """Of all that was added; 0 where nothing was."""
+        return self._sum / max(self._samples, 1)
 
 
-def _encoded(
-    model: SplitModel, batches: Iterable[Batch], in_flight: int, meter: WaitMeter | None
-) -> Iterator[tuple[Batch, Tensor]]:
-    """Batches with what came back from the encoder; ahead of the tail where the head does not train."""
-    if model.head_trains():
-        for batch in batches:
-            yield batch, model.encode(model.head(batch.inputs, batch.mask), batch.mask)
-    else:
-        yield from _encoded_ahead(model, batches, in_flight, meter)
+def augmented(batches: Batches, epoch: int, settings: TrainSettings) -> Iterator[Batch]:
+    """The epoch's batches, flipped and cropped as the settings ask."""
+    key = f"{settings.augmentation_key}/{epoch}"
+    return (augment(batch, settings.augmentation, key) for batch in batches(epoch))
 
 
-def _encoded_ahead(
-    model: SplitModel, batches: Iterable[Batch], in_flight: int, meter: WaitMeter | None
-) -> Iterator[tuple[Batch, Tensor]]:
-    if model.cut.a == model.cut.b:
-        for batch in batches:
-            yield batch, model.head(batch.inputs, batch.mask)
+def check_cache(model: SplitModel, settings: TrainSettings, cache: Place | None) -> None:
+    """Raise ConfigError where activations are not the same each time."""
+    if cache is None:
         return
-    waiting: deque[tuple[Batch, Future[Tensor]]] = deque()
-    with ThreadPoolExecutor(max_workers=in_flight, thread_name_prefix="in-flight") as pool:
-        for batch in batches:
-            with torch.no_grad():
-                h = model.head(batch.inputs, batch.mask)
-            waiting.append((batch, pool.submit(model.encode, h, batch.mask)))
-            if len(waiting) == in_flight:
-                yield _next(waiting, meter)
-        while waiting:
-            yield _next(waiting, meter)
+    if settings.augmentation != "none":
+        raise ConfigError(
+            f"augmentation={settings.augmentation} makes every epoch's images new, so there is nothing to "
+            f"keep; use cache-activations=false or augmentation=none"
+        )
+    if model.head_trains() or settings.server_mode != "frozen":
+        raise ConfigError(
+            "activations change while the head or the server trains, so there is nothing to keep; use "
+            "cache-activations=false, or device-training=tail with encoder-training=frozen"
+        )
 
 
-def _next(
-    waiting: deque[tuple[Batch, Future[Tensor]]], meter: WaitMeter | None
-) -> tuple[Batch, Tensor]:
-    batch, future = waiting.popleft()
-    if meter is None:
-        return batch, future.result()
-    with meter.waiting():
-        return batch, future.result()
+def _losses(
+    model: SplitModel, batches: Iterable[Batch], settings: TrainSettings, flow: Flow
+) -> Iterator[tuple[Tensor, Tensor, Batch]]:
+    """(loss to go back from, logits, batch), by what trains below the tail."""
+    loss_of_batch = loss_of(settings)
+    server = settings.server_mode
+    if model.cut.a == model.cut.b:
+        server = "frozen"  # nothing of this device's model is there
+    if server == "zeroth-order":
+        yield from _probed_losses(model, batches, settings)
+        return
+    if model.head_trains() or server != "frozen":
+        trains = server != "frozen"
+        found = pipeline.one_by_one(model, batches, flow.precision, server_trains=trains)
+    else:
+        found = pipeline.ahead(model, batches, flow)
+    for batch, z in found:
+        logits_BC = pipeline.tail(model, z, batch.mask, flow.precision)
+        yield loss_of_batch(logits_BC, batch.labels), logits_BC, batch
+
+
+def _probed_losses(
+    model: SplitModel, batches: Iterable[Batch], settings: TrainSettings
+) -> Iterator[tuple[Tensor, Tensor, Batch]]:
+    """FedVZ: the server learns from K numbers a step, the tail from their mean's exact gradient, here.
+
+    No gradient crosses the wire in either direction, so the head cannot train by one. Raises ConfigError
+    where it is meant to.
+    """
+    if model.head_trains():
+        raise ConfigError(
+            "encoder-training=zeroth-order sends no gradient down, so the head cannot train by one; use "
+            "device-training=tail"
+        )
+    loss_of_batch = loss_of(settings)
+    for batch, z_K, score in pipeline.probed(model, batches, settings.precision):
+        logits = [pipeline.tail(model, z, batch.mask, settings.precision) for z in z_K]
+        losses_K = torch.stack([loss_of_batch(logits_BC, batch.labels) for logits_BC in logits])
+        # Whoever asks for the next batch has found the loss to be finite and has trained the tail.
+        yield losses_K.mean(), logits[-1], batch
+        score(losses_K.detach())

@@ -1,15 +1,18 @@
 """What one site trains and tests on: its own source, or its share of a partitioned one in simulation.
 
 Called by federation/site.py with the run's settings and the site's own (Flower's node config). Split by
-seed and name alone, so the same site sees the same samples in every round and in every process.
+seed and name alone, so the same site sees the same samples in every round and in every process. In simulation
+a process may be many sites: the source, its shares and what was prepared of it are kept once for all of them.
+With `method=centralised` one node stands for all sites and has the samples of all shares.
 """
 
 from __future__ import annotations
 
 import functools
+import threading
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +46,9 @@ NODE_KEYS = (
     "encoder-tls-cert",
     "encoder-tls-key",
     "threads",
+    "lora-rank",
 )
+MAX_LORA_RANK = 1024
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,10 @@ class SiteSettings:
     encoder_tls_cert: str = ""
     encoder_tls_key: str = ""
     """Certificate and key that this site shows to an encoder that asks for one."""
+    lora_rank: int = 0
+    """The site's own LoRA rank; 0: the run's."""
+    state_dir: str = ""
+    """Where the site keeps what is its own between rounds; empty: a folder in its user's home."""
 
     @classmethod
     def from_node(cls, node: NodeConfig, *, node_id: int) -> SiteSettings:
@@ -83,6 +92,9 @@ class SiteSettings:
         threads = node.get("threads", 0)
         if not isinstance(threads, int) or threads < 0:
             faults.append(f"threads={threads!r} is not a number of threads")
+        rank = node.get("lora-rank", 0)
+        if not isinstance(rank, int) or not 0 <= rank <= MAX_LORA_RANK:
+            faults.append(f"lora-rank={rank!r} is not a rank in 0..{MAX_LORA_RANK}")
         name = str(node.get("site", f"site-{number}" if share else f"node-{node_id}"))
         if not 1 <= len(name) <= MAX_NAME_CHARS or not name.isprintable():
             faults.append(
@@ -106,6 +118,7 @@ class SiteSettings:
             encoder_tls_cert=str(node.get("encoder-tls-cert", "")),
             encoder_tls_key=str(node.get("encoder-tls-key", "")),
             threads=int(threads) if isinstance(threads, int) else 0,
+            lora_rank=int(rank) if isinstance(rank, int) else 0,
         )
 
 
@@ -121,56 +134,125 @@ class SiteData:
     transform: CachedTransform
 
 
+@dataclass(frozen=True, eq=False)
+class _Shares:
+    """A source dealt to all sites and split: (training, test) of each, and the test samples of all."""
+
+    splits: tuple[tuple[Index, Index], ...]
+    everywhere: Index
+
+    @property
+    def train(self) -> Index:
+        return np.sort(np.concatenate([train for train, _ in self.splits]))
+
+
+CENTRALISED = "centralised"
+_EVERY_SITE = "every site"
+"""Who owns a source that is dealt: in errors that only show when a sample is read."""
+_opening = (
+    threading.Lock()
+)  # sites of one process may be threads; two that load at once would keep it twice
+
+
 @functools.lru_cache(maxsize=32)
 def open_site(
     config: RunConfig, site: SiteSettings, backbone: Backbone, classes: tuple[str, ...] | None
 ) -> SiteData:
     """Load, deal and split a site's samples. Raises DataError naming the site and the file."""
-    examples = _load(config, site.data or config.data, site.name, classes)
+    with _opening:
+        return _open(config, site, backbone, classes)
+
+
+def _open(
+    config: RunConfig, site: SiteSettings, backbone: Backbone, classes: tuple[str, ...] | None
+) -> SiteData:
+    examples = _load_for(config, site, classes)
     if examples.kind != backbone.family.kind:
         raise DataError(
             f"site {site.name!r}: {site.data or config.data} holds {examples.kind}s, backbone "
             f"{backbone.name!r} reads {backbone.family.kind}s; change data or backbone"
         )
     train, test, everywhere = _split(config, site, examples)
-    return SiteData(examples, train, test, everywhere, _transform(config, backbone))
+    transform = _transform(backbone, config.image_size, config.max_length, config.data)
+    return SiteData(replace(examples, site=site.name), train, test, everywhere, transform)
+
+
+def forget() -> None:
+    """Free all data that this process keeps: between runs that share nothing, and in tests."""
+    for cached in (open_site, _load, _shares, _transform):
+        cached.cache_clear()
+
+
+def _load_for(config: RunConfig, site: SiteSettings, classes: tuple[str, ...] | None) -> Examples:
+    rest = (classes, config.max_samples, config.text_column, config.label_column)
+    if site.partition is None or site.data is not None:
+        return _load(site.data or config.data, site.name, *rest)
+    try:
+        return _load(config.data, _EVERY_SITE, *rest)
+    except DataError as err:
+        # Loaded once for all; the fault is told by the site that met it, as with data of its own.
+        raise DataError(str(err).replace(repr(_EVERY_SITE), repr(site.name), 1)) from err
 
 
 @functools.lru_cache(maxsize=4)
-def _load(config: RunConfig, spec: str, name: str, classes: tuple[str, ...] | None) -> Examples:
+def _load(
+    spec: str,
+    name: str,
+    classes: tuple[str, ...] | None,
+    max_samples: int,
+    text_column: str,
+    label_column: str,
+) -> Examples:
     return load_source(
         spec,
         site=name,
         classes=classes,
-        max_samples=config.max_samples,
-        text_column=config.text_column,
-        label_column=config.label_column,
+        max_samples=max_samples,
+        text_column=text_column,
+        label_column=label_column,
     )
 
 
 def _split(config: RunConfig, site: SiteSettings, examples: Examples) -> tuple[Index, Index, Index]:
     if site.partition is None or site.data is not None:
-        train, test = _train_test(config, site.name, examples.labels)
+        train, test = _train_test(examples, None, config.test_fraction, config.seed, site.name)
         return train, test, test
     number, of = site.partition
-    shares = partition(examples.labels, parse_partition(config.partition), of, config.seed)
-    splits = []
-    for i, share in enumerate(shares):
-        train, test = _train_test(config, f"site-{i}", examples.labels[share])
-        splits.append((share[train], share[test]))
-    everywhere = np.sort(np.concatenate([test for _, test in splits]))
-    return (*splits[number], everywhere)
-
-
-def _train_test(config: RunConfig, name: str, labels: Index) -> tuple[Index, Index]:
-    # The name alone decides, so a site that holds its share as files of its own splits it alike.
-    seed = config.seed ^ zlib.crc32(name.encode())
-    return train_test_split(labels, config.test_fraction, seed, site=name)
+    shares = _shares(examples, of, config.partition, config.test_fraction, config.seed)
+    if str(config.method) == CENTRALISED:
+        return shares.train, shares.everywhere, shares.everywhere
+    return (*shares.splits[number], shares.everywhere)
 
 
 @functools.lru_cache(maxsize=4)
-def _transform(config: RunConfig, backbone: Backbone) -> CachedTransform:
+def _shares(examples: Examples, of: int, spec: str, test_fraction: float, seed: int) -> _Shares:
+    """All sites' shares at once: a process that is 1,000 sites deals once, not 1,000 times."""
+    dealt = partition(examples.labels, parse_partition(spec), of, seed, examples.groups)
+    splits = []
+    for i, share in enumerate(dealt):
+        train, test = _train_test(examples, share, test_fraction, seed, f"site-{i}")
+        splits.append((share[train], share[test]))
+    return _Shares(tuple(splits), np.sort(np.concatenate([test for _, test in splits])))
+
+
+def _train_test(
+    examples: Examples, share: Index | None, test_fraction: float, seed: int, name: str
+) -> tuple[Index, Index]:
+    own = examples if share is None else examples.subset(share)
+    # The name alone decides, so a site that holds its share as files of its own splits it alike.
+    mixed = seed ^ zlib.crc32(name.encode())
+    return train_test_split(own.labels, test_fraction, mixed, site=name, groups=own.groups)
+
+
+# Keyed by the source too, for what it keeps of one source is of no use to the next; two at most, for each may
+# take loader.py's CACHE_BYTES.
+@functools.lru_cache(maxsize=2)
+def _transform(
+    backbone: Backbone,
+    image_size: int,
+    max_length: int,
+    source: str,  # noqa: ARG001
+) -> CachedTransform:
     if backbone.family.kind == "image":
-        image = ImageTransform.from_backbone(backbone.path, image_size=config.image_size)
-        return CachedTransform(image)
-    return CachedTransform(TextTransform.from_backbone(backbone.path, config.max_length))
+        return CachedTransform(ImageTransform.from_backbone(backbone.path, image_size=image_size))
+    return CachedTransform(TextTransform.from_backbone(backbone.path, max_length))

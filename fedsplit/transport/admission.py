@@ -65,6 +65,8 @@ class Stats(BaseModel):
     sessions: int
     encoded: int
     backpropped: int
+    probed: int
+    scored: int
     published: int
     refused: dict[str, int]
     """By reason: token, certificate, overloaded, and the wire's error codes."""
@@ -119,7 +121,7 @@ class Admission:
             used.steps += 1
 
     def count(self, what: str, by: int = 1) -> None:
-        """Count something for `stats`: encoded, backpropped, published, kept (also downwards)."""
+        """Count something for `stats`: encoded, backpropped, probed, scored, published, kept (also downwards)."""
         with self._lock:
             self._counts[what] += by
 
@@ -138,6 +140,8 @@ class Admission:
                 sessions=c["sessions"],
                 encoded=c["encoded"],
                 backpropped=c["backpropped"],
+                probed=c["probed"],
+                scored=c["scored"],
                 published=c["published"],
                 refused=dict(self._refused),
             )

@@ -1,4 +1,4 @@
-"""The small calls: what does the encoder offer, and here is a module version. Called by federation and the CLI."""
+"""The small calls: what the encoder offers, here is a module version, what was trained on it. For federation and the CLI."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import grpc
 from fedsplit.core.encoder import Capabilities
 from fedsplit.core.errors import ConfigError
 from fedsplit.transport import encoder_pb2 as pb
+from fedsplit.transport.deltas import Deltas, Gatherer
 from fedsplit.transport.frames import CHUNK_BYTES
 from fedsplit.transport.status import translate
-from fedsplit.transport.wiring import CAPABILITIES, PUBLISH, ClientTls, open_channel
+from fedsplit.transport.wiring import CAPABILITIES, COLLECT, PUBLISH, ClientTls, open_channel
 
 
 def capabilities(
@@ -64,6 +65,37 @@ def publish(
             call(_chunks(version, tensors), timeout=timeout_s, metadata=_metadata(token))
         except grpc.RpcError as error:
             raise translate(error, address, tls=tls is not None) from error
+
+
+def collect(
+    address: str,
+    token: str,
+    version: str,
+    tls: ClientTls | None = None,
+    *,
+    timeout_s: float = 120.0,
+    max_bytes: int = 1 << 32,
+    allow_insecure: bool = False,
+) -> Deltas:
+    """What sites have trained at the encoder on a version, with a publisher's token: site -> name -> delta.
+
+    Shared training has one delta, under "". The encoder forgets what it gave: a second call gives nothing. Whatever is not
+    finite float32 safetensors, or more than `max_bytes` in all, is a ProtocolError. Raises EncoderError.
+    """
+    gatherer = Gatherer(max_bytes)
+    with open_channel(address, tls, allow_insecure=allow_insecure) as channel:
+        call = channel.unary_stream(
+            COLLECT,
+            request_serializer=pb.CollectRequest.SerializeToString,
+            response_deserializer=pb.CollectChunk.FromString,
+        )
+        try:
+            request = pb.CollectRequest(version=version)
+            for chunk in call(request, timeout=timeout_s, metadata=_metadata(token)):
+                gatherer.feed(chunk)
+        except grpc.RpcError as error:
+            raise translate(error, address, tls=tls is not None) from error
+    return gatherer.finish()
 
 
 def _chunks(version: str, tensors: bytes) -> Iterator[pb.PublishChunk]:

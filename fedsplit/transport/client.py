@@ -14,6 +14,7 @@ from itertools import chain
 from types import TracebackType
 from typing import NamedTuple
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 import fedsplit
@@ -25,15 +26,25 @@ from fedsplit.core.errors import (
     RefusedError,
     UnreachableError,
 )
-from fedsplit.transport.calls import capabilities, publish
+from fedsplit.transport.calls import capabilities, collect, publish
 from fedsplit.transport.codec import Dims, Encoded, check_finite, encode_mask, find_codec
 from fedsplit.transport.duplex import Duplex, Reply
 from fedsplit.transport.frames import VERSION, Flag, Kind, frames_of
 from fedsplit.transport.messages import Hello
-from fedsplit.transport.shapes import check_h_dims, check_size, z_dims
+from fedsplit.transport.shapes import (
+    ACK,
+    LOSSES,
+    check_h_dims,
+    check_probed_size,
+    check_size,
+    probed_dims,
+    z_dims,
+)
 from fedsplit.transport.wiring import ClientTls, open_channel
 
-__all__ = ["ClientTls", "StreamEncoder", "Traffic", "capabilities", "publish"]
+__all__ = ["ClientTls", "StreamEncoder", "Traffic", "capabilities", "collect", "publish"]
+
+_ANSWER = {Kind.ENCODE: Kind.ENCODED, Kind.PROBE: Kind.PROBED}
 
 
 class Traffic(BaseModel):
@@ -50,7 +61,18 @@ class Traffic(BaseModel):
     """Time that callers spent waiting, added up over threads."""
 
 
+class _Going(NamedTuple):
+    """Activations on their way: an ENCODE or a PROBE."""
+
+    kind: Kind
+    step: int
+    h: Array
+    mask: Mask | None
+    keep: bool
+
+
 class _Kept(NamedTuple):
+    kind: Kind
     wire_step: int
     h_dims: Dims
     z_dims: Dims
@@ -109,50 +131,54 @@ class StreamEncoder:
     ) -> None:
         self.close()
 
+    @property
+    def trains(self) -> bool:
+        """Does a gradient that is sent back train tensors at the encoder (hosted, shared)?"""
+        return self.welcome.training in ("hosted", "shared")
+
     def encode(
         self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
     ) -> Array:
         """Activations [B, T, D] -> [B, T, D], or [B, P] where the server pools."""
-        h_dims = h_BTD.shape
-        check_h_dims(h_dims, self.welcome)
-        if mask_BT is not None and mask_BT.shape != h_dims[:2]:
-            raise ProtocolError(f"the mask has shape {mask_BT.shape}: {h_dims[:2]} is wanted")
-        body = self._encoded(h_BTD)
-        mask = None if mask_BT is None else encode_mask(mask_BT)
-        out_dims = z_dims(h_dims, self.welcome)
         with self._in_flight():
-            with self._order:
-                if keep:
-                    self._check_keep(step)
-                wire_step = self._next_step
-                frames = self._encode_frames(wire_step, body, mask, keep=keep)
-                reply = self._duplex.post(frames, Kind.ENCODED, wire_step, out_dims)
-                self._next_step += 1
-                self._steps += 1
-                self._payload_up += len(body.data) + (len(mask.data) if mask else 0)
-                if keep:
-                    self._kept[step] = _Kept(wire_step, h_dims, out_dims)
+            reply = self._post_h(_Going(Kind.ENCODE, step, h_BTD, mask_BT, keep))
             return self._answer(reply, f"ENCODE step {step}")
+
+    def probe(self, step: int, h_BTD: Array, mask_BT: Mask | None = None) -> Array:
+        """Zeroth order: what K perturbed encoders make of the activations, [K, B, T, D] or [K, B, P]."""
+        if not self.welcome.probes:
+            raise RefusedError(
+                f"step {step} cannot be probed: the token's training is {self.welcome.training}"
+            )
+        check_probed_size(h_BTD.shape, self.welcome, self._codec)
+        with self._in_flight():
+            reply = self._post_h(_Going(Kind.PROBE, step, h_BTD, mask_BT, True))
+            return self._answer(reply, f"PROBE step {step}")
 
     def backprop(self, step: int, dz: Array) -> Array:
         """Gradient at the encoder's output -> gradient at its input [B, T, D]. Frees the step."""
-        body = self._encoded(dz)
         with self._in_flight():
-            with self._order:
-                kept = self._kept.get(step)
-                if kept is None:
-                    raise ProtocolError(
-                        f"step {step} is not kept: encode it with keep=True and backprop it once"
-                    )
-                if dz.shape != kept.z_dims:
-                    raise ProtocolError(
-                        f"dz of step {step} has shape {dz.shape}: {kept.z_dims} is wanted"
-                    )
-                frames = self._frames(Kind.BACKPROP, kept.wire_step, body)
-                reply = self._duplex.post(frames, Kind.GRAD, kept.wire_step, kept.h_dims)
-                del self._kept[step]
-                self._payload_up += len(body.data)
-            return self._answer(reply, f"BACKPROP step {step}")
+            return self._answer(self._post_dz(step, dz, Kind.GRAD), f"BACKPROP step {step}")
+
+    def learn(self, step: int, dz: Array) -> None:
+        """Gradient at the encoder's output, for what trains there; nothing but an ACK comes back. Frees the step."""
+        if not self.trains:
+            raise RefusedError(
+                f"step {step}: nothing trains at the encoder (the token's training is {self.welcome.training})"
+            )
+        with self._in_flight():
+            self._done(self._post_dz(step, dz, Kind.ACK), f"BACKPROP step {step}")
+
+    def score(self, step: int, losses_K: Array) -> None:
+        """Zeroth order: the K losses of a probed step. Frees the step."""
+        losses = np.asarray(losses_K, dtype=np.float32)
+        if losses.shape != (self.welcome.probes,):
+            raise ProtocolError(
+                f"step {step} has losses of shape {losses.shape}: ({self.welcome.probes},) is wanted"
+            )
+        check_finite(losses, f"the losses of step {step}")
+        with self._in_flight():
+            self._done(self._post_losses(step, losses), f"SCORE step {step}")
 
     def close(self) -> None:
         """End the session, its thread and its connection. Twice is harmless."""
@@ -194,7 +220,7 @@ class StreamEncoder:
 
     @property
     def steps(self) -> int:
-        """Encodes so far."""
+        """Encodes and probes so far."""
         return self._steps
 
     @property
@@ -213,22 +239,87 @@ class StreamEncoder:
         session = self.welcome.session
         return frames_of(kind, body, codec=self._codec.id, flags=flags, session=session, step=step)
 
-    def _encode_frames(
-        self, step: int, body: Encoded, mask: Encoded | None, *, keep: bool
+    def _post_h(self, going: _Going) -> Reply:
+        """Number a step and send its activations."""
+        kind, step, h_BTD, mask_BT, keep = going
+        h_dims = h_BTD.shape
+        check_h_dims(h_dims, self.welcome)
+        if mask_BT is not None and mask_BT.shape != h_dims[:2]:
+            raise ProtocolError(f"the mask has shape {mask_BT.shape}: {h_dims[:2]} is wanted")
+        body = self._encoded(h_BTD)
+        mask = None if mask_BT is None else encode_mask(mask_BT)
+        shape_of = probed_dims if kind is Kind.PROBE else z_dims
+        out_dims = shape_of(h_dims, self.welcome)
+        with self._order:
+            if keep:
+                self._check_keep(step)
+            wire_step = self._next_step
+            flags = Flag.KEEP if keep and kind is Kind.ENCODE else Flag.NONE
+            frames = self._h_frames(kind, wire_step, body, mask, flags)
+            reply = self._duplex.post(frames, _ANSWER[kind], wire_step, out_dims)
+            self._next_step += 1
+            self._steps += 1
+            self._payload_up += len(body.data) + (len(mask.data) if mask else 0)
+            if keep:
+                self._kept[step] = _Kept(kind, wire_step, h_dims, out_dims)
+        return reply
+
+    def _post_dz(self, step: int, dz: Array, answer: Kind) -> Reply:
+        """Send a kept step's gradient; `answer` is what is wanted back."""
+        body = self._encoded(dz)
+        with self._order:
+            kept = self._held(step, Kind.ENCODE)
+            if dz.shape != kept.z_dims:
+                raise ProtocolError(
+                    f"dz of step {step} has shape {dz.shape}: {kept.z_dims} is wanted"
+                )
+            quiet = answer is Kind.ACK
+            flags = Flag.QUIET if quiet else Flag.NONE
+            frames = self._frames(Kind.BACKPROP, kept.wire_step, body, flags)
+            dims = ACK.dims if quiet else kept.h_dims
+            reply = self._duplex.post(frames, answer, kept.wire_step, dims)
+            del self._kept[step]
+            self._payload_up += len(body.data)
+        return reply
+
+    def _post_losses(self, step: int, losses_K: Array) -> Reply:
+        """Send a probed step's losses, exact whatever the session's codec."""
+        body, session = LOSSES.encode(losses_K), self.welcome.session
+        with self._order:
+            wire_step = self._held(step, Kind.PROBE).wire_step
+            frames = frames_of(Kind.SCORE, body, codec=LOSSES.id, session=session, step=wire_step)
+            reply = self._duplex.post(frames, Kind.ACK, wire_step, ACK.dims)
+            del self._kept[step]
+            self._payload_up += len(body.data)
+        return reply
+
+    def _h_frames(
+        self, kind: Kind, step: int, body: Encoded, mask: Encoded | None, flags: Flag
     ) -> Iterable[bytes]:
-        keep_flag = Flag.KEEP if keep else Flag.NONE
         if mask is None:
-            return self._frames(Kind.ENCODE, step, body, keep_flag)
+            return self._frames(kind, step, body, flags)
         first = frames_of(Kind.MASK, mask, session=self.welcome.session, step=step)
-        return chain(first, self._frames(Kind.ENCODE, step, body, keep_flag | Flag.MASK))
+        return chain(first, self._frames(kind, step, body, flags | Flag.MASK))
+
+    def _held(self, step: int, kind: Kind) -> _Kept:
+        """The kept or probed step. Raises ProtocolError when it is not one of that kind."""
+        kept = self._kept.get(step)
+        if kept is None or kept.kind is not kind:
+            how = (
+                "probe it and score"
+                if kind is Kind.PROBE
+                else "encode it with keep=True and backprop"
+            )
+            raise ProtocolError(f"step {step} is not kept: {how} it once")
+        return kept
 
     def _check_keep(self, step: int) -> None:
         if step in self._kept:
             raise ProtocolError(f"step {step} is already kept: step ids must not repeat")
         if len(self._kept) >= self.welcome.max_kept_steps:
             raise RefusedError(
-                f"step {step} cannot be kept: {len(self._kept)} steps wait for their gradient, which is all that the "
-                "encoder allows; backprop them first"
+                f"step {step} cannot be kept: {len(self._kept)} steps wait for their gradient or losses, which is all "
+                "that the encoder allows; backprop or score them first"
             )
 
     @contextmanager
@@ -250,6 +341,9 @@ class StreamEncoder:
         with self._order:
             self._payload_down += message.header.total
         return array
+
+    def _done(self, reply: Reply, what: str) -> None:
+        self._duplex.wait(reply, what, self._step_timeout_s)
 
 
 def _hello(grant: Grant, codec: str) -> Hello:

@@ -18,7 +18,7 @@ from fedsplit.core.errors import EncoderError, OverloadedError, ProtocolError, U
 from fedsplit.transport.codec import Codec, Dims
 from fedsplit.transport.frames import Assembler, Header, Kind, Message, check_json, json_frame
 from fedsplit.transport.messages import ErrorBody, Hello, Welcome, error_of, read_body
-from fedsplit.transport.shapes import check_payload
+from fedsplit.transport.shapes import check_ack, check_payload
 from fedsplit.transport.status import translate
 from fedsplit.transport.wiring import STEPS
 
@@ -193,7 +193,10 @@ class Duplex:
             raise ProtocolError(
                 f"the encoder at {self._address} sent {header.kind.name} of shape {header.dims}: {reply.dims} is wanted"
             )
-        check_payload(header, self._codec, self.welcome.max_message_bytes)
+        if header.kind is Kind.ACK:
+            check_ack(header)
+        else:
+            check_payload(header, self._codec, self.welcome.max_message_bytes)
 
     def _dispatch(self, message: Message) -> None:
         kind = message.header.kind

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n fedsplit/transport/encoder.proto\x12\x0b\x66\x65\x64split.v1\"\x15\n\x13\x43\x61pabilitiesRequest\"\x9f\x01\n\x11\x43\x61pabilitiesReply\x12\x18\n\x10\x66\x65\x64split_version\x18\x01 \x01(\t\x12\x10\n\x08\x62\x61\x63kbone\x18\x02 \x01(\t\x12\x17\n\x0f\x62\x61\x63kbone_sha256\x18\x03 \x01(\t\x12\x0e\n\x06\x62locks\x18\x04 \x01(\r\x12\r\n\x05width\x18\x05 \x01(\r\x12\x14\n\x0cpooled_width\x18\x06 \x01(\r\x12\x10\n\x08versions\x18\x07 \x03(\t\"B\n\x0cPublishChunk\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x0e\n\x0cPublishReply2\x9e\x01\n\x07\x45ncoder\x12P\n\x0c\x43\x61pabilities\x12 .fedsplit.v1.CapabilitiesRequest\x1a\x1e.fedsplit.v1.CapabilitiesReply\x12\x41\n\x07Publish\x12\x19.fedsplit.v1.PublishChunk\x1a\x19.fedsplit.v1.PublishReply(\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n fedsplit/transport/encoder.proto\x12\x0b\x66\x65\x64split.v1\"\x15\n\x13\x43\x61pabilitiesRequest\"\x9f\x01\n\x11\x43\x61pabilitiesReply\x12\x18\n\x10\x66\x65\x64split_version\x18\x01 \x01(\t\x12\x10\n\x08\x62\x61\x63kbone\x18\x02 \x01(\t\x12\x17\n\x0f\x62\x61\x63kbone_sha256\x18\x03 \x01(\t\x12\x0e\n\x06\x62locks\x18\x04 \x01(\r\x12\r\n\x05width\x18\x05 \x01(\r\x12\x14\n\x0cpooled_width\x18\x06 \x01(\r\x12\x10\n\x08versions\x18\x07 \x03(\t\"B\n\x0cPublishChunk\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\"\x0e\n\x0cPublishReply\"!\n\x0e\x43ollectRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\"?\n\x0c\x43ollectChunk\x12\x0c\n\x04site\x18\x01 \x01(\t\x12\x13\n\x0btotal_bytes\x18\x02 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x03 \x01(\x0c\x32\xe3\x01\n\x07\x45ncoder\x12P\n\x0c\x43\x61pabilities\x12 .fedsplit.v1.CapabilitiesRequest\x1a\x1e.fedsplit.v1.CapabilitiesReply\x12\x41\n\x07Publish\x12\x19.fedsplit.v1.PublishChunk\x1a\x19.fedsplit.v1.PublishReply(\x01\x12\x43\n\x07\x43ollect\x12\x1b.fedsplit.v1.CollectRequest\x1a\x19.fedsplit.v1.CollectChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,6 +39,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PUBLISHCHUNK']._serialized_end=300
   _globals['_PUBLISHREPLY']._serialized_start=302
   _globals['_PUBLISHREPLY']._serialized_end=316
-  _globals['_ENCODER']._serialized_start=319
-  _globals['_ENCODER']._serialized_end=477
+  _globals['_COLLECTREQUEST']._serialized_start=318
+  _globals['_COLLECTREQUEST']._serialized_end=351
+  _globals['_COLLECTCHUNK']._serialized_start=353
+  _globals['_COLLECTCHUNK']._serialized_end=416
+  _globals['_ENCODER']._serialized_start=419
+  _globals['_ENCODER']._serialized_end=646
 # @@protoc_insertion_point(module_scope)

@@ -41,3 +41,19 @@ class PublishChunk(_message.Message):
 class PublishReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class CollectRequest(_message.Message):
+    __slots__ = ("version",)
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    version: str
+    def __init__(self, version: _Optional[str] = ...) -> None: ...
+
+class CollectChunk(_message.Message):
+    __slots__ = ("site", "total_bytes", "data")
+    SITE_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DATA_FIELD_NUMBER: _ClassVar[int]
+    site: str
+    total_bytes: int
+    data: bytes
+    def __init__(self, site: _Optional[str] = ..., total_bytes: _Optional[int] = ..., data: _Optional[bytes] = ...) -> None: ...

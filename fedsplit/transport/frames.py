@@ -21,7 +21,7 @@ from fedsplit.core.errors import ProtocolError
 from fedsplit.transport.codec import CodecId, Dims, Dtype, Encoded
 
 MAGIC = b"FSPL"
-VERSION = 1
+VERSION = 2
 HEADER_BYTES = 64
 CHUNK_BYTES = 512 << 10
 MIN_CHUNK_BYTES = 64 << 10
@@ -48,17 +48,22 @@ class Kind(enum.IntEnum):
     BACKPROP = 6
     GRAD = 7
     ERROR = 8
+    PROBE = 9
+    PROBED = 10
+    SCORE = 11
+    ACK = 12
 
 
 JSON_KINDS = frozenset({Kind.HELLO, Kind.WELCOME, Kind.ERROR})
 
 
 class Flag(enum.IntFlag):
-    """KEEP holds the step's graph for BACKPROP; MASK says that a MASK of this step came before."""
+    """KEEP holds the step's graph for BACKPROP; MASK says that a MASK of this step came before; QUIET wants no GRAD."""
 
     NONE = 0
     KEEP = 1
     MASK = 2
+    QUIET = 4
 
 
 class Header(NamedTuple):
@@ -149,7 +154,7 @@ def parse(frame: bytes) -> tuple[Header, memoryview]:
         raise ProtocolError(
             f"a frame's shape is malformed: ndim {ndim}, dims {dims}, reserved {reserved}"
         )
-    if flags & ~int(Flag.KEEP | Flag.MASK):
+    if flags & ~int(Flag.KEEP | Flag.MASK | Flag.QUIET):
         raise ProtocolError(f"a frame has unknown flags {flags:#04x}")
     chunk = memoryview(frame)[HEADER_BYTES:]
     if length != len(chunk):

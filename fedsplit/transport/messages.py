@@ -50,6 +50,9 @@ class Welcome(_Body):
     max_kept_steps: int = Field(ge=1)
     max_message_bytes: int = Field(ge=1)
     idle_timeout_s: float = Field(gt=0)
+    training: Literal["frozen", "hosted", "shared", "zeroth-order"]
+    probes: int = Field(ge=0)
+    """K, the perturbed forwards of a PROBE; 0 where there are none."""
 
 
 class ErrorBody(_Body):

@@ -8,15 +8,30 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from fedsplit.core import directions
 from fedsplit.core.encoder import Capabilities, Grant
 from fedsplit.core.errors import ConfigError, ProtocolError, RefusedError
 from fedsplit.transport.admission import Limits
 from fedsplit.transport.codec import Codec, CodecId, Dims, Dtype, find_codec
 from fedsplit.transport.frames import JSON_KINDS, VERSION, Flag, Header, Kind, check_json
 from fedsplit.transport.messages import Hello, Welcome
-from fedsplit.transport.shapes import check_batch, check_h_dims, check_payload
+from fedsplit.transport.shapes import (
+    check_batch,
+    check_h_dims,
+    check_losses,
+    check_payload,
+    check_probed_size,
+)
 
-FROM_SITE = frozenset({Kind.HELLO, Kind.MASK, Kind.ENCODE, Kind.BACKPROP})
+FLAGS = {
+    Kind.HELLO: Flag.NONE,
+    Kind.MASK: Flag.NONE,
+    Kind.ENCODE: Flag.KEEP | Flag.MASK,
+    Kind.BACKPROP: Flag.QUIET,
+    Kind.PROBE: Flag.MASK,
+    Kind.SCORE: Flag.NONE,
+}
+"""What a site may send, and with which flags."""
 
 
 class Kept(NamedTuple):
@@ -66,7 +81,16 @@ def agree(
         max_kept_steps=limits.max_kept_steps,
         max_message_bytes=limits.max_message_bytes,
         idle_timeout_s=limits.idle_timeout_s,
+        training=grant.training.mode if grant.training else "frozen",
+        probes=_probes(grant),
     )
+
+
+def _probes(grant: Grant) -> int:
+    training = grant.training
+    if training is None or training.mode != "zeroth-order":
+        return 0
+    return len(directions.points(training.estimator, training.queries))
 
 
 class Rules:
@@ -80,6 +104,8 @@ class Rules:
         self._last_step = -1
         self._mask: tuple[int, Dims] | None = None
         self.kept: dict[int, Kept] = {}
+        self.probed: set[int] = set()
+        """Steps whose losses are awaited."""
 
     def welcome(self, welcome: Welcome, codec: Codec) -> None:
         """From now on steps are allowed."""
@@ -88,8 +114,12 @@ class Rules:
     def admit(self, header: Header) -> None:
         """Raise unless this message may come now. Called with its first header, before allocation."""
         kind = header.kind
-        if kind not in FROM_SITE:
+        if kind not in FLAGS:
             raise ProtocolError(f"{kind.name} is not a site's to send")
+        if header.flags & ~FLAGS[kind]:
+            raise ProtocolError(
+                f"{kind.name} came with flags {header.flags:#04x}, not for its kind"
+            )
         if kind in JSON_KINDS:
             self._admit_hello(header)
             return
@@ -101,14 +131,18 @@ class Rules:
             raise ProtocolError(
                 f"{kind.name} is for session {header.session:#x}, this is another one"
             )
-        if self._mask is not None and kind is not Kind.ENCODE:
-            raise ProtocolError(f"{kind.name} came between MASK and its ENCODE")
+        if self._mask is not None and kind not in (Kind.ENCODE, Kind.PROBE):
+            raise ProtocolError(f"{kind.name} came between MASK and its step")
         if kind is Kind.MASK:
             self._admit_mask(header, self._welcome)
         elif kind is Kind.ENCODE:
             self._admit_encode(header, self._welcome, self._codec)
+        elif kind is Kind.PROBE:
+            self._admit_probe(header, self._welcome, self._codec)
+        elif kind is Kind.SCORE:
+            self._admit_score(header, self._welcome)
         else:
-            self._admit_backprop(header, self._codec)
+            self._admit_backprop(header, self._welcome, self._codec)
 
     def keep(self, step: int, h_dims: Dims, out_dims: Dims) -> None:
         """Note a step whose graph the host will hold. Raises RefusedError when too much is kept already."""
@@ -130,6 +164,20 @@ class Rules:
             )
         return kept
 
+    def await_losses(self, step: int) -> None:
+        """Note a probed step. Raises RefusedError when too many are already."""
+        if len(self.probed) >= self._limits.max_kept_steps:
+            raise RefusedError(
+                f"step {step} cannot be probed: {len(self.probed)} steps wait for their losses, which is all that is "
+                "allowed; score them first"
+            )
+        self.probed.add(step)
+
+    def scored(self, step: int) -> None:
+        """Take a probed step out. Raises ProtocolError when there is none."""
+        self._check_probed(step)
+        self.probed.discard(step)
+
     def _admit_hello(self, header: Header) -> None:
         if self._greeted:
             raise ProtocolError("a second HELLO: one a stream is allowed")
@@ -150,19 +198,42 @@ class Rules:
         self._mask = (header.step, header.dims)
 
     def _admit_encode(self, header: Header, welcome: Welcome, codec: Codec) -> None:
+        if header.flags & Flag.KEEP and welcome.training == "zeroth-order":
+            raise RefusedError(
+                f"ENCODE step {header.step} with KEEP: a zeroth-order session takes no gradient; PROBE it"
+            )
+        self._admit_h(header, welcome, codec)
+
+    def _admit_probe(self, header: Header, welcome: Welcome, codec: Codec) -> None:
+        if not welcome.probes:
+            raise RefusedError(
+                f"PROBE step {header.step}: the token's training is {welcome.training}, zeroth-order is wanted"
+            )
+        self._admit_h(header, welcome, codec)
+        check_probed_size(header.dims, welcome, codec)
+
+    def _admit_score(self, header: Header, welcome: Welcome) -> None:
+        self._check_probed(header.step)
+        check_losses(header, welcome)
+
+    def _admit_h(self, header: Header, welcome: Welcome, codec: Codec) -> None:
         self._check_order(header)
         check_h_dims(header.dims, welcome)
         mask, self._mask = self._mask, None
         wanted = (header.step, header.dims[:2]) if header.flags & Flag.MASK else None
         if mask != wanted:
             raise ProtocolError(
-                f"ENCODE step {header.step} of shape {header.dims} does not go with its mask: "
+                f"{header.kind.name} step {header.step} of shape {header.dims} does not go with its mask: "
                 f"(step, shape) is {mask}, {wanted} is wanted"
             )
         check_payload(header, codec, self._limits.max_message_bytes)
         self._last_step = header.step
 
-    def _admit_backprop(self, header: Header, codec: Codec) -> None:
+    def _admit_backprop(self, header: Header, welcome: Welcome, codec: Codec) -> None:
+        if header.flags & Flag.QUIET and welcome.training == "frozen":
+            raise RefusedError(
+                f"BACKPROP step {header.step} with QUIET: nothing trains at the encoder, so nobody would use it"
+            )
         kept = self.kept.get(header.step)
         if kept is None:
             raise ProtocolError(
@@ -173,6 +244,12 @@ class Rules:
                 f"BACKPROP of step {header.step} has shape {header.dims}: {kept.z_dims} is wanted"
             )
         check_payload(header, codec, self._limits.max_message_bytes)
+
+    def _check_probed(self, step: int) -> None:
+        if step not in self.probed:
+            raise ProtocolError(
+                f"SCORE of step {step}: it was not probed, or its losses were already taken"
+            )
 
     def _check_order(self, header: Header) -> None:
         if header.step <= self._last_step:

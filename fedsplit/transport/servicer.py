@@ -13,9 +13,10 @@ from fedsplit.core.encoder import EncoderHost
 from fedsplit.core.errors import EncoderError, OverloadedError, RefusedError
 from fedsplit.transport import encoder_pb2 as pb
 from fedsplit.transport.admission import Admission
+from fedsplit.transport.deltas import chunks_of
 from fedsplit.transport.session import Session
 from fedsplit.transport.tokens import SiteToken, verify_any, verify_publisher, verify_site
-from fedsplit.transport.wiring import CAPABILITIES, PUBLISH, RETRY_AFTER_KEY, STEPS
+from fedsplit.transport.wiring import CAPABILITIES, COLLECT, PUBLISH, RETRY_AFTER_KEY, STEPS
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,11 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
                 self._publish,
                 request_deserializer=pb.PublishChunk.FromString,
                 response_serializer=pb.PublishReply.SerializeToString,
+            ),
+            COLLECT: grpc.unary_stream_rpc_method_handler(
+                self._collect,
+                request_deserializer=pb.CollectRequest.FromString,
+                response_serializer=pb.CollectChunk.SerializeToString,
             ),
         }
 
@@ -85,20 +91,21 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
     def _publish(self, chunks: Iterator[pb.PublishChunk], context: Any) -> pb.PublishReply:
         run = self._authorised(context, verify_publisher)
         version, tensors = self._receive_version(chunks, context)
-        try:
+        with _answered(context, f"run {run} cannot publish version {version!r}"):
             self._host.publish(version, tensors)
-        except EncoderError as error:
-            log.warning("run %s cannot publish version %s: %s", run, version, error)
-            code = (
-                grpc.StatusCode.PERMISSION_DENIED if isinstance(error, RefusedError) else _INVALID
-            )
-            context.abort(code, str(error)[:1000])
-        except Exception:  # the outermost handler of the call
-            log.exception("run %s cannot publish version %s: the host failed", run, version)
-            context.abort(grpc.StatusCode.INTERNAL, "the encoder failed; its log says why")
         self._admission.count("published")
         log.info("run %s published version %s, %d bytes", run, version, len(tensors))
         return pb.PublishReply()
+
+    def _collect(self, request: pb.CollectRequest, context: Any) -> Iterator[pb.CollectChunk]:
+        run = self._authorised(context, verify_publisher)
+        version = request.version
+        if not 1 <= len(version) <= 128:
+            _abort(context, _INVALID, "the request must name a version of 1 to 128 characters")
+        with _answered(context, f"run {run} cannot collect version {version!r}"):
+            deltas = self._host.collect(version)
+        log.info("run %s collected what %d sites trained on %s", run, len(deltas), version)
+        yield from chunks_of(deltas)
 
     def _receive_version(
         self, chunks: Iterator[pb.PublishChunk], context: Any
@@ -144,6 +151,20 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             )
             log.warning("a call from %s is refused: %s", context.peer(), text)
             _abort(context, grpc.StatusCode.PERMISSION_DENIED, text)
+
+
+@contextmanager
+def _answered(context: Any, what: str) -> Iterator[None]:
+    """End the call with a status when the host raises: typed errors in full, others short."""
+    try:
+        yield
+    except EncoderError as error:
+        log.warning("%s: %s", what, error)
+        code = grpc.StatusCode.PERMISSION_DENIED if isinstance(error, RefusedError) else _INVALID
+        context.abort(code, str(error)[:1000])
+    except Exception:  # the outermost handler of the call
+        log.exception("%s: the host failed", what)
+        context.abort(grpc.StatusCode.INTERNAL, "the encoder failed; its log says why")
 
 
 def _abort(context: Any, code: Any, text: str) -> NoReturn:

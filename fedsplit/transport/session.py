@@ -23,7 +23,7 @@ from fedsplit.transport.codec import Codec, Dims, check_finite, decode_mask, fin
 from fedsplit.transport.frames import Assembler, Flag, Kind, Message, frames_of, json_frame
 from fedsplit.transport.messages import Hello, Welcome, code_of, error_frame, read_body
 from fedsplit.transport.rules import Rules, agree
-from fedsplit.transport.shapes import z_dims
+from fedsplit.transport.shapes import ACK, LOSSES, probed_dims, z_dims
 from fedsplit.transport.tokens import SiteToken
 
 log = logging.getLogger(__name__)
@@ -169,11 +169,17 @@ class Session:
         yield json_frame(Kind.WELCOME, welcome.model_dump_json(), session=self.id)
         mask: Mask | None = None
         while (message := self._inbox.get(self._limits.idle_timeout_s)) is not None:
-            if message.header.kind is Kind.MASK:
+            kind = message.header.kind
+            if kind is Kind.MASK:
                 mask = decode_mask(message.header.dims, message.payload)
-            elif message.header.kind is Kind.ENCODE:
+            elif kind is Kind.ENCODE:
                 yield from self._encode(encoder, codec, welcome, message, mask)
                 mask = None
+            elif kind is Kind.PROBE:
+                yield from self._probe(encoder, codec, welcome, message, mask)
+                mask = None
+            elif kind is Kind.SCORE:
+                yield from self._score(encoder, message)
             else:
                 yield from self._backprop(encoder, codec, message)
 
@@ -197,9 +203,35 @@ class Session:
         dz = _tensor_of(codec, message)
         kept = self._rules.release(step)
         self._admission.count("kept", -1)
-        dh_BTD = encoder.backprop(step, dz)
+        if message.header.flags & Flag.QUIET:
+            encoder.learn(step, dz)
+            answer = self._ack(step)
+        else:
+            answer = self._reply(Kind.GRAD, codec, step, encoder.backprop(step, dz), kept.h_dims)
         self._admission.count("backpropped")
-        yield from self._reply(Kind.GRAD, codec, step, dh_BTD, kept.h_dims)
+        yield from answer
+
+    def _probe(
+        self, encoder: Encoder, codec: Codec, welcome: Welcome, message: Message, mask: Mask | None
+    ) -> Iterator[bytes]:
+        step, h_dims = message.header.step, message.header.dims
+        h_BTD = _tensor_of(codec, message)
+        self._admission.take_step(self._token)
+        self._rules.await_losses(step)
+        z = encoder.probe(step, h_BTD, mask)
+        self._admission.count("probed")
+        yield from self._reply(Kind.PROBED, codec, step, z, probed_dims(h_dims, welcome))
+
+    def _score(self, encoder: Encoder, message: Message) -> Iterator[bytes]:
+        step = message.header.step
+        losses_K = _tensor_of(LOSSES, message)
+        self._rules.scored(step)
+        encoder.score(step, losses_K)
+        self._admission.count("scored")
+        yield from self._ack(step)
+
+    def _ack(self, step: int) -> Iterator[bytes]:
+        return frames_of(Kind.ACK, ACK, session=self.id, step=step)
 
     def _reply(
         self, kind: Kind, codec: Codec, step: int, array: Array, dims: Dims

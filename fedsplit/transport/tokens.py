@@ -47,7 +47,9 @@ def check_key(key: bytes) -> None:
 
 def sign(grant: Grant, key: bytes, ttl_s: float) -> str:
     """A token that lets its bearer, for `ttl_s` seconds, do what `grant` says. Raises ConfigError for a weak key."""
-    return _sign(SITE_AUDIENCE, grant.site, key, ttl_s, {"grant": grant.model_dump()})
+    # Tokens travel in a header with every call, so what is as always is left out.
+    claims = grant.model_dump(exclude_defaults=True)
+    return _sign(SITE_AUDIENCE, grant.site, key, ttl_s, {"grant": claims})
 
 
 def sign_publisher(run: str, key: bytes, ttl_s: float) -> str:

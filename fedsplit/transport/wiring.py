@@ -19,6 +19,7 @@ SERVICE = "fedsplit.v1.Encoder"
 STEPS = f"/{SERVICE}/Steps"
 CAPABILITIES = f"/{SERVICE}/Capabilities"
 PUBLISH = f"/{SERVICE}/Publish"
+COLLECT = f"/{SERVICE}/Collect"
 RETRY_AFTER_KEY = "retry-after-s"
 
 _BOTH: list[tuple[str, Any]] = [

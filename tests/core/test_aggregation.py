@@ -10,7 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fedsplit.core.aggregation import MAX_ABSOLUTE, Update, aggregate, check_update
+from fedsplit.core.aggregation import (
+    MAX_ABSOLUTE,
+    Update,
+    aggregate,
+    check_update,
+    sites_needed,
+)
 from fedsplit.core.errors import FederationError, UpdateError
 
 
@@ -49,6 +55,30 @@ def test_inputs_are_left_alone() -> None:
 def test_nothing_to_aggregate_is_an_error() -> None:
     with pytest.raises(FederationError, match="no useful update"):
         aggregate(MODULE, [])
+
+
+@pytest.mark.parametrize("samples", [0, -3])
+def test_a_site_without_samples_is_an_error_not_a_division_by_zero(samples: int) -> None:
+    empty = Update(site="b", samples=samples, delta=SECOND.delta)
+    with pytest.raises(
+        FederationError, match=r"site 'b' counts for no sample, at least 1 is wanted"
+    ):
+        aggregate(MODULE, [FIRST, empty])
+
+
+@pytest.mark.parametrize(
+    ("rule", "needed"),
+    [
+        ("mean", 1),
+        ("trimmed-mean", 5),
+        ("median", 5),
+        ("krum", 7),
+        ("multi-krum", 7),
+        ("bulyan", 11),
+    ],
+)
+def test_sites_that_a_robust_rule_needs_for_two_hostile_ones(rule: str, needed: int) -> None:
+    assert sites_needed(rule, 2) == needed
 
 
 def test_the_order_of_the_sites_changes_no_bit() -> None:
@@ -109,6 +139,21 @@ def test_a_good_update_passes() -> None:
         trained={"scalar"},
         samples=1,
     )
+
+
+def test_shapes_are_those_that_the_site_received() -> None:
+    """A site of a lower rank is held to its own shapes, and may not send the run's."""
+    name = "q.lora_A.weight"
+    received = {name: np.zeros((2, 3), dtype=np.float32)}
+
+    def sends(rank: int) -> None:
+        delta = {name: np.ones((rank, 3), dtype=np.float32)}
+        update = Update(site="s", samples=1, delta=delta)
+        check_update(update, module=received, trained={name}, samples=1)
+
+    sends(2)
+    with pytest.raises(UpdateError, match=r"has shape \(4, 3\), \(2, 3\) is wanted"):
+        sends(4)
 
 
 @pytest.mark.parametrize(

@@ -1,27 +1,23 @@
-"""A Grid that runs the real ClientApp in this process: real orders, real sites, real gRPC streams, no Flower processes.
+"""The in-process grid as tests want it: through the real ClientApp, with hooks for what goes wrong.
 
 `tamper` lets a test stand for a broken or hostile site by changing its reply; `silent` sites never answer.
 """
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from flwr.app import Context, Error, Message, RecordDict
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
+from flwr.app import Context, Message
 
 from client_app.app import app as client_app
+from fedsplit.federation import in_process
 
 Tamper = Callable[[int, Message, Message], Message]
 
 
-class InProcessGrid(Grid):
-    """Nodes 1..n, each with its node config."""
+class InProcessGrid(in_process.InProcessGrid):
+    """Nodes 1..n, each with its node config; `sent` is every message that was pushed."""
 
     def __init__(
         self,
@@ -29,58 +25,26 @@ class InProcessGrid(Grid):
         *,
         tamper: Tamper | None = None,
         silent: Callable[[int, Message], bool] = lambda node, message: False,
+        workers: int = 2,
     ) -> None:
-        self.nodes = {i + 1: config for i, config in enumerate(nodes)}
+        super().__init__(nodes, self._site, workers=workers)
         self.sent: list[Message] = []
-        # What Flower's own engines set before they call an app.
-        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 0
         self._tamper = tamper
         self._silent = silent
-        self._pool = ThreadPoolExecutor(max_workers=2)
-        self._replies: dict[str, Future[Message]] = {}
-
-    def close(self) -> None:
-        self._pool.shutdown()
-
-    def set_run(self, run: Run) -> None:
-        raise NotImplementedError
-
-    @property
-    def run(self) -> Run:
-        raise NotImplementedError
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        raise NotImplementedError
-
-    def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
-        raise NotImplementedError
-
-    def get_node_ids(self) -> Iterable[int]:
-        return list(self.nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        ids = []
-        for message in messages:
-            message.metadata.__dict__["_message_id"] = str(uuid.uuid4())
-            self.sent.append(message)
-            ids.append(message.metadata.message_id)
-            node = message.metadata.dst_node_id
-            if not self._silent(node, message):
-                self._replies[message.metadata.message_id] = self._pool.submit(
-                    self._answer, node, message
-                )
+        messages = list(messages)
+        ids = list(super().push_messages(messages))
+        self.sent += messages
+        for message_id, message in zip(ids, messages, strict=True):
+            if self._silent(message.metadata.dst_node_id, message):
+                del self._waiting[message_id]
         return ids
 
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        done = [i for i in message_ids if i in self._replies and self._replies[i].done()]
-        return [self._replies.pop(i).result() for i in done]
-
-    def _answer(self, node: int, message: Message) -> Message:
-        context = Context(
-            run_id=1, node_id=node, node_config=self.nodes[node], state=RecordDict(), run_config={}
-        )
+    def _site(self, message: Message, context: Context) -> Message:
         try:
             reply = client_app(message, context)
-        except Exception as err:  # noqa: BLE001  (what Flower does with an app that raises)
-            reply = Message(Error(code=1, reason=f"{type(err).__name__}: {err}"), reply_to=message)
+        except Exception as err:  # noqa: BLE001  (tamper sees the crash of an app as its peer would)
+            reply = in_process.crash(err, message)
+        node = message.metadata.dst_node_id
         return self._tamper(node, message, reply) if self._tamper else reply

@@ -24,7 +24,7 @@ from tests.core.test_records import GRANT, METRICS
 ORDER: dict[str, Any] = {
     "kind": "train", "run": "r", "round": 1, "fedsplit_version": "0.1.0",
     "config": {"rounds": 3, "learning-rate": 0.5, "encoder-insecure": True, "cut": "1,3"},
-    "classes": ["a", "b"], "cut": "1,3", "backbone_sha256": "0" * 64,
+    "classes": ["a", "b"], "cut": "1,3", "rank": 8, "backbone_sha256": "0" * 64,
     "stream": {"address": "h:1", "token": "t", "grant": GRANT, "tls": True, "ca_file": ""},
 }  # fmt: skip
 CALL: dict[str, Any] = {

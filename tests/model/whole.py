@@ -78,7 +78,8 @@ def step(trainable: dict[str, Any], logits: torch.Tensor, labels: torch.Tensor) 
 def split_step(
     model: SplitModel, inputs: dict[str, Any], mask: Any, labels: torch.Tensor
 ) -> dict[str, Any]:
-    return step(module.parameters(model.part), model(inputs, mask), labels)
+    parameters = module.parameters(model.part).items()
+    return step({n: p for n, p in parameters if p.requires_grad}, model(inputs, mask), labels)
 
 
 def assert_same(split: dict[str, Any], whole: dict[str, Any], *, tolerance: float) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -11,13 +11,10 @@ import torch
 
 from fedsplit import __version__
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Grant
 from fedsplit.core.errors import ProtocolError, RefusedError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.serving.host import MAX_VERSIONS, BackboneHost
-from fedsplit.transport import tokens
-from fedsplit.transport.client import StreamEncoder, publish
 from fedsplit.transport.server import EncoderServer
 from tests.model.whole import (
     SPEC,
@@ -29,52 +26,18 @@ from tests.model.whole import (
     whole_model,
     whole_step,
 )
+from tests.serving.wire import dial, grant, packed, serving
 from tests.tiny import CONFIGS
-
-KEY = secrets.token_bytes(32)
 
 
 @pytest.fixture(scope="module")
 def servers(tiny: dict[str, Path]) -> Iterator[dict[str, EncoderServer]]:
     """family -> a running encoder that has the trained start published as version "v"."""
-    running = {}
-    for family, path in tiny.items():
-        host = BackboneHost(Backbone.find(str(path)))
-        running[family] = EncoderServer(host, key=KEY)
-        publish(
-            running[family].address, tokens.sign_publisher("r", KEY, 60), "v", packed(host.backbone)
-        )
-    yield running
-    for server in running.values():
-        server.close(grace_s=0.5)
-
-
-def packed(backbone: Backbone) -> bytes:
-    tensors = trained_start(backbone)
-    names = module.server_names(backbone, SPEC)
-    return module.pack(SPEC, {n: tensors[n] for n in names})
-
-
-def grant(backbone: Backbone, cut: Cut, **other: object) -> Grant:
-    values = {
-        "run": "r",
-        "site": "s",
-        "task": "t",
-        "round": 1,
-        "a": cut.a,
-        "b": cut.b,
-        "version": "v",
-        "backbone_sha256": backbone.sha256,
-        "fedsplit_version": __version__,
-        "max_batch": 8,
-        "max_tokens": 40,
-        "max_steps": 20,
-    }
-    return Grant.model_validate(values | other)
-
-
-def dial(server: EncoderServer, what: Grant, codec: str = "fp32") -> StreamEncoder:
-    return StreamEncoder(server.address, tokens.sign(what, KEY, 60), what, codec=codec)
+    with ExitStack() as running:
+        yield {
+            family: running.enter_context(serving(Backbone.find(str(path))))
+            for family, path in tiny.items()
+        }
 
 
 @pytest.mark.parametrize("cut", ["0,4", "1,3", "2,4", "0,2"])

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,14 +17,24 @@ from fedsplit.core.errors import FederationError, UnreachableError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.encoder import LocalEncoder
-from fedsplit.model.module import ModuleSpec, ModuleTensors
+from fedsplit.model.module import ModuleSpec
 from fedsplit.model.split import SplitModel, device_part, server_part
 from fedsplit.training.data import Batch
-from fedsplit.training.round import Score, TrainSettings, WaitMeter, evaluate, train
+from fedsplit.training.round import Score, WaitMeter, evaluate, train
+from tests.training.small import (
+    BARE,
+    BATCHES,
+    LORA,
+    PLACE,
+    Wrapped,
+    assert_same_bits,
+    every_epoch,
+    local,
+    make_batches,
+    rewired,
+    settings,
+)
 
-LORA = ModuleSpec(classes=("dark", "light"), rank=2, alpha=4)
-BARE = ModuleSpec(classes=("dark", "light"), lora=False)
-PLACE = Cut(1, 3)
 WAIT_S = 20.0
 
 
@@ -41,82 +50,6 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def vit(tiny: dict[str, Path]) -> Backbone:
     return Backbone.find(str(tiny["vit"]))
-
-
-def make_batches(sizes: Iterable[int] = (8, 8, 8, 3)) -> list[Batch]:
-    """Dark and light images with noise: separable by a tiny model."""
-    rng = np.random.default_rng(0)
-    made = []
-    for size in sizes:
-        labels = np.arange(size) % 2
-        pixels = (
-            rng.standard_normal((size, 3, 16, 16)) * 0.3 + (2.0 * labels - 1)[:, None, None, None]
-        )
-        inputs = {"pixel_values": torch.from_numpy(pixels.astype("f4"))}
-        made.append(Batch(inputs, torch.from_numpy(labels), None, np.arange(size)))
-    return made
-
-
-BATCHES = make_batches()
-
-
-def every_epoch(_: int) -> list[Batch]:
-    return BATCHES
-
-
-def local(
-    backbone: Backbone, spec: ModuleSpec, cut: Cut = PLACE, *, frozen_head: bool = False
-) -> tuple[SplitModel, LocalEncoder]:
-    """A device before the real encoder, both in this process."""
-    device, server = device_part(backbone, cut, spec), server_part(backbone, spec)
-    start = module.initial(backbone, spec, seed=0)
-    module.load(device, start)
-    module.load(server, start)
-    if frozen_head:
-        module.freeze_head(device, cut.a)
-    encoder = LocalEncoder(server, cut)
-    return SplitModel(device, cut, encoder), encoder
-
-
-def settings(**other: Any) -> TrainSettings:
-    values: dict[str, Any] = {"epochs": 2, "learning_rate": 0.01}
-    return TrainSettings(**(values | other))
-
-
-def assert_same_bits(first: ModuleTensors, second: ModuleTensors) -> None:
-    assert first.keys() == second.keys()
-    assert not [n for n in first if not np.array_equal(first[n], second[n])]
-
-
-class Wrapped:
-    """An encoder whose calls a test can look at."""
-
-    def __init__(self, encoder: Encoder) -> None:
-        self.inner = encoder
-        self.encoded: list[tuple[int, bool]] = []
-        self.threads: set[int] = set()
-        self.backprops = 0
-
-    def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
-    ) -> Array:
-        self.encoded.append((step, keep))
-        self.threads.add(threading.get_ident())
-        return self.inner.encode(step, h_BTD, mask_BT, keep=keep)
-
-    def backprop(self, step: int, dz: Array) -> Array:
-        self.backprops += 1
-        return self.inner.backprop(step, dz)
-
-    def close(self) -> None:
-        self.inner.close()
-
-
-def rewired(model: SplitModel, wrap: Callable[[Encoder], Any]) -> tuple[SplitModel, Any]:
-    """The same device before another encoder."""
-    assert model._encoder is not None
-    encoder = wrap(model._encoder)
-    return SplitModel(model.part, model.cut, encoder), encoder
 
 
 # Evaluation.

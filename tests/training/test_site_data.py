@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,7 @@ SITES = 3
 @pytest.fixture(autouse=True)
 def forget() -> None:
     """Every test reads its data anew."""
-    for cached in (site_data.open_site, site_data._load, site_data._transform):
-        cached.cache_clear()
+    site_data.forget()
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,12 @@ def test_a_simulated_node() -> None:
 
 def test_everything_a_site_may_say() -> None:
     site = settings(
-        site="press-3", data="folder:/parts", cut="1,5", encoder_tls_ca="ca.pem", threads=2
+        site="press-3",
+        data="folder:/parts",
+        cut="1,5",
+        encoder_tls_ca="ca.pem",
+        threads=2,
+        lora_rank=4,
     )
     assert site == SiteSettings(
         name="press-3",
@@ -84,6 +90,7 @@ def test_everything_a_site_may_say() -> None:
         partition=None,
         encoder_tls_ca="ca.pem",
         threads=2,
+        lora_rank=4,
     )
 
 
@@ -106,6 +113,12 @@ def test_all_faults_are_reported_at_once() -> None:
 def test_threads_are_a_number(bad: object) -> None:
     with pytest.raises(ConfigError, match="threads="):
         settings(threads=bad)
+
+
+@pytest.mark.parametrize("bad", [-1, "8", 1025])
+def test_a_rank_is_a_number_that_a_run_may_have(bad: object) -> None:
+    with pytest.raises(ConfigError, match=r"lora-rank=.* is not a rank in 0\.\.1024"):
+        settings(lora_rank=bad)
 
 
 @pytest.mark.parametrize(
@@ -180,16 +193,11 @@ def test_without_a_share_the_runs_data_are_the_sites(vit: Backbone) -> None:
 def test_the_same_samples_in_every_round_and_process(vit: Backbone) -> None:
     first = open_site(config(), dealt(1), vit, None)
     assert open_site(config(), dealt(1), vit, None) is first
-    forget_all()
+    site_data.forget()
     again = open_site(config(), dealt(1), vit, None)
     assert again is not first
     for name in ("train", "test", "test_everywhere"):
         assert np.array_equal(getattr(again, name), getattr(first, name))
-
-
-def forget_all() -> None:
-    site_data.open_site.cache_clear()
-    site_data._load.cache_clear()
 
 
 def test_the_same_samples_whatever_else_the_run_sets(vit: Backbone) -> None:
@@ -219,6 +227,99 @@ def test_what_was_opened_is_kept(vit: Backbone) -> None:
     assert shares[0].transform is shares[1].transform
 
 
+def centralised() -> RunConfig:
+    """The same settings, whether or not the run's own door knows the method by now."""
+    return config().model_copy(update={"method": "centralised"})
+
+
+def test_a_centralised_node_has_what_all_sites_have(vit: Backbone) -> None:
+    owned = [open_site(config(), dealt(i), vit, None) for i in range(SITES)]
+    one = open_site(centralised(), dealt(0), vit, None)
+    assert keys(one, one.train) == set().union(*(keys(own, own.train) for own in owned))
+    assert len(one.train) == sum(len(own.train) for own in owned)
+    assert np.array_equal(one.test, owned[0].test_everywhere)
+    assert np.array_equal(one.test_everywhere, owned[0].test_everywhere)
+
+
+def test_a_centralised_node_with_data_of_its_own(orders: Path, tiny: dict[str, Path]) -> None:
+    own = open_text(settings(data=f"csv:{orders}"), tiny, run=centralised())
+    assert len(own.train) + len(own.test) == 10
+
+
+@pytest.fixture
+def boards(tmp_path: Path) -> Path:
+    """120 crops of 40 boards, two classes."""
+    rng = np.random.default_rng(0)
+    path = tmp_path / "boards.npz"
+    x = rng.integers(0, 256, (120, 4, 4), dtype=np.uint8)
+    np.savez(path, x=x, y=rng.integers(0, 2, 120), groups=np.repeat(np.arange(40), 3))
+    return path
+
+
+@pytest.mark.parametrize("deal", ["iid", "dirichlet:0.5", "pathological:1", "quantity:1"])
+def test_a_board_is_at_one_site_and_on_one_side(deal: str, boards: Path, vit: Backbone) -> None:
+    run = config(data=f"npz:{boards}", partition=deal, max_samples=0)
+    owned = [open_site(run, dealt(i), vit, None) for i in range(SITES)]
+    groups = owned[0].examples.groups
+    assert groups is not None
+    sides = [set(groups[side].tolist()) for own in owned for side in (own.train, own.test)]
+    assert min(map(len, sides)) >= 1
+    assert sum(map(len, sides)) == len(set().union(*sides))
+
+
+def test_a_site_of_its_own_splits_by_board_too(boards: Path, vit: Backbone) -> None:
+    own = open_site(config(max_samples=0), settings(data=f"npz:{boards}"), vit, None)
+    assert own.examples.groups is not None
+    train, test = (set(own.examples.groups[side].tolist()) for side in (own.train, own.test))
+    assert not train & test
+    assert len(own.test) == pytest.approx(24, abs=3)
+
+
+def test_a_thousand_sites_cost_one_deal(vit: Backbone, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "many.npz"
+    np.savez(path, x=np.zeros((18_000, 2, 2), np.uint8), y=rng.integers(0, 10, 18_000))
+    import flwr_datasets.partitioner  # noqa: F401  # seconds, once a process, whatever is dealt
+
+    run = config(data=f"npz:{path}", partition="pathological:2", max_samples=0)
+    started = time.process_time()
+    for _ in range(2):
+        owned = [open_site(run, dealt(i, 1000), vit, None) for i in range(1000)]
+    assert time.process_time() - started < 2
+    assert site_data._shares.cache_info().misses == 1
+    assert site_data._load.cache_info().misses == 1
+    assert len({id(own.transform) for own in owned}) == 1
+    assert len({id(own.test_everywhere) for own in owned}) == 1
+    assert len({id(own.examples.items) for own in owned}) == 1
+    assert {own.examples.site for own in owned} == {f"site-{i}" for i in range(1000)}
+
+
+def test_sites_that_open_at_once_load_once(vit: Backbone) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        owned = list(pool.map(lambda i: open_site(config(), dealt(i, 8), vit, None), range(8)))
+    assert len({id(own.examples.items) for own in owned}) == 1
+
+
+def test_runs_that_differ_elsewhere_share_what_was_loaded(vit: Backbone) -> None:
+    first = open_site(config(), dealt(0), vit, None)
+    again = open_site(config(learning_rate=0.1, rounds=9), dealt(0), vit, None)
+    assert again.examples.items is first.examples.items
+    assert again.transform is first.transform
+    assert open_site(config(image_size=32), dealt(0), vit, None).transform is not first.transform
+
+
+def test_what_is_kept_is_bounded(vit: Backbone) -> None:
+    for seed in range(40):
+        open_site(config(seed=seed, image_size=16 + seed % 3 * 4), dealt(0), vit, None)
+    for cached, most in [
+        (site_data.open_site, 32),
+        (site_data._load, 4),
+        (site_data._shares, 4),
+        (site_data._transform, 2),
+    ]:
+        assert cached.cache_info().currsize <= most
+
+
 def test_a_test_fraction_is_kept(vit: Backbone) -> None:
     own = open_site(config(test_fraction=0.5), settings(site="a"), vit, None)
     assert (len(own.train), len(own.test)) == (60, 60)
@@ -228,13 +329,16 @@ def test_a_test_fraction_is_kept(vit: Backbone) -> None:
 
 
 def open_text(
-    site: SiteSettings, tiny: dict[str, Path], classes: tuple[str, ...] | None = None
+    site: SiteSettings,
+    tiny: dict[str, Path],
+    classes: tuple[str, ...] | None = None,
+    run: RunConfig | None = None,
 ) -> SiteData:
     """Open a text source without a tokenizer, which the tiny backbones do not have."""
     bert = Backbone.find(str(tiny["bert"]))
     real, site_data._transform = site_data._transform, lambda *_: None  # type: ignore[assignment]
     try:
-        return open_site(config(), site, bert, classes)
+        return open_site(run or config(), site, bert, classes)
     finally:
         site_data._transform = real
 
@@ -275,6 +379,13 @@ def test_a_source_that_is_not_there_names_the_site(spec: str, vit: Backbone) -> 
 def test_too_many_sites_for_the_samples(vit: Backbone) -> None:
     with pytest.raises(ConfigError, match="use fewer sites or more samples"):
         open_site(config(max_samples=10), dealt(0, 5), vit, None)
+
+
+def test_a_fault_in_dealt_data_is_told_by_the_site_that_met_it(vit: Backbone) -> None:
+    with pytest.raises(DataError, match=r"^site 'site-1': .*nowhere\.npz: does not exist"):
+        open_site(config(data="npz:nowhere.npz"), dealt(1), vit, None)
+    with pytest.raises(DataError, match=r"^site 'site-2': .*label '.' is not one of"):
+        open_site(config(), dealt(2), vit, ("one", "two"))
 
 
 def test_a_failure_is_not_remembered(tmp_path: Path, tiny: dict[str, Path]) -> None:

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import fedsplit
-from fedsplit.core.encoder import Array, Capabilities, Grant, Mask
+from fedsplit.core.directions import points
+from fedsplit.core.encoder import Array, Capabilities, Grant, Mask, Training
 from fedsplit.core.errors import ProtocolError, RefusedError
 from fedsplit.transport.client import StreamEncoder
 from fedsplit.transport.codec import CodecId, Dtype, Encoded
@@ -33,6 +34,9 @@ class FakeEncoder:
 
     def __init__(self, host: FakeHost, grant: Grant) -> None:
         self.host, self.pooled = host, grant.cut.pooled(BLOCKS)
+        training = grant.training
+        self.trains = training is not None and training.mode in ("hosted", "shared")
+        self.probes = len(points(training.estimator, training.queries)) if training else 0
         self.kept: dict[int, tuple[int, ...]] = {}
         self.closed = 0
         self.last = -1
@@ -57,6 +61,17 @@ class FakeEncoder:
             return 3 * dz
         return np.full(shape, 3, np.float32) * dz.sum()
 
+    def learn(self, step: int, dz: Array) -> None:
+        self.host.learned.append((self.kept.pop(step), float(dz.sum())))
+
+    def probe(self, step: int, h_BTD: Array, mask_BT: Mask | None = None) -> Array:
+        """The k-th output is k more than `encode`'s."""
+        z = self.encode(step, h_BTD, mask_BT)
+        return np.stack([z + k for k in range(self.probes)])
+
+    def score(self, step: int, losses_K: Array) -> None:
+        self.host.scored.append((step, losses_K.tolist()))
+
     def close(self) -> None:
         self.closed += 1
 
@@ -68,6 +83,9 @@ class FakeHost:
         self.width = width
         self.encoders: list[FakeEncoder] = []
         self.published: dict[str, bytes] = {"v0": b""}
+        self.trained: dict[str, dict[str, dict[str, Array]]] = {}
+        self.learned: list[tuple[tuple[int, ...], float]] = []
+        self.scored: list[tuple[int, list[float]]] = []
         self.before_encode: Callable[[int], None] = lambda step: None
 
     def capabilities(self) -> Capabilities:
@@ -92,6 +110,11 @@ class FakeHost:
             raise ProtocolError("no safetensors file")
         self.published[version] = tensors
 
+    def collect(self, version: str) -> dict[str, dict[str, Array]]:
+        if version not in self.published:
+            raise RefusedError(f"module version {version} is not published")
+        return self.trained.pop(version, {})
+
 
 def make_grant(**changes: Any) -> Grant:
     fields: dict[str, Any] = {
@@ -100,6 +123,11 @@ def make_grant(**changes: Any) -> Grant:
         "max_steps": 1000,
     }  # fmt: skip
     return Grant(**fields | changes)
+
+
+HOSTED = Training(mode="hosted", learning_rate=0.1)
+ZEROTH = Training(mode="zeroth-order", learning_rate=0.1, estimator="forward", queries=2)
+"""Three forwards a step."""
 
 
 def token_for(grant: Grant) -> str:

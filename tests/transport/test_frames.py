@@ -12,11 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedsplit.core.encoder import Training
 from fedsplit.core.errors import ConfigError, EncoderError, ProtocolError, RefusedError
 from fedsplit.transport.admission import Limits
 from fedsplit.transport.codec import CODECS, CodecId, Dtype, Encoded, check_finite, find_codec
 from fedsplit.transport.frames import (
     HEADER_BYTES,
+    VERSION,
     Assembler,
     Flag,
     Header,
@@ -27,7 +29,7 @@ from fedsplit.transport.frames import (
 )
 from fedsplit.transport.messages import Hello, read_body
 from fedsplit.transport.rules import Rules, agree
-from tests.transport.conftest import WIDTH, FakeHost, make_grant, make_h
+from tests.transport.conftest import HOSTED, WIDTH, ZEROTH, FakeHost, make_grant, make_h
 
 CAP = 1 << 20
 
@@ -105,15 +107,17 @@ def test_mutated_frames(data: st.DataObject) -> None:
 @settings(deadline=None, max_examples=400)
 @given(
     st.lists(st.tuples(st.integers(0, HEADER_BYTES - 5), st.integers(0, 255)), max_size=3),
+    st.sampled_from([None, HOSTED, ZEROTH]),
+    st.sampled_from([Kind.ENCODE, Kind.BACKPROP, Kind.PROBE, Kind.SCORE]),
     st.booleans(),
 )
 def test_mutated_headers_never_get_past_the_rules(
-    changes: list[tuple[int, int]], greeted: bool
+    changes: list[tuple[int, int]], training: Training | None, kind: Kind, greeted: bool
 ) -> None:
     rules = Rules(Limits(max_message_bytes=CAP))
     if greeted:
         hello = Hello(
-            protocol=1,
+            protocol=VERSION,
             fedsplit_version="0.1.0",
             backbone_sha256="ab" * 32,
             a=2,
@@ -121,10 +125,14 @@ def test_mutated_headers_never_get_past_the_rules(
             version="v0",
             codec="fp32",
         )
+        what = make_grant(training=training)
         rules.welcome(
-            agree(hello, make_grant(), FakeHost().capabilities(), Limits(), 1), find_codec("fp32")
+            agree(hello, what, FakeHost().capabilities(), Limits(), 1), find_codec("fp32")
         )
-    raw = bytearray(tensor_frames(make_h())[0])
+        rules.keep(2, (2, 3, WIDTH), (2, 3, WIDTH))
+        rules.await_losses(2)
+    raw = bytearray(tensor_frames(np.ones(3, np.float32) if kind is Kind.SCORE else make_h())[0])
+    raw[5] = kind
     for at, value in changes:
         raw[at] = value
     try:
@@ -132,6 +140,12 @@ def test_mutated_headers_never_get_past_the_rules(
     except EncoderError:
         return
     if message is not None:
+        kind = message.header.kind
+        assert (kind is Kind.HELLO) != greeted
+        assert kind not in (Kind.PROBE, Kind.SCORE) or training is ZEROTH
+        assert not (message.header.flags & Flag.KEEP and training is ZEROTH)
+        assert not (message.header.flags & Flag.QUIET and training is None)
+        assert kind is not Kind.SCORE or message.header.dims == (3,)
         assert message.payload.nbytes <= CAP
         assert message.header.total <= 4 * 4 * 6 * WIDTH or message.header.kind is Kind.HELLO
 
@@ -174,7 +188,7 @@ _VALUES = (
 )
 def test_hello_of_wrong_values(fields: dict[str, object]) -> None:
     right = {
-        "protocol": 1, "fedsplit_version": "0.1.0", "backbone_sha256": "ab" * 32, "a": 2, "b": 10, "version": "v0",
+        "protocol": VERSION, "fedsplit_version": "0.1.0", "backbone_sha256": "ab" * 32, "a": 2, "b": 10, "version": "v0",
         "codec": "fp32",
     }  # fmt: skip
 

@@ -188,7 +188,7 @@ def test_the_client_checks_before_it_sends(server: EncoderServer) -> None:
             stream.backprop(7, make_h())
         for step in range(8):
             stream.encode(step, make_h(), keep=True)
-        with pytest.raises(RefusedError, match="backprop them first"):
+        with pytest.raises(RefusedError, match="backprop or score them first"):
             stream.encode(8, make_h(), keep=True)
         with pytest.raises(ProtocolError, match="is wanted"):
             stream.backprop(0, make_h(1, 1, 1))

@@ -20,6 +20,7 @@ def test_public_names() -> None:
         "StreamEncoder",
         "Traffic",
         "capabilities",
+        "collect",
         "publish",
     }
     assert set(server.__all__) == {"EncoderServer", "Limits", "ServerTls", "Stats"}

@@ -6,7 +6,9 @@ import time
 
 import jwt
 import pytest
+from pydantic import ValidationError
 
+from fedsplit.core.encoder import Training
 from fedsplit.core.errors import ConfigError, RefusedError
 from fedsplit.transport import tokens
 from fedsplit.transport.server import EncoderServer
@@ -17,6 +19,47 @@ from tests.transport.conftest import KEY, StreamEncoder, make_grant, token_for
 def test_round_trip() -> None:
     assert verify(sign(make_grant(), KEY, 60), KEY) == make_grant()
     assert verify_publisher(sign_publisher("run", KEY, 60), KEY) == "run"
+
+
+TRAINING = Training(mode="shared", learning_rate=3e-4, weight=0.125, clip_norm=1.0)
+
+
+def test_training_is_signed_and_small() -> None:
+    grant = make_grant(training=TRAINING)
+    token = sign(grant, KEY, 60)
+    assert verify(token, KEY) == grant
+    assert len(token) - len(sign(make_grant(), KEY, 60)) < 140
+    assert (
+        "training"
+        not in jwt.decode(sign(make_grant(), KEY, 60), options={"verify_signature": False})["grant"]
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"mode": "frozen"},
+        {"learning_rate": 0.0},
+        {"learning_rate": float("inf")},
+        {"learning_rate": float("nan")},
+        {"weight": 0.0},
+        {"weight": 1.5},
+        {"queries": 0},
+        {"queries": 10**6},
+        {"epsilon": 0.0},
+        {"epsilon": float("nan")},
+        {"seed": -1},
+        {"seed": 1 << 63},
+        {"lora": "C"},
+        {"more": 1},
+    ],
+)
+def test_training_that_no_token_may_name(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        make_grant(training=TRAINING.model_dump() | wrong)
+    with pytest.raises(RefusedError, match="grant is not one"):
+        grant = make_grant().model_dump() | {"training": TRAINING.model_dump() | wrong}
+        verify(_forged(grant=grant), KEY)
 
 
 def test_each_token_has_an_id_of_its_own() -> None:

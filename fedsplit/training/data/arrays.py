@@ -19,11 +19,12 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from fedsplit.training.data.examples import Examples, Image, Request, build
+from fedsplit.training.data.examples import Examples, Image, Index, Request, build
 
 MAX_ARRAY_BYTES = 2 * 2**30
 """Decompressed; a compressed npz can claim a thousand times its size on disk."""
 
+_ARRAYS = frozenset({"x", "y", "classes", "groups"})
 _NPZ_ERRORS = (
     OSError,
     ValueError,
@@ -82,7 +83,7 @@ def read_npz(path: Path, request: Request) -> Examples:
     """Read `npz:PATH`: `x` uint8 or float [N, H, W(, C)], `y` [N] int or str, optional `classes` [K] str.
 
     Floats are 0 .. 1 where none is above 1, else 0 .. 255. Without `classes` an int label's name is its
-    digits. Raises DataError.
+    digits. An optional `groups` [N] int or str says which samples belong together. Raises DataError.
     """
     arrays = _load(path, request)
     for name in ("x", "y"):
@@ -99,7 +100,31 @@ def read_npz(path: Path, request: Request) -> Examples:
         )
     items = ArrayItems(x, scale, f"{path}[x]")
     names = _label_names(path, request, y, arrays.get("classes"))
-    return build(request, path, "image", items=items, names=names)
+    groups = _group_numbers(path, request, len(y), arrays.get("groups"))
+    return build(request, path, "image", items=items, names=names, groups=groups)
+
+
+def _group_numbers(
+    path: Path, request: Request, count: int, groups: NDArray[Any] | None
+) -> Index | None:
+    """0 .. G-1 for each sample, None where the file has no groups."""
+    if groups is None:
+        return None
+    if groups.shape != (count,):
+        raise request.fault(
+            path,
+            f"groups has shape {groups.shape}; it must hold one group for each of {count} images",
+        )
+    if groups.dtype.kind not in "iuU":
+        raise request.fault(path, f"groups is {groups.dtype}; save groups as integers or strings")
+    if groups.dtype.kind == "U":
+        groups = np.char.strip(groups)
+        if len(empty := np.flatnonzero(groups == "")):
+            raise request.fault(
+                f"{path}[groups][{empty[0]}]", "the group is empty; name the group of every image"
+            )
+    numbers: Index = np.unique(groups, return_inverse=True)[1].astype(np.int64)
+    return numbers
 
 
 def _check_images(path: Path, request: Request, x: NDArray[Any]) -> float:
@@ -147,13 +172,13 @@ def _label_names(
 
 
 def _load(path: Path, request: Request) -> dict[str, NDArray[Any]]:
-    """The arrays x, y and classes, as far as they are there; of others only the names."""
+    """The arrays x, y, classes and groups, as far as they are there."""
     found: dict[str, NDArray[Any]] = {}
     try:
         with zipfile.ZipFile(path) as archive:
             for info in archive.infolist():
                 name = info.filename.removesuffix(".npy")
-                if name not in {"x", "y", "classes"} or info.filename == name:
+                if name not in _ARRAYS or info.filename == name:
                     continue
                 if info.file_size > MAX_ARRAY_BYTES:
                     raise request.fault(

@@ -68,6 +68,9 @@ class Examples:
     """All samples of the source; this selection is `keys` of them."""
     keys: Index
     """[N], a sample's position in its source: stable across `subset`, so caches can name it."""
+    groups: Index | None = None
+    """[N], the number of the group that a sample belongs to (the board a crop was cut from); None: each
+    stands for itself. A group is never on two sites, nor in both training and test."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -93,7 +96,8 @@ class Examples:
     def subset(self, indices: Sequence[int] | NDArray[np.integer]) -> Examples:
         """The samples at `indices`, in that order."""
         chosen = np.asarray(indices, dtype=np.int64)
-        return replace(self, labels=self.labels[chosen], keys=self.keys[chosen])
+        groups = None if self.groups is None else self.groups[chosen]
+        return replace(self, labels=self.labels[chosen], keys=self.keys[chosen], groups=groups)
 
     def with_classes(self, classes: tuple[str, ...]) -> Examples:
         """The same samples numbered after other classes, such as the union of all sites' classes."""
@@ -109,9 +113,18 @@ class _HasOrigin(Protocol):
 
 
 def build(
-    request: Request, where: object, kind: Kind, *, items: Items, names: Sequence[str]
+    request: Request,
+    where: object,
+    kind: Kind,
+    *,
+    items: Items,
+    names: Sequence[str],
+    groups: Index | None = None,
 ) -> Examples:
-    """Number the label `names` of all `items` and keep at most `max_samples`, chosen alike every time."""
+    """Number the label `names` of all `items` and keep at most `max_samples`, chosen alike every time.
+
+    `groups` has one number for each item, or is None where samples do not belong together.
+    """
     if len(names) == 0:
         raise request.fault(where, "there is no sample in it; add labelled samples")
     labels, classes = _number(request, names, items)
@@ -123,7 +136,8 @@ def build(
         raise request.fault(
             where, "only one sample; training and testing need at least two, add more"
         )
-    return Examples(kind, labels[keys], classes, request.site, items, keys)
+    kept = None if groups is None else groups[keys]
+    return Examples(kind, labels[keys], classes, request.site, items, keys, kept)
 
 
 def _number(

@@ -200,6 +200,26 @@ def test_npz_labels_by_number_and_name(npz: Npz) -> None:
         load_source(f"npz:{named}", site="press-3", classes=("ok", "dent"))
 
 
+def test_npz_groups(npz: Npz) -> None:
+    x, y = np.zeros((4, 2, 2), np.uint8), np.array([1, 0, 1, 0])
+    by_name = load_source(f"npz:{npz(x=x, y=y, groups=np.array(['b', 'a', 'b ', 'c']))}", site="a")
+    assert by_name.groups is not None
+    assert by_name.groups.tolist() == [1, 0, 1, 2]
+    subset = by_name.subset([3, 1])
+    assert subset.groups is not None
+    assert subset.groups.tolist() == [2, 0]
+    named = by_name.with_classes(("0", "1", "2")).groups
+    assert named is not None
+    assert named.tolist() == [1, 0, 1, 2]
+    numbers = load_source(f"npz:{npz(x=x, y=y, groups=np.array([9, -4, 9, 9]))}", site="a")
+    assert numbers.groups is not None
+    assert numbers.groups.tolist() == [1, 0, 1, 1]
+    fewer = load_source(f"npz:{npz(x=x, y=y, groups=np.arange(4))}", site="a", max_samples=2)
+    assert fewer.groups is not None
+    assert fewer.groups.tolist() == fewer.keys.tolist()
+    assert load_source(f"npz:{npz(x=x, y=y)}", site="a").groups is None
+
+
 X, Y = np.zeros((2, 2, 2), np.uint8), np.array([0, 1])
 
 
@@ -223,6 +243,9 @@ X, Y = np.zeros((2, 2, 2), np.uint8), np.array([0, 1])
         ({"x": X, "y": Y, "classes": np.array(["a"])}, r"\[y\]\[1\]: label 1 has no name"),
         ({"x": X, "y": -Y, "classes": np.array(["a"])}, r"\[y\]\[1\]: label -1 has no name"),
         ({"x": X, "y": Y, "classes": Y}, "classes is int64"),
+        ({"x": X, "y": Y, "groups": Y[:1]}, r"groups has shape \(1,\); it must hold one"),
+        ({"x": X, "y": Y, "groups": Y * 0.5}, "groups is float64; save groups as integers"),
+        ({"x": X, "y": Y, "groups": np.array(["a", " "])}, r"\[groups\]\[1\]: the group is empty"),
         ({"x": X[:1], "y": Y[:1]}, "only one sample"),
         ({"x": X[:0], "y": Y[:0]}, "there is no sample"),
         ({"x": X, "y": np.array([{}, []], dtype=object)}, "pickled objects.*without objects"),

@@ -159,6 +159,146 @@ def test_a_split_is_disjoint_complete_and_two_sided(
         assert math.floor(share) <= np.sum(array[test] == label) <= math.floor(share) + 1
 
 
+BOARDS = np.repeat(np.arange(300), 4)
+"""1,200 crops of 300 boards."""
+
+
+def _groups_of(parts: list[np.ndarray], groups: np.ndarray) -> list[set[int]]:
+    return [set(groups[part].tolist()) for part in parts]
+
+
+@pytest.mark.parametrize("spec", [*GOOD, "dirichlet:0.1"])
+@pytest.mark.parametrize("sites", [1, 5, 7])
+def test_whole_groups_are_dealt(spec: str, sites: int) -> None:
+    parts = partition(LABELS, spec, sites, 3, BOARDS)
+    owned = _groups_of(parts, BOARDS)
+    assert sum(map(len, owned)) == len(set().union(*owned))
+    assert min(map(len, owned)) >= 2
+    together = np.concatenate(parts)
+    assert len(np.unique(together)) == len(together)
+    if spec in {"iid", "quantity:0.5"}:
+        assert len(together) == len(LABELS)
+    assert all(np.array_equal(part, np.sort(part)) for part in parts)
+    again = partition(LABELS, spec, sites, 3, BOARDS)
+    assert all(np.array_equal(a, b) for a, b in zip(parts, again, strict=True))
+
+
+def test_groups_are_dealt_evenly() -> None:
+    rng = np.random.default_rng(0)
+    groups = np.repeat(np.arange(200), rng.integers(1, 12, 200))
+    labels = rng.integers(0, 7, len(groups))
+    sizes = [len(part) for part in partition(labels, "iid", 9, 0, groups)]
+    assert max(sizes) - min(sizes) <= 11
+    uneven = [len(part) for part in partition(labels, "quantity:0.5", 9, 0, groups)]
+    assert max(uneven) > 3 * min(uneven)
+
+
+def test_label_skew_with_groups() -> None:
+    iid, mild, strong = (
+        _skew(partition(LABELS, spec, 6, 0, BOARDS))
+        for spec in ("iid", "dirichlet:1", "dirichlet:0.1")
+    )
+    assert iid < 0.2 < mild < strong
+    assert strong > 0.5
+
+
+def test_a_site_keeps_the_most_that_its_shares_allow() -> None:
+    """A class is used up, and all others stand to it as the shares say: nothing more could stay."""
+    parts = partition(LABELS, "dirichlet:1", 6, 0, BOARDS)
+    dealt = partition(LABELS, "iid", 6, 0, BOARDS)
+    for part, whole in zip(parts, dealt, strict=True):
+        assert set(part) <= set(whole)
+        kept, had = (np.bincount(LABELS[p], minlength=10) for p in (part, whole))
+        assert (kept == had).any()
+    assert 0.15 < sum(map(len, parts)) / len(LABELS) < 0.6
+
+
+@pytest.mark.parametrize(("sites", "each"), [(5, 2), (7, 3), (10, 1)])
+def test_pathological_sites_with_groups(sites: int, each: int) -> None:
+    parts = partition(LABELS, f"pathological:{each}", sites, 0, BOARDS)
+    assert [len(np.unique(LABELS[part])) for part in parts] == [each] * sites
+    assert len(np.unique(LABELS[np.concatenate(parts)])) == 10
+
+
+@pytest.mark.parametrize(
+    ("spec", "sites", "groups", "pattern"),
+    [
+        ("iid", 6, np.arange(1200) % 11, "11 groups are too few for 6 sites with at least 2"),
+        ("iid", 2, BOARDS[:-1], "1199 groups for 1200 labels"),
+        ("pathological:11", 2, BOARDS, "wants 11 classes a site, the data has 10"),
+        ("pathological:2", 140, BOARDS, "leaves site .*use fewer sites or more groups"),
+        ("dirichlet:0.001", 140, BOARDS, "no draw of classes keeps 4 samples of 2 groups"),
+    ],
+)
+def test_what_cannot_be_done_with_groups(
+    spec: str, sites: int, groups: np.ndarray, pattern: str
+) -> None:
+    with pytest.raises(ConfigError, match=pattern):
+        partition(LABELS, spec, sites, 0, groups)
+
+
+def test_classes_that_find_no_site_with_groups(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        partition(LABELS, "pathological:2", 3, 0, BOARDS)
+    assert "pathological:2 over 3 sites leaves out 4 of 10 classes" in caplog.text
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    samples=st.lists(
+        st.tuples(st.sampled_from([0, 2, 9]), st.integers(0, 12)), min_size=1, max_size=60
+    ),
+    spec=st.sampled_from([*GOOD, "dirichlet:1e-300"]),
+    sites=st.integers(1, 4),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_any_groups_give_a_partition_that_splits_or_a_config_error(
+    samples: list[tuple[int, int]], spec: str, sites: int, seed: int
+) -> None:
+    labels, groups = (np.array(column) for column in zip(*samples, strict=True))
+    try:
+        parts = partition(labels, spec, sites, seed, groups)
+    except ConfigError:
+        return
+    sides = []
+    for part in parts:
+        train, test = train_test_split(labels[part], 0.2, seed, groups=groups[part])
+        sides += [part[train], part[test]]
+    owned = _groups_of(sides, groups)
+    assert min(map(len, owned)) >= 1
+    assert sum(map(len, owned)) == len(set().union(*owned))
+
+
+@given(
+    samples=st.lists(
+        st.tuples(st.integers(0, 3), st.integers(0, 9)), min_size=2, max_size=80
+    ).filter(lambda s: len({g for _, g in s}) > 1),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_a_split_by_group_is_disjoint_complete_and_two_sided(
+    samples: list[tuple[int, int]], fraction: float, seed: int
+) -> None:
+    labels, groups = (np.array(column) for column in zip(*samples, strict=True))
+    train, test = train_test_split(labels, fraction, seed, groups=groups)
+    assert np.array_equal(np.sort(np.concatenate([train, test])), np.arange(len(labels)))
+    assert min(len(train), len(test)) >= 1
+    assert not set(groups[train]) & set(groups[test])
+
+
+def test_a_split_by_group_comes_near_the_shares() -> None:
+    _, test = train_test_split(LABELS, 0.2, 0, groups=BOARDS)
+    shares = np.bincount(LABELS[test]) / np.bincount(LABELS)
+    assert np.abs(shares - 0.2).max() < 0.05
+    again = train_test_split(LABELS, 0.2, 0, groups=BOARDS)
+    assert np.array_equal(test, again[1])
+
+
+def test_one_group_cannot_be_split() -> None:
+    with pytest.raises(DataError, match=r"'press-3': all 9 samples are of one group.*add more"):
+        train_test_split(np.arange(9), 0.2, 0, site="press-3", groups=np.zeros(9, dtype=np.int64))
+
+
 def test_a_split_is_stratified_and_deterministic() -> None:
     labels = np.repeat([0, 1, 2, 3], [100, 50, 10, 1])
     train, test = train_test_split(labels, 0.2, 5)

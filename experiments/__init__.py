@@ -1,0 +1,1 @@
+"""What makes the numbers of docs/results.md: grids, their data, and the leakage measurement."""

@@ -1,0 +1,63 @@
+"""An encoder that keeps whatever crosses the seam: what a server sees, and who reads the line where there is no TLS."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+
+from fedsplit.core.encoder import Array, Encoder, Mask
+from fedsplit.transport.codec import Codec, find_codec
+
+
+class Recorder:
+    """Passes every call on and keeps copies of the tensors, each as it comes out of the codec.
+
+    `seen` holds, in order of the steps: h and losses (site to encoder), z (back), dz up, dh down.
+    """
+
+    def __init__(self, encoder: Encoder, codec: str = "fp32") -> None:
+        self._encoder = encoder
+        self._codec: Codec = find_codec(codec)
+        self.seen: dict[str, list[Array]] = defaultdict(list)
+
+    @property
+    def trains(self) -> bool:
+        """As the encoder."""
+        return self._encoder.trains
+
+    def encode(
+        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
+    ) -> Array:
+        """See core.encoder.Encoder."""
+        h_BTD = self._cross("h", h_BTD)
+        return self._cross("z", self._encoder.encode(step, h_BTD, mask_BT, keep=keep))
+
+    def backprop(self, step: int, dz: Array) -> Array:
+        """See core.encoder.Encoder."""
+        return self._cross("dh", self._encoder.backprop(step, self._cross("dz", dz)))
+
+    def learn(self, step: int, dz: Array) -> None:
+        """See core.encoder.Encoder."""
+        self._encoder.learn(step, self._cross("dz", dz))
+
+    def probe(self, step: int, h_BTD: Array, mask_BT: Mask | None = None) -> Array:
+        """See core.encoder.Encoder."""
+        h_BTD = self._cross("h", h_BTD)
+        return self._cross("z", self._encoder.probe(step, h_BTD, mask_BT))
+
+    def score(self, step: int, losses_K: Array) -> None:
+        """See core.encoder.Encoder. Losses travel as fp32 whatever the codec."""
+        self.seen["losses"].append(losses_K.copy())
+        self._encoder.score(step, losses_K)
+
+    def close(self) -> None:
+        """See core.encoder.Encoder."""
+        self._encoder.close()
+
+    def _cross(self, name: str, array: Array) -> Array:
+        encoded = self._codec.encode(array)
+        payload = np.frombuffer(bytes(encoded.data), dtype=np.uint8).copy()
+        arrived = self._codec.decode(encoded.dims, payload)
+        self.seen[name].append(arrived.copy())
+        return arrived

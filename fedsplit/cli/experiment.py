@@ -1,0 +1,299 @@
+"""`fedsplit experiment`: a grid of runs with progress, a table and figures. The work is `fedsplit.experiment`'s."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedsplit.cli.console import Output
+from fedsplit.cli.endings import Interrupted, Terminated
+from fedsplit.cli.run import JsonFlag
+from fedsplit.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedsplit.experiment.cells import Cell
+    from fedsplit.experiment.grid import Grid
+    from fedsplit.experiment.results import Row
+    from fedsplit.experiment.tuning import Trial
+
+FIGURES_EVERY_S = 60.0
+"""Drawing takes a second or two: it must not take more than the runs."""
+
+
+def experiment(
+    grid: Annotated[Path, typer.Argument(metavar="GRID.toml", help="What to run.")],
+    jobs: Annotated[
+        int, typer.Option(min=1, max=64, metavar="N", help="Runs at once, a process each.")
+    ] = 1,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="LABEL", help="Only this method of the grid; may be repeated."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the results; else the grid's.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, list the runs, start none.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare methods on a grid: CSV, table and figures; goes on where it stopped.
+
+    Exit codes: 0 all complete, 3 some runs failed or are partial, 1 all failed, 2 wrong grid, 130 interrupted.
+    """
+    output = Output(as_json=as_json)
+    output.note("checking the grid ...")
+    plan = make_plan(grid, out=out, only=tuple(only or ()))
+    if dry_run:
+        _show_plan(plan, output)
+        return
+    code = run_plan(plan, output, jobs=jobs)
+    raise typer.Exit(code)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked grid."""
+
+    grid: Grid
+    out: Path
+    only: tuple[str, ...]
+    trials: list[Trial]
+    cells: list[Cell]
+    """The reported runs; where something is tuned, with the first candidate in the place of the best."""
+
+
+def make_plan(path: Path, *, out: Path | None = None, only: tuple[str, ...] = ()) -> Plan:
+    """Read and check a grid. Raises one ConfigError that lists all its faults."""
+    from fedsplit.experiment.cells import Faults, expand
+    from fedsplit.experiment.check import check_cells
+    from fedsplit.experiment.grid import faulty, read_grid
+    from fedsplit.experiment.tuning import first_candidates, trials
+
+    grid = read_grid(path)
+    if unknown := [label for label in only if label not in {m.name for m in grid.methods}]:
+        names = ", ".join(m.name for m in grid.methods)
+        raise ConfigError(f"--only {unknown[0]!r} is no method of {path}; it has {names}")
+    folder = (out or grid.out).absolute()
+    faults = Faults()
+    tried = trials(grid, folder, faults, only=only)
+    cells = expand(grid, folder, faults, tuned=first_candidates(grid), only=only)
+    check_cells([*(trial.cell for trial in tried), *cells], faults)
+    if faults:
+        raise faulty(str(path), faults.lines())
+    return Plan(grid, folder, only, tried, cells)
+
+
+def run_plan(plan: Plan, output: Output, *, jobs: int) -> int:
+    """Tune, run, write everything, tell how it ended; the exit code."""
+    from fedsplit.experiment.cells import Faults, expand
+    from fedsplit.experiment.schedule import Schedule
+
+    book = _Book(plan, output)
+    try:
+        with (
+            Schedule(jobs=jobs, wire=plan.grid.experiment.wire) as schedule,
+            _Bar(output, len(plan.trials) + len(plan.cells)) as bar,
+        ):
+            tuned = _tune(plan, schedule, bar, book)
+            cells = expand(plan.grid, plan.out, Faults(), tuned=tuned, only=plan.only)
+            book.order = {id(cell): i for i, cell in enumerate(cells)}
+            book.draw_labels(cells)
+
+            def done(cell: Cell, row: Row, before: bool) -> None:
+                book.add(cell, row)
+                bar.step(cell, row, before=before)
+
+            schedule.go(cells, done)
+    except KeyboardInterrupt as err:
+        book.write(figures=True)
+        raise Interrupted(
+            f"stopped after {len(book.rows)} of {len(plan.cells)} runs; what is done is in {plan.out}, and the same "
+            f"command goes on from there",
+            terminated=isinstance(err, Terminated),
+        ) from err
+    book.write(figures=True)
+    return _finish(plan, book.sorted(), output)
+
+
+def _tune(plan: Plan, schedule: Any, bar: _Bar, book: _Book) -> Any:
+    from fedsplit.experiment.tuning import choose, write_tuning
+
+    if not plan.trials:
+        return {}
+    found: dict[int, Row] = {}
+
+    def done(cell: Cell, row: Row, before: bool) -> None:
+        found[id(cell)] = row
+        bar.step(cell, row, before=before, tuning=True)
+
+    schedule.go([trial.cell for trial in plan.trials], done)
+    rows = [found[id(trial.cell)] for trial in plan.trials]
+    chosen = choose(plan.trials, rows)
+    write_tuning(plan.out / "tuning.csv", plan.trials, rows, chosen)
+    tried: dict[tuple[str, str], int] = {}
+    for trial in plan.trials:
+        tried[trial.method, trial.problem] = tried.get((trial.method, trial.problem), 0) + 1
+    for (method, problem), settings in chosen.items():
+        words = ", ".join(f"{k}={v}" for k, v in settings.items())
+        where = f" on {problem}" if problem else ""
+        book.tuned.append(
+            f"{method}{where}: {words}, the best of {tried[method, problem]} candidates"
+        )
+    return chosen
+
+
+@dataclass
+class _Book:
+    """The rows so far, and the files that tell of them."""
+
+    plan: Plan
+    output: Output
+    rows: list[tuple[Cell, Row]] = field(default_factory=list)
+    order: dict[int, int] = field(default_factory=dict)
+    tuned: list[str] = field(default_factory=list)
+    _drawn: float = 0.0
+
+    def add(self, cell: Cell, row: Row) -> None:
+        """Note a run and write everything anew."""
+        self.rows.append((cell, row))
+        self.write(figures=time.monotonic() - self._drawn > FIGURES_EVERY_S)
+
+    def sorted(self) -> list[Row]:
+        """The rows in the grid's order."""
+        return [row for _, row in sorted(self.rows, key=lambda pair: self.order[id(pair[0])])]
+
+    def write(self, *, figures: bool) -> None:
+        """results.csv, table.md and, where wanted, the figures."""
+        from fedsplit.experiment.files import write_whole
+        from fedsplit.experiment.results import write_csv
+        from fedsplit.report.comparison import write_figures
+        from fedsplit.report.comparison_table import comparison_table
+
+        rows = self.sorted()
+        if not rows:
+            return
+        grid, out = self.plan.grid, self.plan.out
+        methods = [m.name for m in grid.methods]
+        write_csv(out / "results.csv", rows)
+        text = comparison_table(
+            rows,
+            name=grid.experiment.name,
+            description=grid.experiment.description,
+            methods=methods,
+            runs=len(self.plan.cells),
+            tuned=self.tuned,
+        )
+        write_whole(out / "table.md", text)
+        if figures:
+            write_figures(out, rows, methods=methods)
+            self._drawn = time.monotonic()
+
+    def draw_labels(self, cells: list[Cell]) -> None:
+        """How the labels fall to the sites, for the first seed."""
+        from fedsplit.experiment.check import dealt
+        from fedsplit.report.comparison import write_labels
+
+        found: dict[str, dict[str, Any]] = {}
+        for cell in cells:
+            if cell.seed == self.plan.grid.experiment.seeds[0]:
+                name = f"{cell.config.partition}, {cell.dealt_sites} sites"
+                counts = found.setdefault(cell.problem, {})
+                if name not in counts:
+                    counts[name] = dealt(cell.config, cell.dealt_sites).counts
+        write_labels(self.plan.out, found)
+
+
+class _Bar:
+    """Rich's bar over all runs, with a line a run above it."""
+
+    def __init__(self, output: Output, runs: int) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self._output = output
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True), console=output.stderr,
+            # The ETA of a grid is of hours: rich's default looks at the last 30 s alone.
+            speed_estimate_period=3600,
+        )  # fmt: skip
+        self._task = self._progress.add_task("runs", total=runs)
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def step(self, cell: Cell, row: Row, *, before: bool, tuning: bool = False) -> None:
+        """A run is done: say so in a line."""
+        self._output.note(line_of(cell, row, before=before, tuning=tuning))
+        self._progress.advance(self._task)
+
+
+def line_of(cell: Cell, row: Row, *, before: bool = False, tuning: bool = False) -> str:
+    """One finished run in one line."""
+    from fedsplit.report.units import human_bytes, human_seconds, percent
+
+    words = [f"{'tuning ' if tuning else ''}{cell}:"]
+    if row.outcome == "failed":
+        words.append(f"FAILED: {row.reason.splitlines()[0] if row.reason else 'no reason given'}")
+    else:
+        words.append(
+            f"global {percent(row.accuracy_global)}, personal {percent(row.accuracy_personal)}, "
+            f"{human_bytes(row.bytes_up)} up, {human_bytes(row.bytes_down)} down, {human_seconds(row.seconds)}"
+        )
+        if row.outcome == "partial":
+            words.append(f"(partial: {row.reason})")
+    if before:
+        words.append("(done before)")
+    return " ".join(words)
+
+
+def _show_plan(plan: Plan, output: Output) -> None:
+    from fedsplit.experiment.results import finished
+
+    cells = [*(trial.cell for trial in plan.trials), *plan.cells]
+    done = {cell.run for cell in cells if finished(cell)}
+    for cell in cells:
+        output.note(f"{cell}{' (done)' if cell.run in done else ''}")
+    runs = len({(cell.config.runs_dir, cell.run) for cell in cells})
+    output.note(
+        f"{runs} runs, {len(plan.trials)} of them to tune; the grid has no faults that can be seen"
+    )
+    output.result(
+        {
+            "experiment": plan.grid.experiment.name, "out": str(plan.out), "runs": runs,
+            "tuning_runs": len(plan.trials), "done": sorted(done), "cells": [str(c) for c in cells],
+        }
+    )  # fmt: skip
+
+
+def _finish(plan: Plan, rows: list[Row], output: Output) -> int:
+    counts = {o: sum(r.outcome == o for r in rows) for o in ("complete", "partial", "failed")}
+    code = 0 if counts["complete"] == len(rows) else 1 if counts["failed"] == len(rows) else 3
+    output.show((plan.out / "table.md").read_text(encoding="utf-8"))
+    output.show(f"Files: {plan.out}")
+    if code:
+        output.note(
+            f"{counts['failed']} runs failed, {counts['partial']} are partial; table.md says why"
+        )
+    output.result(
+        {
+            "experiment": plan.grid.experiment.name, "out": str(plan.out), "runs": len(rows), **counts,
+            "exit_code": code, "results": [row.model_dump(mode="json") for row in rows],
+        }
+    )  # fmt: skip
+    return code

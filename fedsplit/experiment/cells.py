@@ -1,0 +1,220 @@
+"""A grid multiplied out: one Cell a run, its settings read by RunConfig. Collects faults instead of raising at the first.
+
+Later tables win: [defaults], [[problems]], [axes], [tuning], [[methods]], what was tuned. Called by plan-makers (the
+CLI, tuning.py); starts nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedsplit import __version__
+from fedsplit.core.config import RunConfig
+from fedsplit.core.errors import ConfigError
+from fedsplit.core.methods import METHODS
+from fedsplit.experiment.grid import Grid, Method, Problem, Scalar, Settings
+
+# What the experiment sets itself.
+OWN_KEYS = (
+    "seed", "run-name", "runs-dir", "resume", "encoder-address", "encoder-bind", "encoder-secret-file",
+    "encoder-tls-cert", "encoder-tls-key", "encoder-tls-ca", "encoder-insecure",
+)  # fmt: skip
+# How a run is kept, not what it computes.
+_NO_MATTER = ("run-name", "runs-dir", "resume", "deadline-s")
+_OF_MANY_SITES = ("sites", "min-sites", "participation")
+# No site of a simulation is late: what a grid reports must not depend on the machine's speed.
+_PATIENT_S = 10.0**7
+
+Tuned = Mapping[tuple[str, str], Settings]
+"""(method, problem) -> the settings that a search chose."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One run of a grid. Cells whose settings are equal share one run."""
+
+    method: str
+    problem: str
+    axes: tuple[tuple[str, Scalar], ...]
+    seed: int
+    dealt_sites: int
+    """Among how many sites the data is dealt; one node of a centralised run has the shares of all."""
+    config: RunConfig
+
+    @property
+    def nodes(self) -> list[dict[str, int]]:
+        """The node configs of the run's sites."""
+        return [
+            {"partition-id": i, "num-partitions": self.dealt_sites}
+            for i in range(self.config.sites)
+        ]
+
+    @property
+    def run(self) -> str:
+        """Name of the run's folder."""
+        return self.config.run_name
+
+    @property
+    def key(self) -> str:
+        """Digest of what decides the run's result: settings and version."""
+        return config_key(self.config, self.dealt_sites)
+
+    @property
+    def column(self) -> str:
+        """The cell's place in the table beside method and seed."""
+        return ", ".join(str(v) if k == "partition" else f"{k}={v}" for k, v in self.axes)
+
+    def __str__(self) -> str:
+        where = " ".join(filter(None, (self.problem, self.column)))
+        return f"{self.method} {where} seed={self.seed}".replace("  ", " ")
+
+
+@dataclass
+class Faults:
+    """What is wrong with a grid, each fault once, with the first place where it shows."""
+
+    _found: dict[tuple[str, str], list[str]] = field(default_factory=dict)
+
+    def add(self, method: str, place: str, text: str) -> None:
+        """Note a fault of a method's cell."""
+        self._found.setdefault((method, text), []).append(place)
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def lines(self) -> list[str]:
+        """A line a fault. One that all methods share is not said for each."""
+        by_text: dict[str, list[tuple[str, list[str]]]] = {}
+        for (method, text), places in self._found.items():
+            by_text.setdefault(text, []).append((method, places))
+        lines = []
+        for text, where in by_text.items():
+            names = ", ".join(repr(method) for method, _ in where[:4])
+            names += f" and {len(where) - 4} more" if len(where) > 4 else ""
+            places = where[0][1]
+            at = f" ({places[0]}{f' and {len(places) - 1} more' if len(places) > 1 else ''})"
+            lines.append(f"method {names}{at if places[0] else ''}: {text}")
+        return lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A cell before its method: problem, axes and seed."""
+
+    problem: Problem
+    axes: tuple[tuple[str, Scalar], ...]
+    seed: int
+
+    def __str__(self) -> str:
+        pairs = [f"{k}={v}" for k, v in self.axes]
+        return ", ".join(([self.problem.name] if self.problem.name else []) + pairs)
+
+
+def places(grid: Grid) -> Iterator[Place]:
+    """All places of the reported runs; seeds are the outermost, so that a grid cut short has whole tables."""
+    problems = grid.problems or [Problem.model_construct(name="", settings={})]
+    for seed in grid.experiment.seeds:
+        for problem in problems:
+            for values in itertools.product(*grid.axes.values()):
+                yield Place(
+                    problem=problem, axes=tuple(zip(grid.axes, values, strict=True)), seed=seed
+                )
+
+
+def expand(
+    grid: Grid, out: Path, faults: Faults, *, tuned: Tuned | None = None, only: tuple[str, ...] = ()
+) -> list[Cell]:
+    """The reported runs, as far as their settings can be read; the rest is in `faults`."""
+    makers = CellMaker(out / "runs", faults)
+    chosen = tuned or {}
+    methods = [m for m in grid.methods if not only or m.name in only]
+    cells = [
+        makers.cell(grid, method, place, extra=chosen.get((method.name, place.problem.name), {}))
+        for place in places(grid)
+        for method in methods
+    ]
+    return [cell for cell in cells if cell is not None]
+
+
+class CellMaker:
+    """Reads settings and names runs; equal settings get one run."""
+
+    def __init__(self, runs: Path, faults: Faults) -> None:
+        self._runs = runs.absolute()
+        self._faults = faults
+        self._names: dict[str, str] = {}
+
+    def cell(self, grid: Grid, method: Method, place: Place, *, extra: Settings) -> Cell | None:
+        """The cell, or None when its settings have faults."""
+        flat = self._flat(grid, method, place, extra)
+        asked = flat.get("sites", 0)
+        fixed_sites = METHODS[name].fixes if (name := str(flat.get("method"))) in METHODS else {}
+        if "sites" in fixed_sites:
+            # Its one node stands for all sites: what the grid says of them is how the data is dealt.
+            flat = {k: v for k, v in flat.items() if k not in _OF_MANY_SITES}
+        faults = [
+            f"{key} is set by the experiment itself; leave it out"
+            for key in OWN_KEYS
+            if key in flat
+        ]
+        known = {key: value for key, value in flat.items() if key not in OWN_KEYS}
+        fixed: Settings = {"seed": place.seed, "runs-dir": str(self._runs)}
+        fixed |= {"deadline-s": flat.get("deadline-s", _PATIENT_S)}
+        config = None
+        try:
+            config = RunConfig.from_flat(known | fixed)
+        except ConfigError as err:
+            faults += faults_of(err)
+        for fault in faults:
+            self._faults.add(method.name, str(place), fault)
+        if config is None or faults:
+            return None
+        dealt = asked if isinstance(asked, int) and "sites" in fixed_sites else config.sites
+        name = self._name(method, place, config_key(config, dealt))
+        return Cell(
+            method=method.name,
+            problem=place.problem.name,
+            axes=place.axes,
+            seed=place.seed,
+            dealt_sites=dealt,
+            config=config.model_copy(update={"run_name": name}),
+        )
+
+    def _flat(self, grid: Grid, method: Method, place: Place, extra: Settings) -> Settings:
+        shared = grid.defaults | place.problem.settings | dict(place.axes)
+        kept = {key: value for key, value in shared.items() if key not in method.drop}
+        task = _slug(place.problem.name) or grid.experiment.name
+        return {"task": task[:64]} | kept | method.settings | extra
+
+    def _name(self, method: Method, place: Place, key: str) -> str:
+        if key not in self._names:
+            words = (method.name, place.problem.name, *(v for _, v in place.axes))
+            name = "-".join(filter(None, (_slug(str(word)) for word in words)))[:80]
+            name = f"{name}-seed{place.seed}".lstrip(".-")
+            taken = self._names.values()
+            self._names[key] = f"{name[:90]}-{key[:8]}" if name in taken else name
+        return self._names[key]
+
+
+def faults_of(error: ConfigError) -> list[str]:
+    """The single faults of an error that lists several."""
+    head, *faults = str(error).split("\n  - ")
+    # A head with a colon announces the faults; without one it is the first of them.
+    return faults if faults and head.endswith(":") else [head, *faults]
+
+
+def config_key(config: RunConfig, dealt_sites: int) -> str:
+    """Digest of the settings that decide a run's result, and of fedsplit's version."""
+    flat = {k: v for k, v in config.flat().items() if k not in _NO_MATTER}
+    text = json.dumps([__version__, dealt_sites, flat], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")

@@ -1,0 +1,125 @@
+"""What can be wrong with a run before it starts, beyond its settings: backbone, cuts, ranks, data, how the data is dealt.
+
+Reads files, trains nothing. A grid repeats itself, so what was looked at once is remembered. Called by the CLI with
+all cells, and all their faults are told at once.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedsplit.core.config import RunConfig
+from fedsplit.core.errors import BackboneError, ConfigError, DataError
+from fedsplit.experiment.cells import Cell, Faults, faults_of
+from fedsplit.model import module
+from fedsplit.model.backbone import Backbone
+from fedsplit.model.module import ModuleSpec
+from fedsplit.training.data import Examples, load_source, partition
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """How many samples of each class each site has."""
+
+    classes: tuple[str, ...]
+    counts: tuple[tuple[int, ...], ...]
+    """[site][class]"""
+
+
+def check_cells(cells: list[Cell], faults: Faults) -> None:
+    """Add every fault of the cells to `faults`."""
+    for cell in cells:
+        place = ", ".join(filter(None, (cell.problem, cell.column)))
+        for fault in fits(cell.config, cell.dealt_sites):
+            faults.add(cell.method, place, fault)
+
+
+def fits(config: RunConfig, dealt_sites: int = 0) -> list[str]:
+    """What keeps a run with these settings from working; empty when nothing is seen.
+
+    `dealt_sites`: among how many sites the data is dealt, where that is not `config.sites`.
+    """
+    sites = dealt_sites or config.sites
+    if not sites:
+        return ["sites=0: a grid simulates its sites; set sites in [defaults] or [axes]"]
+    # Neither decides whether a model fits, so seeds and partitions share one look.
+    shape = config.model_copy(
+        update={"seed": 0, "run_name": "", "runs_dir": "", "partition": "iid", "sites": 1}
+    )
+    return [*_model_faults(shape), *_data_faults(config, sites)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _model_faults(config: RunConfig) -> tuple[str, ...]:
+    try:
+        backbone = Backbone.find(config.backbone)
+        spec = ModuleSpec.of(config, config.class_names or ("a", "b"))
+        faults = module.spec_faults(backbone, spec)
+    except (BackboneError, ConfigError) as err:
+        return tuple(faults_of(err))
+    try:
+        backbone.check_cuts(config.cuts_on(backbone.blocks))
+    except ConfigError as err:
+        faults += faults_of(err)
+    try:
+        examples = _examples(*_source(config))
+    except (DataError, ConfigError):
+        examples = None  # told by _data_faults
+    if examples is not None and examples.kind != backbone.family.kind:
+        faults.append(
+            f"data={config.data} holds {examples.kind}s, backbone={config.backbone} reads "
+            f"{backbone.family.kind}s; change data or backbone"
+        )
+    return tuple(faults)
+
+
+def _data_faults(config: RunConfig, sites: int) -> list[str]:
+    try:
+        dealt(config, sites)
+    except (ConfigError, DataError) as err:
+        return faults_of(ConfigError(str(err)))
+    return []
+
+
+def dealt(config: RunConfig, sites: int) -> Dealt:
+    """How the run's data falls to its sites. Raises ConfigError and DataError where it cannot be dealt."""
+    counts_or_error = _dealt(_source(config), config.partition, sites, config.seed)
+    if isinstance(counts_or_error, Exception):
+        raise counts_or_error
+    return counts_or_error
+
+
+@functools.lru_cache(maxsize=1024)
+def _dealt(
+    source: tuple[str, tuple[str, ...] | None, int, str, str], spec: str, sites: int, seed: int
+) -> Dealt | ConfigError | DataError:
+    # Errors are returned: a cache forgets those that are raised, and a grid would meet each again and again.
+    try:
+        examples = _examples(*source)
+        parts = partition(examples.labels, spec, sites, seed, examples.groups)
+    except (ConfigError, DataError) as err:
+        return err
+    width = len(examples.classes)
+    counts = tuple(
+        tuple(int(n) for n in np.bincount(examples.labels[part], minlength=width)) for part in parts
+    )
+    return Dealt(examples.classes, counts)
+
+
+def _source(config: RunConfig) -> tuple[str, tuple[str, ...] | None, int, str, str]:
+    return (
+        config.data, config.class_names, config.max_samples, config.text_column, config.label_column,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=8)
+def _examples(
+    data: str, classes: tuple[str, ...] | None, max_samples: int, text: str, label: str
+) -> Examples:
+    return load_source(
+        data, site="every site", classes=classes, max_samples=max_samples, text_column=text,
+        label_column=label,
+    )  # fmt: skip

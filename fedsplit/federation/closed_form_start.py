@@ -1,0 +1,81 @@
+"""The server's half of a closed-form classifier: add up the sites' statistics, solve, calibrate.
+
+Called by the strategy before the first round; the mathematics is training/closed_form.py's. A classifier of two
+layers keeps its first one as it started and has its last one solved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsplit.core.config import RunConfig
+from fedsplit.core.errors import UpdateError
+from fedsplit.model.backbone import Backbone
+from fedsplit.model.module import ModuleSpec, ModuleTensors, final_linear
+from fedsplit.training.closed_form import (
+    TEMPERATURES,
+    FeatureStatistics,
+    Linear,
+    best_temperature,
+    class_means,
+    ridge,
+    scaled_alpha,
+)
+
+
+class ClosedFormStart:
+    """Sums of the sites that answered, and what they make."""
+
+    def __init__(
+        self, config: RunConfig, backbone: Backbone, spec: ModuleSpec, module: ModuleTensors
+    ) -> None:
+        """`module` is what the sites were sent. Raises BackboneError where it has no last linear layer."""
+        self._config = config
+        self._weight, self._bias = final_linear(backbone, spec)
+        self._features = module[self._weight].shape[1]
+        self._classes = len(spec.classes)
+        self._statistics: dict[str, FeatureStatistics] = {}
+        self._nll = np.zeros(len(TEMPERATURES))
+
+    @property
+    def sites(self) -> int:
+        """How many sites are in the sums."""
+        return len(self._statistics)
+
+    def add(self, site: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+        """Take in one site's sums. Raises UpdateError when they cannot be right."""
+        self._statistics[site] = FeatureStatistics.of(
+            arrays, features=self._features, classes=self._classes
+        )
+
+    def solved(self) -> ModuleTensors:
+        """The classifier's last layer. Raises FederationError, ConfigError."""
+        total = FeatureStatistics.empty(self._features, self._classes)
+        # In the order of the names, so that who answered first changes no bit.
+        for site in sorted(self._statistics):
+            total += self._statistics[site]
+        if self._config.classifier_init == "ridge":
+            found = ridge(total, scaled_alpha(total, self._config.ridge_lambda))
+        else:
+            found = class_means(total)
+        return {self._weight: found.weight, self._bias: found.bias}
+
+    def add_nll(self, nll: Sequence[float]) -> None:
+        """Take in one site's losses over the temperatures. Raises UpdateError when they cannot be right."""
+        values = np.asarray(nll, dtype=np.float64)
+        if values.shape != self._nll.shape or not np.isfinite(values).all():
+            raise UpdateError(
+                f"calibration wants {len(self._nll)} finite losses, {len(values)} came; install the same "
+                f"fedsplit version on both ends"
+            )
+        self._nll += values
+
+    def calibrated(self, module: ModuleTensors) -> ModuleTensors:
+        """The classifier's last layer at the temperature with the least loss."""
+        temperature = best_temperature(self._nll, TEMPERATURES)
+        cooled = Linear(module[self._weight], module[self._bias]).cooled(temperature)
+        return {self._weight: cooled.weight, self._bias: cooled.bias}

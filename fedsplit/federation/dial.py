@@ -1,0 +1,69 @@
+"""How a site reaches the encoder of a round: over gRPC, or, where an engine says so, in its own process."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+from fedsplit.core.config import RunConfig
+from fedsplit.core.encoder import Encoder
+from fedsplit.core.errors import OverloadedError
+from fedsplit.federation.messages import Stream
+from fedsplit.training.site_data import SiteSettings
+from fedsplit.transport.client import StreamEncoder
+from fedsplit.transport.wiring import ClientTls
+
+
+class CountingEncoder(Encoder, Protocol):
+    """An encoder that knows what it moved."""
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes sent so far."""
+        ...
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes received so far."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """Steps sent so far."""
+        ...
+
+
+class Dial(Protocol):
+    """Opens a round's encoder; it is closed at the end of the `with`."""
+
+    def __call__(
+        self, how: Stream, config: RunConfig, site: SiteSettings
+    ) -> AbstractContextManager[CountingEncoder]:
+        """Raises EncoderError and its kinds."""
+        ...
+
+
+def dial_stream(
+    how: Stream, config: RunConfig, site: SiteSettings
+) -> AbstractContextManager[CountingEncoder]:
+    """Open the round's gRPC stream; where the encoder is full, come back when it says so."""
+    ca = site.encoder_tls_ca or how.ca_file
+    tls = ClientTls.of(ca or "system", site.encoder_tls_cert, site.encoder_tls_key)
+    # Half the round must be left for the work itself.
+    give_up = time.monotonic() + config.deadline_s / 2
+    while True:
+        try:
+            return StreamEncoder(
+                how.address,
+                how.token,
+                how.grant,
+                codec=config.codec,
+                tls=tls if how.tls else None,
+                max_in_flight=config.in_flight,
+                allow_insecure=config.encoder_insecure,
+            )
+        except OverloadedError as err:
+            if time.monotonic() + err.retry_after_s > give_up:
+                raise
+            time.sleep(err.retry_after_s)

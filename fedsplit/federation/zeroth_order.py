@@ -1,0 +1,71 @@
+"""Zeroth order at the device, seen from both ends: the settings that a seed depends on, and the server's replay.
+
+A site sends one number a step and direction; both sides make the directions of the run's seed, the site's name and
+the round, so the server arrives at the site's very weights (training/zeroth_order.py).
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+
+import numpy as np
+from flwr.app import RecordDict
+from numpy.typing import NDArray
+
+from fedsplit.core.config import RunConfig
+from fedsplit.core.errors import ProtocolError, UpdateError
+from fedsplit.federation import messages
+from fedsplit.model.backbone import Backbone
+from fedsplit.training.zeroth_order import ZerothOrder, replay
+
+
+def zeroth_order(config: RunConfig, *, site: str, round_: int) -> ZerothOrder:
+    """How a site estimates its gradients in a round."""
+    key = f"{config.seed}/{site}/{round_}/directions"
+    return ZerothOrder(
+        seed=zlib.crc32(key.encode()),
+        estimator=config.zo_estimator,
+        queries=config.zo_queries,
+        epsilon=config.zo_epsilon,
+        directions=config.zo_directions,
+    )
+
+
+def replayed(
+    content: RecordDict,
+    config: RunConfig,
+    backbone: Backbone,
+    *,
+    site: str,
+    samples: int,
+    round_: int,
+    start: Mapping[str, NDArray[np.float32]],
+) -> dict[str, NDArray[np.float32]]:
+    """The deltas that a site's scalars stand for; `start` is what it trained, as it received it.
+
+    Raises UpdateError for scalars that its training cannot have given.
+    """
+    arrays = messages.from_arrays(content, messages.SCALARS)
+    scalars = arrays.get(messages.SCALARS)
+    steps = config.local_epochs * -(-samples // config.batch_size)
+    if scalars is None or scalars.shape[:1] != (steps,):
+        got = None if scalars is None else scalars.shape
+        raise UpdateError(f"update of site {site!r} refused: scalars {got}, {steps} steps are wanted")
+    classifier = backbone.family.classifier
+    other = config.lora_learning_rate or config.learning_rate
+    rates = {
+        n: config.learning_rate if n.split(".", 1)[0] in classifier else other for n in start
+    }
+    try:
+        now = replay(
+            start,
+            scalars,
+            zeroth_order(config, site=site, round_=round_),
+            rates,
+            factors=[config.learning_rate_factor(round_)] * steps,
+            weight_decay=config.weight_decay,
+        )
+    except ProtocolError as err:
+        raise UpdateError(f"update of site {site!r} refused: {err}") from err
+    return {name: now[name] - start[name] for name in start}

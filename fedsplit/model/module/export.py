@@ -1,0 +1,154 @@
+"""The trained module as files, and back.
+
+LoRA and a bare classifier go out in PEFT's format, `adapter_config.json` and `adapter_model.safetensors`, which
+PEFT loads on the whole model. Prompts, adapters and full modules have no such format that fits them and go out
+as `module.safetensors` by the whole model's names. `fedsplit.json` beside either says what it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsplit.core.errors import BackboneError
+from fedsplit.model.backbone import Backbone
+from fedsplit.model.layers import MERGED
+from fedsplit.model.module import lora
+from fedsplit.model.module.names import shapes
+from fedsplit.model.module.spec import MAX_WIDTH, ModuleSpec, ModuleTensors, about, read_about
+from fedsplit.model.module.start import initial
+
+ABOUT_FILE, PEFT_FILE, OWN_FILE = "fedsplit.json", "adapter_model.safetensors", "module.safetensors"
+_PEFT_ROOT = "base_model.model."
+Tensors = Mapping[str, NDArray[np.float32]]
+
+
+def export(folder: Path, backbone: Backbone, spec: ModuleSpec, tensors: Tensors) -> None:
+    """Write the module to `folder`.
+
+    LoRA: `PeftModel.from_pretrained(whole_model, folder)` loads it, merged deltas folded in (`fold_merged`).
+    Every kind: `load_exported` reads it back.
+    """
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    if spec.merged:
+        spec, tensors = fold_merged(spec, tensors)
+    if _in_peft_format(spec):
+        # A module without LoRA still is an adapter for PEFT, which wants a target: it gets LoRA that adds nothing.
+        whole = dict(tensors) if spec.kind == "lora" else {**tensors, **_idle_lora(backbone, spec)}
+        lora.save_config(folder, backbone, spec, whole)
+        file, whole = folder / PEFT_FILE, {f"{_PEFT_ROOT}{n}": t for n, t in whole.items()}
+    else:
+        file, whole = folder / OWN_FILE, dict(tensors)
+    contiguous = {n: np.ascontiguousarray(t) for n, t in whole.items()}
+    save_file(contiguous, file, metadata={"format": "pt"})
+    said = {
+        "classes": list(spec.classes),
+        "backbone_sha256": backbone.sha256,
+        "module": about(spec),
+    }
+    (folder / ABOUT_FILE).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+
+
+def _in_peft_format(spec: ModuleSpec) -> bool:
+    return spec.kind in {"lora", "classifier"}
+
+
+def _idle_lora(backbone: Backbone, spec: ModuleSpec) -> ModuleTensors:
+    return {
+        n: t
+        for n, t in initial(backbone, replace(spec, kind="lora", lora=True), seed=0).items()
+        if ".lora_" in n
+    }
+
+
+def load_exported(
+    folder: Path, backbone: Backbone | None = None
+) -> tuple[ModuleSpec, ModuleTensors]:
+    """What `export` wrote: the spec and the module. Raises BackboneError when it cannot be read.
+
+    With a `backbone`, also when the module was not trained on it or does not fit it.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        said = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
+        # Folded deltas may need more than a run may ask for.
+        spec = read_about(said["module"], classes=_classes(said["classes"]), max_rank=MAX_WIDTH)
+        sha256 = said["backbone_sha256"]
+        whole = load_file(folder / (PEFT_FILE if _in_peft_format(spec) else OWN_FILE))
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as err:
+        raise BackboneError(
+            f"module {folder} cannot be read ({type(err).__name__}: {str(err)[:200]}); give the module folder of "
+            f"a run, as fedsplit wrote it"
+        ) from err
+    tensors = {n.removeprefix(_PEFT_ROOT): t for n, t in whole.items()}
+    if spec.kind == "classifier":
+        tensors = {n: t for n, t in tensors.items() if ".lora_" not in n}
+    if backbone is not None:
+        _check_fits(folder, backbone, sha256, spec, tensors)
+    return spec, tensors
+
+
+def _classes(raw: Any) -> tuple[str, ...]:
+    if not isinstance(raw, list) or not raw or not all(isinstance(c, str) for c in raw):
+        raise ValueError("classes: a list of names is wanted")
+    return tuple(raw)
+
+
+def _check_fits(
+    folder: Path, backbone: Backbone, sha256: Any, spec: ModuleSpec, tensors: ModuleTensors
+) -> None:
+    if sha256 != backbone.sha256:
+        raise BackboneError(
+            f"module {folder} was trained on a backbone with digest {str(sha256)[:12]}, {backbone.name!r} has "
+            f"{backbone.sha256[:12]}; use the backbone of that run"
+        )
+    wanted = shapes(backbone, spec)
+    got = {n: t.shape for n, t in tensors.items() if t.dtype == np.float32}
+    if odd := sorted(n for n in wanted.keys() | tensors.keys() if wanted.get(n) != got.get(n)):
+        raise BackboneError(
+            f"module {folder}: tensor {odd[0][:200]!r} is {got.get(odd[0], 'missing')}, "
+            f"{wanted.get(odd[0], 'nothing')} in float32 is wanted; copy the folder again"
+        )
+
+
+def fold_merged(spec: ModuleSpec, tensors: Tensors) -> tuple[ModuleSpec, ModuleTensors]:
+    """The same function as LoRA alone: each layer's merged delta and current product as one pair.
+
+    The pair is the sum's singular value decomposition, cut where float32 ends, so it is exact within that. All
+    layers get the largest rank found, zero-padded, and a scale of 1.
+    """
+    layers = [n.removesuffix(f".{MERGED}.weight") for n in tensors if f".{MERGED}." in n]
+    pairs = {layer: _factored(_delta(spec, tensors, layer)) for layer in layers}
+    rank = max([1, *(len(a) for _, a in pairs.values())])
+    folded: ModuleTensors = {n: t for n, t in tensors.items() if ".lora_" not in n}
+    for layer, (b, a) in pairs.items():
+        folded[f"{layer}.lora_A.weight"] = np.pad(a, ((0, rank - len(a)), (0, 0)))
+        folded[f"{layer}.lora_B.weight"] = np.pad(b, ((0, 0), (0, rank - len(a))))
+    return replace(spec, merged=False, rank=rank, max_rank=rank, alpha=rank), folded
+
+
+def _delta(spec: ModuleSpec, tensors: Tensors, layer: str) -> NDArray[np.float64]:
+    a, b, merged = (
+        tensors[f"{layer}.{part}.weight"].astype(np.float64)
+        for part in ("lora_A", "lora_B", MERGED)
+    )
+    delta: NDArray[np.float64] = merged + spec.scale * (b @ a)
+    return delta
+
+
+def _factored(delta: NDArray[np.float64]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(B, A) with B A equal to `delta` within float32."""
+    u, s, v = np.linalg.svd(delta, full_matrices=False)
+    kept = s > s[0] * max(delta.shape) * np.finfo(np.float32).eps
+    root = np.sqrt(s[kept])
+    return (u[:, kept] * root).astype(np.float32), (root[:, None] * v[kept]).astype(np.float32)

@@ -1,0 +1,125 @@
+"""What a module is made of: `ModuleSpec`, and its form in files and messages, checked when it is read.
+
+Knows no backbone; whether a spec fits one is `names.check_spec`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import InitVar, asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsplit.core.config import RunConfig
+
+ModuleTensors = dict[str, NDArray[np.float32]]
+Kind = Literal["lora", "prompt", "adapter", "classifier", "full"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+MAX_RANK, MAX_TOKENS, MAX_WIDTH, MAX_BLOCKS = 1024, 1024, 65_536, 10_000
+# Far above any sane alpha; alpha / rank must stay a float.
+MAX_ALPHA = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleSpec:
+    """What the module of a task is made of. Every kind includes the classifier."""
+
+    classes: tuple[str, ...]
+    kind: Kind = "lora"
+    """lora | prompt | adapter | classifier (that alone) | full (every weight of the backbone)."""
+    rank: int = 8
+    """Rank of LoRA's pair: at a site its own, in what the server publishes the largest."""
+    max_rank: int = 0
+    """Largest rank of the run; LoRA's output is scaled by alpha / max_rank at every site. 0: `rank`."""
+    alpha: int = 16
+    targets: tuple[str, ...] = ()
+    """Names of the linear layers that get LoRA; empty: the family's query and value."""
+    merged: bool = False
+    """Does LoRA come with dense deltas of its layers that never train (FLoRA's merged products)?"""
+    prompt_tokens: int = 8
+    """Learnable tokens after the first one."""
+    adapter_width: int = 16
+    """m, the width of an adapter's bottleneck."""
+    last_blocks: int = 0
+    """LoRA or adapters on this many last blocks only; 0: on all."""
+
+    lora: InitVar[bool] = True
+    """Older form of `kind`: False is kind="classifier"."""
+
+    def __post_init__(self, lora: bool) -> None:
+        if not lora and self.kind == "lora":
+            object.__setattr__(self, "kind", "classifier")
+        if not self.max_rank:
+            object.__setattr__(self, "max_rank", self.rank)
+
+    @property
+    def scale(self) -> float:
+        """Factor on LoRA's product: the same for every rank, so that a low one is a high one zero-padded."""
+        return self.alpha / self.max_rank
+
+    @property
+    def prompts(self) -> int:
+        """Tokens that this module puts in: `prompt_tokens` of a prompt, else 0."""
+        return self.prompt_tokens if self.kind == "prompt" else 0
+
+    @classmethod
+    def of(cls, config: RunConfig, classes: tuple[str, ...], rank: int | None = None) -> ModuleSpec:
+        """The module that a run's settings ask for; `rank` is a site's own where it is not the run's."""
+        return cls(
+            classes=classes,
+            kind=config.module,
+            rank=rank or config.lora_rank,
+            max_rank=config.lora_rank,
+            alpha=config.lora_alpha,
+            targets=tuple(t.strip() for t in config.lora_targets.split(",") if t.strip()),
+            merged=config.module == "lora" and config.lora_aggregation == "flora",
+            prompt_tokens=config.prompt_tokens,
+            adapter_width=config.adapter_width,
+            last_blocks=config.module_blocks,
+        )
+
+
+# After the class, for in it the name is that of the older argument.
+ModuleSpec.lora = property(lambda self: self.kind == "lora")  # type: ignore[attr-defined]
+
+# The classes stay out: an encoder host has no business with them.
+_ABOUT = tuple(f.name for f in fields(ModuleSpec) if f.name != "classes")
+_RANGES = {
+    "alpha": (1, MAX_ALPHA),
+    "prompt_tokens": (1, MAX_TOKENS),
+    "adapter_width": (1, MAX_WIDTH),
+    "last_blocks": (0, MAX_BLOCKS),
+}
+
+
+def about(spec: ModuleSpec) -> dict[str, Any]:
+    """All of a spec but the classes, ready for JSON."""
+    return {k: v for k, v in asdict(spec).items() if k in _ABOUT}
+
+
+def read_about(
+    raw: Any, *, classes: tuple[str, ...] = ("?",), max_rank: int = MAX_RANK
+) -> ModuleSpec:
+    """The inverse of `about`. Raises ValueError on anything that it does not make, or a rank above `max_rank`."""
+    if not isinstance(raw, Mapping) or set(raw) != set(_ABOUT):
+        raise ValueError(f"exactly the fields {', '.join(_ABOUT)} are wanted")
+    # `type`, for True is an int to isinstance.
+    ranges = _RANGES | {"rank": (1, max_rank), "max_rank": (1, max_rank)}
+    bad = [
+        name
+        for name, (low, high) in ranges.items()
+        if type(raw[name]) is not int or not low <= raw[name] <= high
+    ]
+    if type(raw["kind"]) is not str or raw["kind"] not in KINDS:
+        bad.append("kind")
+    if type(raw["merged"]) is not bool:
+        bad.append("merged")
+    if type(raw["targets"]) is not list or not all(type(t) is str for t in raw["targets"]):
+        bad.append("targets")
+    if not bad and raw["rank"] > raw["max_rank"]:
+        bad.append("rank")
+    if bad:
+        raise ValueError(f"{', '.join(bad)} is out of range")
+    return ModuleSpec(classes=classes, **{**raw, "targets": tuple(raw["targets"])})

@@ -1,0 +1,215 @@
+"""The figures of a grid as PNG and SVG: accuracy against bytes and against rounds, and how the labels fall to the sites.
+
+A panel a problem and partition, a line a method: the mean over seeds, and a band from the least to the most. Drawn
+without a display, like plots.py. Called by the CLI, now and then while a grid runs and at its end.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+)
+
+from fedsplit.experiment.files import write_whole
+from fedsplit.experiment.results import Row
+from fedsplit.report.comparison_table import Columns
+from fedsplit.report.plots import _STYLE, _tick
+
+Counts = Sequence[Sequence[int]]
+"""[site][class]"""
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8C6D31")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_LINES = ("-", "--", ":", "-.")
+_MAX_BUBBLES = 40
+"""More sites or classes than this are a picture of shades."""
+
+
+def write_figures(out: Path, rows: Sequence[Row], *, methods: Sequence[str]) -> tuple[Path, ...]:
+    """Write `accuracy-bytes` and `accuracy-rounds` as PNG and SVG into `out`. Raises RunDirError."""
+    drawn = [row for row in rows if row.accuracy_by_round and row.outcome != "failed"]
+    if not drawn:
+        return ()
+    written: list[Path] = []
+    with rc_context(_STYLE):
+        for name, against_bytes in (("accuracy-bytes", True), ("accuracy-rounds", False)):
+            figure = _curves(drawn, methods, against_bytes=against_bytes)
+            written += _save(figure, out / name)
+    return tuple(written)
+
+
+def write_labels(out: Path, dealt: Mapping[str, Mapping[str, Counts]]) -> tuple[Path, ...]:
+    """Write `labels-PROBLEM` as PNG and SVG: problem -> partition -> samples of each site and class."""
+    written: list[Path] = []
+    with rc_context(_STYLE | {"axes.grid": False}):
+        for problem, partitions in dealt.items():
+            name = f"labels-{_file_name(problem)}" if problem else "labels"
+            written += _save(_labels(problem, partitions), out / name)
+    return tuple(written)
+
+
+def _save(figure: Figure, stem: Path) -> list[Path]:
+    written = []
+    for kind in ("png", "svg"):
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=kind, dpi=150)
+        path = stem.with_name(f"{stem.name}.{kind}")
+        write_whole(path, buffer.getvalue())
+        written.append(path)
+    return written
+
+
+def _curves(rows: Sequence[Row], methods: Sequence[str], *, against_bytes: bool) -> Figure:
+    columns = Columns(rows)
+    problems = list(dict.fromkeys(row.problem for row in rows))
+    names = columns.names(rows)
+    known = [m for m in methods if any(row.method == m for row in rows)]
+    legend_rows = -(-len(known) // 4)
+    width, height = max(6.4, 3.3 * len(names) + 0.8), 3.0 * len(problems) + 0.7 + 0.26 * legend_rows
+    figure = Figure(figsize=(width, height), layout="constrained")
+    grid: Any = figure.subplots(len(problems), len(names), squeeze=False, sharey="row")
+    for i, problem in enumerate(problems):
+        for j, name in enumerate(names):
+            axes: Axes = grid[i, j]
+            here = [r for r in rows if r.problem == problem and columns.of(r) == name]
+            _panel(axes, here, known, against_bytes=against_bytes)
+            axes.set_title(f"{problem}: {name}" if problem else name, fontsize=10)
+            if j == 0:
+                axes.set_ylabel("global accuracy")
+            if i == len(problems) - 1:
+                axes.set_xlabel("bytes moved, all sites" if against_bytes else "rounds trained")
+    handles = [_handle(k, method) for k, method in enumerate(known)]
+    figure.legend(
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(4, len(known)),
+        frameon=False,
+        fontsize=9,
+    )
+    return figure
+
+
+def _look(place: int) -> dict[str, Any]:
+    """Colour, line and marker of the method at a place: no two of 32 look the same."""
+    return {
+        "color": _COLOURS[place % len(_COLOURS)],
+        "ls": _LINES[place // len(_COLOURS) % len(_LINES)],
+        "marker": _MARKERS[place % len(_MARKERS)],
+    }
+
+
+def _handle(place: int, label: str) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], lw=1.8, ms=5, label=label, **_look(place))
+
+
+def _panel(axes: Axes, rows: Sequence[Row], methods: Sequence[str], *, against_bytes: bool) -> None:
+    farthest = 1
+    for place, method in enumerate(methods):
+        own = [row for row in rows if row.method == method]
+        if not own:
+            continue
+        points = min(len(row.accuracy_by_round) for row in own)
+        accuracy = np.array([row.accuracy_by_round[:points] for row in own])
+        if against_bytes:
+            xs = np.array([row.bytes_by_round[:points] for row in own], dtype=float).mean(axis=0)
+        else:
+            xs = np.arange(points, dtype=float)
+        farthest = max(farthest, points - 1)
+        # A log axis has no place for the start, at which nothing has been moved.
+        shown = xs > 0 if against_bytes else np.ones(points, dtype=bool)
+        look = _look(place)
+        # Methods may coincide: the first lies below, and is the thickest.
+        thick = max(0.0, 1.0 - place / 6)
+        axes.plot(
+            xs[shown], accuracy.mean(axis=0)[shown], lw=1.4 + 1.6 * thick, ms=4 + 4 * thick, **look,
+            markevery=max(1, points // 6), zorder=3,
+        )  # fmt: skip
+        if len(own) > 1:
+            low, high = accuracy.min(axis=0)[shown], accuracy.max(axis=0)[shown]
+            axes.fill_between(xs[shown], low, high, color=look["color"], alpha=0.15, lw=0)
+    axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if against_bytes:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(numticks=6))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        axes.set_xlim(-0.02 * farthest, 1.02 * farthest)
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+
+
+def _labels(problem: str, partitions: Mapping[str, Counts]) -> Figure:
+    sites = max(len(counts) for counts in partitions.values())
+    classes = max(len(counts[0]) for counts in partitions.values())
+    across = min(4, len(partitions))
+    down = math.ceil(len(partitions) / across)
+    tall = min(6.0, max(2.2, 0.24 * sites))
+    wide = min(5.0, max(2.6, 0.26 * classes))
+    figure = Figure(figsize=(wide * across + 1.2, tall * down + 1.1), layout="constrained")
+    grid: Any = figure.subplots(down, across, squeeze=False)
+    most = max(n for counts in partitions.values() for site in counts for n in site)
+    for place, (name, counts) in enumerate(partitions.items()):
+        axes: Axes = grid[place // across, place % across]
+        if max(sites, classes) <= _MAX_BUBBLES:
+            _bubbles(axes, counts, most, side=min(tall / sites, wide / classes))
+        else:
+            _shades(figure, axes, counts)
+        axes.set_title(name, fontsize=10)
+        axes.set_xlabel("class")
+        if place % across == 0:
+            axes.set_ylabel("site")
+    for axes in grid.flat[len(partitions) :]:
+        axes.set_visible(False)
+    title = (
+        f"{problem}: samples of each class at each site"
+        if problem
+        else "samples of each class at each site"
+    )
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
+    return figure
+
+
+def _bubbles(axes: Axes, counts: Counts, most: int, *, side: float) -> None:
+    """A disc a site and class, whose area is the number of samples."""
+    table = np.asarray(counts, dtype=float)
+    ys, xs = np.nonzero(table)
+    # The largest disc just fits its place: `side` inches are 72 points each.
+    largest = (60 * side) ** 2
+    axes.scatter(xs, ys, s=largest * table[ys, xs] / most, color="#0072B2", alpha=0.8, lw=0)
+    axes.set_xlim(-0.7, table.shape[1] - 0.3)
+    axes.set_ylim(table.shape[0] - 0.3, -0.7)
+    axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(10, integer=True))
+
+
+def _shades(figure: Figure, axes: Axes, counts: Counts) -> None:
+    """The same as shades, where there is no room for discs."""
+    table = np.asarray(counts, dtype=float)
+    image = axes.imshow(
+        np.sqrt(table), aspect="auto", cmap="Blues", interpolation="nearest", vmin=0
+    )
+    bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
+    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda root, _: f"{root * root:.0f}"))
+    bar.set_label("samples", fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
+def _file_name(text: str) -> str:
+    return "".join(c if c.isalnum() or c in "._-" else "-" for c in text)

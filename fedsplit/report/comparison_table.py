@@ -1,0 +1,164 @@
+"""The table of a grid as Markdown: accuracies with their deviation over seeds, costs, what was tuned, what failed.
+
+Made anew from the rows after every run, so a table of half a grid says so. Called by the CLI.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+
+from fedsplit.experiment.results import Row
+from fedsplit.report.units import NONE, human_bytes, human_seconds
+
+Get = Callable[[Row], float | None]
+
+
+def comparison_table(
+    rows: Sequence[Row],
+    *,
+    name: str,
+    description: str = "",
+    methods: Sequence[str],
+    runs: int,
+    tuned: Sequence[str] = (),
+) -> str:
+    """The whole page. `methods` gives the order, `runs` how many there will be, `tuned` lines about the search."""
+    columns = Columns(rows)
+    parts = [f"# {name}", *([description] if description else []), _state(rows, runs)]
+    for problem in dict.fromkeys(row.problem for row in rows):
+        here = [row for row in rows if row.problem == problem]
+        order = [m for m in methods if any(row.method == m for row in here)]
+        head = f"{problem}: " if problem else ""
+        for title, get in (
+            ("global accuracy, %", lambda row: row.accuracy_global),
+            ("personal accuracy, %", lambda row: row.accuracy_personal),
+        ):
+            parts += [f"## {head}{title}", _accuracies(here, order, columns, get)]
+        if any(row.accuracy_local_only is not None for row in here):
+            local = _accuracies(here, order, columns, lambda row: row.accuracy_local_only)
+            parts += [f"## {head}each site alone, on everyone's samples, %", local]
+        parts += [f"## {head}cost of a run, mean", _costs(here, order)]
+    if tuned:
+        parts += ["## Tuning", "\n".join(f"- {line}" for line in tuned)]
+    if bad := [row for row in rows if row.outcome != "complete"]:
+        lines = (f"- {row.run} ({row.outcome}): {_cell(row.reason[:500])}" for row in bad)
+        parts += ["## Runs that are not complete", "\n".join(lines)]
+    return "\n\n".join(parts) + "\n"
+
+
+class Columns:
+    """The places of a grid beside problem, method and seed, named by the axes that vary."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        keys = list(dict.fromkeys(key for row in rows for key, _ in row.axes))
+        self._varying = [key for key in keys if len({dict(row.axes).get(key) for row in rows}) > 1]
+        self._all = keys
+
+    def of(self, row: Row) -> str:
+        """The name of a row's column."""
+        axes = dict(row.axes)
+        keys = self._varying or (["partition"] if "partition" in self._all else [])
+        words = (str(axes[k]) if k == "partition" else f"{k}={axes[k]}" for k in keys if k in axes)
+        return ", ".join(words) or "result"
+
+    def names(self, rows: Iterable[Row]) -> list[str]:
+        """The columns of some rows, in the grid's order."""
+        return list(dict.fromkeys(self.of(row) for row in rows))
+
+
+def _state(rows: Sequence[Row], runs: int) -> str:
+    seeds = len({row.seed for row in rows})
+    complete = sum(row.outcome == "complete" for row in rows)
+    text = f"{complete} of {runs} runs are complete"
+    if seeds > 1:
+        text += f"; mean ± standard deviation over {seeds} seeds, the best mean of a column in bold"
+    else:
+        text += "; one seed, the best of a column in bold"
+    return text + "."
+
+
+def _accuracies(rows: Sequence[Row], methods: Sequence[str], columns: Columns, get: Get) -> str:
+    names = columns.names(rows)
+    values = {
+        (m, c): [
+            100 * v
+            for row in rows
+            if row.method == m and columns.of(row) == c and row.outcome != "failed"
+            if (v := get(row)) is not None
+        ]
+        for m in methods
+        for c in names
+    }
+    best = {
+        c: max(
+            (round(statistics.fmean(v), 1) for m in methods if (v := values[m, c])), default=None
+        )
+        for c in names
+    }
+    lines = [[m, *(_mean_and_deviation(values[m, c], best[c]) for c in names)] for m in methods]
+    return _markdown(["method", *names], lines)
+
+
+def _mean_and_deviation(values: Sequence[float], best: float | None) -> str:
+    if not values:
+        return NONE
+    mean = statistics.fmean(values)
+    text = f"{mean:.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    return f"**{text}**" if round(mean, 1) == best else text
+
+
+def _costs(rows: Sequence[Row], methods: Sequence[str]) -> str:
+    lines = []
+    for method in methods:
+        own = [row for row in rows if row.method == method and row.outcome != "failed"]
+        if not own:
+            lines.append([method, *[NONE] * 7])
+            continue
+        flops = statistics.fmean(row.flops_device for row in own)
+        lines.append(
+            [
+                method,
+                human_bytes(statistics.fmean(row.bytes_up for row in own)),
+                human_bytes(statistics.fmean(row.bytes_down for row in own)),
+                human_bytes(
+                    statistics.fmean(row.bytes_module_up + row.bytes_module_down for row in own)
+                ),
+                human_count(flops) if flops else NONE,
+                human_seconds(statistics.fmean(row.seconds for row in own)),
+                human_bytes(max(row.peak_rss_bytes for row in own)),
+                str(len(own)),
+            ]
+        )
+    head = [
+        "method",
+        "bytes up",
+        "bytes down",
+        "of it module",
+        "device FLOPs",
+        "seconds",
+        "peak RSS",
+        "runs",
+    ]
+    return _markdown(head, lines)
+
+
+def human_count(count: float) -> str:
+    """12, 3.4 k, 605 M, 1.18 T."""
+    if abs(count) < 1000:
+        return f"{count:.0f}"
+    for unit in ("k", "M", "G", "T", "P", "E"):  # noqa: B007 - the last one is wanted behind the loop
+        count /= 1000
+        if abs(count) < 999.5:
+            break
+    digits = 2 if abs(count) < 9.995 else 1 if abs(count) < 99.95 else 0
+    return f"{count:.{digits}f} {unit}"
+
+
+def _markdown(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(map(_cell, line))} |" for line in (head, rule, *lines))
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.replace("|", "\\|").split())

@@ -1,0 +1,146 @@
+"""What came back from the encoder, kept at the site by sample: a second look at a sample costs no traffic.
+
+Only for frozen heads, whose activations are the same each time. pipeline.py asks it for what is missing of
+a batch and sends that alone. Rows of masked texts are kept at their own length, so it does not matter how
+far a batch was padded. Shapes: B batch, T tokens, D width, P pooled width.
+
+How equal: a batch of which nothing is known goes out as it is, and its rows come back bit for bit. A row that
+was computed among other samples, or with other padding, may differ in the last bits of a float, because
+matrix products round by their shapes; images grouped alike are bit-equal.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsplit.core.cut import Cut
+from fedsplit.training.data import Batch
+
+Row = NDArray[np.float32]
+CACHE_BYTES = 256 * 2**20
+
+
+class ActivationCache:
+    """Rows of one site's samples, up to `max_bytes` over all its places.
+
+    When it is full, the place that was used longest ago is dropped whole. Within a place nothing makes room:
+    epochs visit every sample once, so the oldest row is as good as the newest. One thread at a time.
+    """
+
+    def __init__(self, *, max_bytes: int = CACHE_BYTES) -> None:
+        self._room = max_bytes
+        self._places: OrderedDict[tuple[Cut, str], dict[int, Row]] = OrderedDict()
+        self.hits = self.misses = 0
+        """Rows asked for that were there, and that were not."""
+
+    def at(self, cut: Cut, version: str) -> Place:
+        """The rows of one cut and one version of all that lies below the tail."""
+        self._places.setdefault((cut, version), {})
+        self._places.move_to_end((cut, version))
+        return Place(self, (cut, version))
+
+    def _rows(self, place: tuple[Cut, str]) -> dict[int, Row]:
+        # Dropped meanwhile by a place that needed the room: it starts again.
+        return self._places.setdefault(place, {})
+
+    def _keep(self, place: tuple[Cut, str], key: int, row: Row) -> None:
+        rows = self._rows(place)
+        if key in rows:
+            return
+        while row.nbytes > self._room:
+            other = next((p for p in self._places if p != place), None)
+            if other is None:
+                return
+            self._room += sum(r.nbytes for r in self._places.pop(other).values())
+        rows[key] = row
+        self._room -= row.nbytes
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A batch, the rows of it that are known, and the rest as a batch of its own."""
+
+    batch: Batch
+    known: tuple[Row | None, ...]
+    missing: Batch | None
+    """None: nothing is missing. The batch itself: everything is."""
+
+
+class Place:
+    """The cache as one cut at one version sees it. Made by `ActivationCache.at`."""
+
+    def __init__(self, cache: ActivationCache, place: tuple[Cut, str]) -> None:
+        self._cache = cache
+        self._place = place
+
+    def look_up(self, batch: Batch) -> Lookup:
+        """What is known of a batch, and the sub-batch to ask the encoder for."""
+        rows = self._cache._rows(self._place)
+        known = tuple(rows.get(int(key)) for key in batch.keys)
+        missing = [i for i, row in enumerate(known) if row is None]
+        self._cache.misses += len(missing)
+        self._cache.hits += len(known) - len(missing)
+        if not missing:
+            return Lookup(batch, known, None)
+        return Lookup(batch, known, batch if len(missing) == len(known) else part(batch, missing))
+
+    def complete(self, found: Lookup, z: Tensor | None) -> Tensor:
+        """The whole batch's activations, from what was known and from `z`, those that were missing."""
+        if found.missing is None or z is None:
+            return self._join(found, iter(()))
+        fresh = _rows_of(z, found.missing)
+        for key, row in zip(found.missing.keys, fresh, strict=True):
+            self._cache._keep(self._place, int(key), row)
+        return z if found.missing is found.batch else self._join(found, iter(fresh))
+
+    def _join(self, found: Lookup, fresh: Iterator[Row]) -> Tensor:
+        rows = [row if row is not None else next(fresh) for row in found.known]
+        if rows[0].ndim == 1:
+            return torch.from_numpy(np.stack(rows))
+        tokens = len(rows[0])
+        if (mask_BT := found.batch.mask) is not None:
+            # A prompt's tokens are in the rows and not in the mask.
+            tokens += mask_BT.shape[1] - int(mask_BT[0].sum())
+        z_BTD = np.zeros((len(rows), tokens, rows[0].shape[1]), dtype=np.float32)
+        for i, row in enumerate(rows):
+            z_BTD[i, : len(row)] = row
+        return torch.from_numpy(z_BTD)
+
+
+def part(batch: Batch, positions: list[int]) -> Batch:
+    """Some samples of a batch; texts, padded on the right, are so no further than to the longest of them."""
+    inputs = {name: value[positions] for name, value in batch.inputs.items()}
+    labels, keys = batch.labels[positions], batch.keys[positions]
+    if batch.mask is None:
+        return Batch(inputs, labels, None, keys)
+    mask_BT = batch.mask[positions]
+    longest = int(mask_BT.sum(dim=1).max())
+    mask_BT = mask_BT[:, :longest]
+    inputs = {name: value[:, :longest] for name, value in inputs.items()}
+    return Batch(inputs, labels, None if bool(mask_BT.all()) else mask_BT, keys)
+
+
+def _rows_of(z: Tensor, batch: Batch) -> list[Row]:
+    values = z.detach().cpu().numpy()
+    if values.ndim == 2 or batch.mask is None:
+        return [np.array(row) for row in values]
+    prompt = values.shape[1] - batch.mask.shape[1]
+    lengths = (batch.mask.sum(dim=1) + prompt).tolist()
+    return [np.array(row[:length]) for row, length in zip(values, lengths, strict=True)]
+
+
+def version_of(tensors: Mapping[str, NDArray[np.float32]]) -> str:
+    """Digest of module tensors: give it those on blocks[0:b], which are what activations depend on."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name}{tensors[name].shape}".encode())
+        digest.update(np.ascontiguousarray(tensors[name], dtype=np.float32).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,164 @@
+"""Parts that are used again: as good as new, one borrower at a time, and bounded in number and memory."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedsplit.core.cut import Cut
+from fedsplit.model import module
+from fedsplit.model.backbone import Backbone, Part
+from fedsplit.model.module import ModuleSpec
+from fedsplit.model.parts import MAX_BACKBONES, PartPool, borrowed_part, frozen_weights
+from fedsplit.model.split import SplitModel, device_part
+from tests.model.kinds import LORA, SPECS, away_from_zero
+from tests.model.whole import make_batch, split_step
+
+HERE = Cut(4, 4)
+
+
+@pytest.fixture
+def vit(tiny: dict[str, Path]) -> Backbone:
+    return Backbone.find(str(tiny["vit"]))
+
+
+def one_step(part: Part, tensors: module.ModuleTensors) -> dict[str, Any]:
+    module.load(part, tensors)
+    inputs, mask, labels = make_batch("vit")
+    return split_step(SplitModel(part, HERE, None), inputs, mask, labels)
+
+
+def assert_equal(one: dict[str, Any], other: dict[str, Any]) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_a_part_borrowed_again_is_as_good_as_new(kind: str, vit: Backbone) -> None:
+    spec, pool = SPECS[kind], PartPool()
+    first, second = (away_from_zero(vit, spec, seed=s) for s in (1, 2))
+    with pool.borrowed(vit, HERE, spec) as part:
+        used = part
+        one_step(part, first)
+        module.freeze_classifier(part)
+        module.freeze_head(part, 3)
+    with pool.borrowed(vit, HERE, spec) as part:
+        assert part is used
+        assert all(p.grad is None for p in part.model.parameters())
+        again = one_step(part, second)
+    assert_equal(again, one_step(device_part(vit, HERE, spec), second))
+
+
+@pytest.mark.parametrize("kind", SPECS)
+def test_training_leaves_the_shared_weights_alone(kind: str, vit: Backbone) -> None:
+    pool, bare = PartPool(), SPECS["classifier"]
+    tensors = away_from_zero(vit, bare)
+    with pool.borrowed(vit, HERE, bare) as neighbour:
+        before = one_step(neighbour, tensors)
+        with pool.borrowed(vit, HERE, SPECS[kind]) as part:
+            one_step(part, away_from_zero(vit, SPECS[kind]))
+        assert_equal(one_step(neighbour, tensors), before)
+
+
+def test_frozen_tensors_are_held_once(vit: Backbone) -> None:
+    pool = PartPool()
+    with pool.borrowed(vit, HERE, LORA) as one, pool.borrowed(vit, Cut(1, 3), LORA) as other:
+        assert one is not other
+        held = {n: p for n, p in other.model.named_parameters() if not p.is_meta}
+        mine = dict(one.model.named_parameters())
+        own = {n for n, p in held.items() if p.data_ptr() != mine[n].data_ptr()}
+        assert own
+        assert all(".lora_" in n or n.startswith("classifier.") for n in own)
+
+
+def test_only_what_is_wanted_is_read(vit: Backbone) -> None:
+    weights = PartPool().frozen(vit)
+    device_part(vit, Cut(0, 4), LORA, weights=weights)
+    assert all(n.startswith("vit.embeddings.") for n in weights.names)
+    device_part(vit, Cut(1, 3), LORA, weights=weights)
+    assert {n.split(".")[2] for n in weights.names if ".layers." in n} == {"0", "3"}
+
+
+def test_a_part_has_one_borrower(vit: Backbone) -> None:
+    pool, seen, lock = PartPool(), set[int](), threading.Lock()
+    faults: list[str] = []
+
+    def site() -> None:
+        for _ in range(4):
+            with pool.borrowed(vit, HERE, LORA) as part:
+                with lock:
+                    if id(part) in seen:
+                        faults.append("two borrowers")
+                    seen.add(id(part))
+                one_step(part, tensors)
+                with lock:
+                    seen.remove(id(part))
+
+    tensors = away_from_zero(vit, LORA)
+    threads = [threading.Thread(target=site) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+    assert pool.idle <= 3
+
+
+def test_other_settings_get_another_part(vit: Backbone, tiny: dict[str, Path]) -> None:
+    pool = PartPool()
+    with pool.borrowed(vit, HERE, LORA) as part:
+        first = part
+    for backbone, cut, spec in (
+        (vit, Cut(1, 3), LORA),
+        (vit, HERE, replace(LORA, rank=2)),
+        (Backbone.find(str(tiny["deit"])), HERE, LORA),
+    ):
+        with pool.borrowed(backbone, cut, spec) as part:
+            assert part is not first
+            assert (part.backbone, part.held) == (backbone, cut.device_blocks(4))
+
+
+def test_idle_parts_are_bounded(vit: Backbone) -> None:
+    pool = PartPool(max_idle=2)
+    for rank in (1, 2, 3, 4):
+        with pool.borrowed(vit, HERE, replace(LORA, rank=rank, max_rank=4)):
+            pass
+    assert pool.idle == 2
+    with pool.borrowed(vit, HERE, replace(LORA, rank=4, max_rank=4)):
+        assert pool.idle == 1
+
+
+def test_idle_bytes_are_bounded(vit: Backbone) -> None:
+    small, full = SPECS["classifier"], SPECS["full"]
+    pool = PartPool(max_idle_bytes=vit.weight_bytes() // 2)
+    for spec, idle in ((small, 1), (full, 0)):
+        with pool.borrowed(vit, HERE, spec):
+            pass
+        assert pool.idle == idle
+
+
+def test_backbones_are_bounded(tiny: dict[str, Path]) -> None:
+    pool, backbones = PartPool(), [Backbone.find(str(path)) for path in tiny.values()]
+    weights = [pool.frozen(backbone) for backbone in backbones]
+    assert pool.frozen(backbones[-1]) is weights[-1]
+    assert pool.frozen(backbones[-1 - MAX_BACKBONES]) is not weights[-1 - MAX_BACKBONES]
+
+
+def test_after_an_error_a_part_is_not_used_again(vit: Backbone) -> None:
+    pool = PartPool()
+    with pytest.raises(KeyError), pool.borrowed(vit, HERE, LORA):
+        raise KeyError
+    assert pool.idle == 0
+
+
+def test_the_process_has_a_pool(vit: Backbone) -> None:
+    spec = ModuleSpec(classes=("only", "here"), rank=1)
+    with borrowed_part(vit, HERE, spec) as part:
+        first = part
+    with borrowed_part(vit, HERE, spec) as part:
+        assert part is first
+    assert frozen_weights(vit) is frozen_weights(vit)

@@ -1,0 +1,447 @@
+"""Training at the encoder over the real stream: hosted equals the whole model, shared is the mean of the sites."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedsplit.core.cut import Cut
+from fedsplit.core.encoder import Training
+from fedsplit.core.errors import EncoderError, OverloadedError, ProtocolError, RefusedError
+from fedsplit.model import module
+from fedsplit.model.backbone import Backbone
+from fedsplit.model.module import ModuleSpec
+from fedsplit.model.split import SplitModel
+from fedsplit.model.training_encoder import trained_at
+from fedsplit.serving.host import MAX_VERSIONS, BackboneHost
+from fedsplit.serving.training import copy_bytes
+from fedsplit.transport.client import StreamEncoder, collect
+from fedsplit.transport.server import EncoderServer
+from tests.model.whole import SPEC, make_batch, split_model, trained_start, whole_model
+from tests.serving.wire import dial, grant, packed, publisher, serving
+
+FAMILIES = ["vit", "bert"]
+RATE = 0.01
+SGD = Training(mode="hosted", optimizer="sgd", learning_rate=RATE)
+ADAMW = Training(mode="hosted", learning_rate=RATE, weight_decay=0.1)
+
+
+@pytest.fixture(scope="module")
+def backbones(tiny: dict[str, Path]) -> dict[str, Backbone]:
+    return {family: Backbone.find(str(tiny[family])) for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def servers(backbones: dict[str, Backbone]) -> Iterator[dict[str, EncoderServer]]:
+    with serving(backbones["vit"]) as vit, serving(backbones["bert"]) as bert:
+        yield {"vit": vit, "bert": bert}
+
+
+def make_optimizer(parameters: Any, training: Training) -> torch.optim.Optimizer:
+    kind = torch.optim.SGD if training.optimizer == "sgd" else torch.optim.AdamW
+    return kind(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+
+
+def steps_of(family: str, steps: int) -> list[tuple[dict[str, Any], Any, torch.Tensor]]:
+    """The test batch, its samples turned by one for each step."""
+    inputs, mask, labels = make_batch(family)
+
+    def turned(value: Any, by: int) -> Any:
+        return None if value is None else value.roll(by, 0)
+
+    return [
+        ({n: turned(v, i) for n, v in inputs.items()}, turned(mask, i), labels.roll(2 * i))
+        for i in range(steps)
+    ]
+
+
+@dataclass
+class Trained:
+    logits: list[torch.Tensor]
+    weights: dict[str, torch.Tensor]
+
+
+def train_whole(
+    backbone: Backbone, folder: Path, training: Training, steps: int, frozen: tuple[str, ...] = ()
+) -> Trained:
+    """transformers' own model in one process, by the module's names."""
+    whole = whole_model(backbone, trained_start(backbone), folder)
+    trainable = {
+        n.removeprefix("base_model.model.")
+        .replace(".default", "")
+        .replace(".modules_to_save", ""): p
+        for n, p in whole.named_parameters()
+        if p.requires_grad
+    }
+    if frozen:
+        trainable = {n: p for n, p in trainable.items() if not n.startswith(frozen)}
+    optimizer = make_optimizer(trainable.values(), training)
+    seen = []
+    for inputs, _, labels in steps_of(backbone.config.model_type, steps):
+        logits = whole(**inputs).logits
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits, labels).backward()
+        optimizer.step()
+        seen.append(logits.detach())
+    return Trained(seen, {n: p.detach().clone() for n, p in trainable.items()})
+
+
+def train_split(model: SplitModel, family: str, training: Training, steps: int) -> Trained:
+    """The device's loop: what round.py does, without its options."""
+    trainable = {n: p for n, p in module.parameters(model.part).items() if p.requires_grad}
+    optimizer = make_optimizer(trainable.values(), training)
+    seen = []
+    for inputs, mask, labels in steps_of(family, steps):
+        h = model.head(inputs, mask)
+        h = h if h.requires_grad else h.detach().requires_grad_()
+        logits = model.tail(model.encode(h, mask), mask)
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(logits, labels).backward()
+        optimizer.step()
+        seen.append(logits.detach())
+    return Trained(seen, {n: p.detach().clone() for n, p in trainable.items()})
+
+
+def assert_equal(split: Trained, whole: Trained, delta: Any, start: Any) -> None:
+    """Logits of every step and the device's weights bit for bit; the server's but for the delta's rounding."""
+    for got, wanted in zip(split.logits, whole.logits, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+    for name, value in split.weights.items():
+        torch.testing.assert_close(value, whole.weights[name], rtol=0, atol=0)
+    assert split.weights.keys() | delta.keys() == whole.weights.keys()
+    assert not split.weights.keys() & delta.keys()
+    assert max(np.abs(change).max() for change in delta.values()) > 1e-5
+    for name, change in delta.items():
+        np.testing.assert_allclose(start[name] + change, whole.weights[name].numpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("training", [SGD, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("cut", ["0,4", "1,3", "2,4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hosted_equals_whole(
+    family: str,
+    cut: str,
+    training: Training,
+    backbones: dict[str, Backbone],
+    servers: dict[str, EncoderServer],
+    tmp_path: Path,
+) -> None:
+    backbone, server, place = backbones[family], servers[family], Cut.parse(cut)
+    whole = train_whole(backbone, tmp_path, training, steps=4)
+    with dial(server, grant(backbone, place, training=training)) as stream:
+        assert stream.trains
+        model = split_model(backbone, place, trained_start(backbone), stream)
+        split = train_split(model, family, training, steps=4)
+    collected = collect(server.address, publisher(), "v")
+    assert collected.keys() == {"s"}
+    assert collected["s"].keys() == module.server_names(backbone, SPEC, place)
+    assert_equal(split, whole, collected["s"], trained_start(backbone))
+    assert collect(server.address, publisher(), "v") == {}
+
+
+def test_a_frozen_head_gets_nothing_back(
+    backbones: dict[str, Backbone], servers: dict[str, EncoderServer], tmp_path: Path
+) -> None:
+    backbone, server, place = backbones["vit"], servers["vit"], Cut(1, 3)
+    whole = train_whole(backbone, tmp_path, SGD, steps=3, frozen=("vit.layers.0.",))
+    with dial(server, grant(backbone, place, training=SGD)) as stream:
+        model = split_model(backbone, place, trained_start(backbone), stream)
+        module.freeze_head(model.part, place.a)
+        split = train_split(model, "vit", SGD, steps=3)
+        traffic = stream.traffic()
+    delta = collect(server.address, publisher(), "v")["s"]
+    assert_equal(split, whole, delta, trained_start(backbone))
+    h_bytes = 4 * 5 * 17 * 24
+    assert traffic.payload_up == 3 * 2 * h_bytes  # h and dz
+    assert traffic.payload_down == 3 * h_bytes  # z alone
+    assert traffic.bytes_down < 3 * h_bytes + 2000
+
+
+def test_shared_with_one_site_equals_hosted(
+    backbones: dict[str, Backbone], servers: dict[str, EncoderServer]
+) -> None:
+    backbone, server, place = backbones["vit"], servers["vit"], Cut(1, 3)
+    found = {}
+    for mode in ("hosted", "shared"):
+        training = ADAMW.model_copy(update={"mode": mode})
+        with dial(server, grant(backbone, place, training=training)) as stream:
+            model = split_model(backbone, place, trained_start(backbone), stream)
+            trained = train_split(model, "vit", training, steps=3)
+        ((who, delta),) = collect(server.address, publisher(), "v").items()
+        assert who == {"hosted": "s", "shared": ""}[mode]
+        server_side = module.server_names(backbone, SPEC, place)
+        found[mode] = trained, {n: d for n, d in delta.items() if n in server_side}
+        assert not any(d.any() for n, d in delta.items() if n not in server_side)
+    (hosted, own), (shared, common) = found["hosted"], found["shared"]
+    assert own.keys() == common.keys()
+    for name in own:
+        np.testing.assert_array_equal(own[name], common[name])
+    for name in hosted.weights:
+        torch.testing.assert_close(hosted.weights[name], shared.weights[name], rtol=0, atol=0)
+
+
+# In-process from here on: the same host and encoders without the wire.
+
+
+@pytest.fixture
+def host(backbones: dict[str, Backbone]) -> BackboneHost:
+    """A host with the trained start as version "v"."""
+    host = BackboneHost(backbones["vit"])
+    host.publish("v", packed(host.backbone))
+    return host
+
+
+def make_h(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((2, 5, 24), dtype=np.float32)
+
+
+def open_site(
+    host: BackboneHost, training: Training | None, site: str = "s", cut: str = "1,3"
+) -> Any:
+    return host.open(grant(host.backbone, Cut.parse(cut), site=site, training=training))
+
+
+def test_shared_steps_by_the_weighted_mean_and_each_backward_is_of_its_own_forward(
+    host: BackboneHost,
+) -> None:
+    weights, h, dz = {"x": 0.25, "y": 0.75}, make_h(), {"x": make_h(1), "y": make_h(2)}
+    frozen = open_site(host, None)
+    wanted_dh, mean = {}, {}
+    for i, (site, weight) in enumerate(weights.items()):
+        frozen.encode(i, h, keep=True)
+        wanted_dh[site] = frozen.backprop(i, dz[site])
+        alone = open_site(host, SGD, site)
+        alone.encode(0, h, keep=True)
+        alone.learn(0, dz[site])
+        for name, delta in host.collect("v")[site].items():
+            mean[name] = mean.get(name, 0) + weight * delta
+
+    shared = SGD.model_copy(update={"mode": "shared"})
+    sites = {
+        s: open_site(host, shared.model_copy(update={"weight": w}), s) for s, w in weights.items()
+    }
+    for site in sites.values():
+        site.encode(0, h, keep=True)
+    for name, site in sites.items():
+        np.testing.assert_array_equal(site.backprop(0, dz[name]), wanted_dh[name])
+    seen = [site.encode(1, h) for site in sites.values()]
+    np.testing.assert_array_equal(*seen)
+    assert np.abs(seen[0] - frozen.encode(9, h)).max() > 1e-4
+    total = host.collect("v")[""]
+    for name, delta in mean.items():
+        np.testing.assert_allclose(total[name], delta, rtol=1e-4, atol=1e-7)
+
+
+def test_shared_takes_sites_of_several_cuts(host: BackboneHost) -> None:
+    shared = SGD.model_copy(update={"mode": "shared", "weight": 0.5})
+    for site, cut in (("x", "0,2"), ("y", "2,4")):
+        session = open_site(host, shared, site, cut)
+        z = session.encode(0, make_h(), keep=True)
+        session.backprop(0, np.ones_like(z))
+    delta = host.collect("v")[""]
+    assert {n.split(".")[2] for n, d in delta.items() if d.any()} == {"0", "1", "2", "3"}
+    open_site(host, shared)
+    with pytest.raises(RefusedError, match="train it alike"):
+        open_site(host, shared.model_copy(update={"learning_rate": 1.0}))
+
+
+def test_a_session_may_have_several_steps_under_way(host: BackboneHost) -> None:
+    session, fresh = open_site(host, ADAMW), open_site(host, None)
+    for step in (0, 1):
+        session.encode(step, make_h(step), keep=True)
+        fresh.encode(step, make_h(step), keep=True)
+    for step in (0, 1):
+        np.testing.assert_array_equal(
+            session.backprop(step, make_h(7)), fresh.backprop(step, make_h(7))
+        )
+    with pytest.raises(ProtocolError, match="is not held"):
+        session.backprop(1, make_h())
+    assert session.kept_steps == 0
+
+
+@pytest.mark.parametrize("mode", ["hosted", "shared"])
+def test_sessions_at_once_do_not_disturb_each_other(host: BackboneHost, mode: Any) -> None:
+    training = SGD.model_copy(update={"mode": mode, "weight": 0.25})
+    frozen = open_site(host, None)
+    frozen.encode(0, make_h(), keep=True)
+    dh = frozen.backprop(0, make_h(1))
+    start = threading.Barrier(4)
+
+    def run(site: str) -> np.ndarray:
+        session = open_site(host, training, site)
+        session.encode(0, make_h(), keep=True)
+        start.wait(20)
+        first = session.backprop(0, make_h(1))
+        for step in range(1, 6):
+            session.encode(step, make_h(), keep=True)
+            session.backprop(step, make_h(1))
+        session.close()
+        return first
+
+    with ThreadPoolExecutor(4) as pool:
+        for first in pool.map(run, "wxyz"):
+            np.testing.assert_array_equal(first, dh)
+    deltas = host.collect("v")
+    if mode == "shared":
+        assert deltas.keys() == {""}
+        return
+    assert deltas.keys() == set("wxyz")
+    for delta in deltas.values():
+        for name, value in delta.items():
+            np.testing.assert_array_equal(value, deltas["w"][name])
+
+
+def one_step(session: Any, seed: int = 1) -> None:
+    z = session.encode(0, make_h(), keep=True)
+    session.learn(0, np.random.default_rng(seed).standard_normal(z.shape, dtype=np.float32))
+
+
+def test_the_last_session_of_a_site_counts(host: BackboneHost) -> None:
+    lost, again = open_site(host, SGD), open_site(host, SGD)
+    one_step(lost)
+    one_step(again, seed=2)
+    again.close()
+    lost.close()  # the server notices the lost one late
+    got = host.collect("v")["s"]
+    only = open_site(host, SGD)
+    one_step(only, seed=2)
+    for name, value in host.collect("v")["s"].items():  # also while the session is still open
+        np.testing.assert_array_equal(value, got[name])
+    only.close()
+    assert host.collect("v") == {}
+
+
+def test_who_took_no_step_has_no_delta(host: BackboneHost) -> None:
+    session = open_site(host, ADAMW)
+    session.encode(0, make_h())
+    session.encode(1, make_h(), keep=True)
+    session.close()
+    session.close()
+    assert host.collect("v") == {}
+    open_site(host, SGD.model_copy(update={"mode": "shared"})).close()
+    assert host.collect("v") == {}
+
+
+def test_memory_is_bounded_and_freed(host: BackboneHost) -> None:
+    backbone = host.backbone
+    part = host._versions["v"]
+    one = copy_bytes(trained_at(part, Cut(1, 3)), ADAMW)
+    delta_bytes = one // 6
+    small = BackboneHost(backbone, training_bytes=2 * one)
+    small.publish("v", packed(backbone))
+    sites = [open_site(small, ADAMW, s) for s in "xy"]
+    with pytest.raises(OverloadedError, match="come back"):
+        open_site(small, ADAMW, "z")
+    open_site(small, None, "z")
+    for session in sites:
+        one_step(session)
+        session.close()
+    assert small._trainees.held_bytes == 2 * delta_bytes
+    open_site(small, ADAMW, "z").close()
+    assert small._trainees.held_bytes == 2 * delta_bytes
+    for i in range(MAX_VERSIONS):
+        small.publish(f"v{i}", packed(backbone))
+    assert small._trainees.held_bytes == 0
+    with pytest.raises(RefusedError, match="'v' is not here"):
+        small.collect("v")
+
+
+def test_publishing_a_version_again_drops_what_was_trained_on_it(host: BackboneHost) -> None:
+    one_step(open_site(host, SGD))
+    host.publish("v", packed(host.backbone))
+    assert host.collect("v") == {}
+
+
+def test_one_half_of_lora(host: BackboneHost) -> None:
+    for half, other in (("A", "B"), ("B", "A")):
+        one_step(open_site(host, SGD.model_copy(update={"lora": half})))
+        names = host.collect("v")["s"].keys()
+        assert names
+        assert not any(f".lora_{other}." in n for n in names)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(host: BackboneHost) -> None:
+    session = open_site(host, SGD)
+    before = session.encode(0, make_h(), keep=True)
+    with pytest.raises(EncoderError, match="not finite"):
+        session.learn(0, np.full((2, 5, 24), 3e38, np.float32))
+    np.testing.assert_array_equal(session.encode(1, make_h()), before)
+    assert host.collect("v") == {}
+
+
+def test_clip_norm(host: BackboneHost) -> None:
+    one_step(open_site(host, SGD.model_copy(update={"clip_norm": 0.5})))
+    squares = sum(float((d**2).sum()) for d in host.collect("v")["s"].values())
+    assert squares**0.5 == pytest.approx(0.5 * RATE, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_other_modules_train_and_the_backbone_stays(
+    kind: Any, backbones: dict[str, Backbone]
+) -> None:
+    backbone = backbones["vit"]
+    spec = ModuleSpec(classes=SPEC.classes, kind=kind)
+    start = module.initial(backbone, spec, seed=1)
+    bare = ModuleSpec(classes=SPEC.classes, kind="classifier")
+    host = BackboneHost(backbone)
+    host.publish("bare", packed(backbone, bare, {}))
+    host.publish("v", packed(backbone, spec, start))
+
+    def answers() -> list[np.ndarray]:
+        return [
+            host.open(grant(backbone, Cut(2, 4), version=v)).encode(0, make_h())
+            for v in ("bare", "v")
+        ]
+
+    before = answers()
+    session = open_site(host, ADAMW, cut="2,4")
+    for step in range(2):
+        z = session.encode(step, make_h(), keep=True)
+        session.backprop(step, np.ones_like(z))
+    assert np.abs(session.encode(9, make_h()) - before[1]).max() > 1e-3
+    delta = host.collect("v")["s"]
+    assert delta.keys() == module.server_names(backbone, spec, Cut(2, 4))
+    for got, wanted in zip(answers(), before, strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def test_what_a_session_may_not_do(host: BackboneHost) -> None:
+    prompt = ModuleSpec(classes=("a", "b"), kind="prompt")
+    host.publish("p", packed(host.backbone, prompt, {}))
+    with pytest.raises(RefusedError, match="no tensors to train"):
+        host.open(grant(host.backbone, Cut(1, 3), version="p", training=SGD))
+    frozen, hosted = open_site(host, None), open_site(host, SGD)
+    assert (frozen.trains, hosted.trains) == (False, True)
+    for call in (
+        lambda: frozen.learn(0, make_h()),
+        lambda: frozen.probe(0, make_h()),
+        lambda: frozen.score(0, make_h()),
+        lambda: hosted.probe(0, make_h()),
+        lambda: hosted.score(0, make_h()),
+    ):
+        with pytest.raises(RefusedError):
+            call()
+
+
+def test_the_client_refuses_before_it_sends(
+    backbones: dict[str, Backbone], servers: dict[str, EncoderServer]
+) -> None:
+    with dial(servers["vit"], grant(backbones["vit"], Cut(1, 3))) as stream:
+        typed: StreamEncoder = stream
+        assert not typed.trains
+        typed.encode(0, make_h(), keep=True)
+        for call in (
+            lambda: typed.learn(0, make_h()),
+            lambda: typed.probe(1, make_h()),
+        ):
+            with pytest.raises(RefusedError, match="frozen"):
+                call()
+        typed.backprop(0, make_h())

@@ -62,10 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 measure.image_rows(one, images=given.images),
             ):
                 rows.append(row)
-                progress.update(task, description=f"{one.name}: {row.mode}, {row.attack}")
+                progress.console.print(table.line(row), markup=False, highlight=False)
             progress.update(task, total=1, completed=1)
-    console.print(table.markdown(rows), markup=False, soft_wrap=True)
-    for path in table.write(rows, given.out):
+            written = table.write(
+                rows, given.out
+            )  # what is done is kept if the rest is not waited for
+    for path in written:
         console.print(f"{path}", markup=False, highlight=False, soft_wrap=True)
     return 0
 

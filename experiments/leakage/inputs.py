@@ -121,21 +121,22 @@ def _patch_weight(up: Uplink) -> NDArray[np.float64]:
     names = dict(up.part.model.named_parameters())
     (name,) = (n for n in names if n.endswith("patch_embeddings.projection.weight"))
     weight = names[name].detach().numpy().astype(np.float64)
-    return weight.reshape(len(weight), -1)
+    flat: NDArray[np.float64] = weight.reshape(len(weight), -1)
+    return flat
 
 
 def _denormalised(scene: Scene, pixels: Pixels) -> Pixels:
     settings = scene.transform.settings
-    return (pixels * np.array(settings.std) + np.array(settings.mean)) / (
-        255 * settings.rescale_factor
-    )
+    scaled: Pixels = pixels * np.array(settings.std) + np.array(settings.mean)
+    return scaled / (255 * settings.rescale_factor)
 
 
 def _to_patches(pixels: Pixels, patch: int) -> Pixels:
     """[N, S, S, 3] -> [N, T, p p 3]."""
     n, side = len(pixels), pixels.shape[1] // patch
     tiled = pixels.reshape(n, side, patch, side, patch, 3).transpose(0, 1, 3, 2, 4, 5)
-    return tiled.reshape(n, side * side, -1)
+    patches: Pixels = tiled.reshape(n, side * side, -1)
+    return patches
 
 
 def _from_patches(values: Pixels, patch: int, *, channels_first: bool = False) -> Pixels:
@@ -145,4 +146,5 @@ def _from_patches(values: Pixels, patch: int, *, channels_first: bool = False) -
         tiled = values.reshape(n, side, side, 3, patch, patch).transpose(0, 1, 2, 4, 5, 3)
     else:
         tiled = values.reshape(n, side, side, patch, patch, 3)
-    return tiled.transpose(0, 1, 3, 2, 4, 5).reshape(n, side * patch, side * patch, 3)
+    pixels: Pixels = tiled.transpose(0, 1, 3, 2, 4, 5).reshape(n, side * patch, side * patch, 3)
+    return pixels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
+from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from sklearn.cluster import KMeans
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score
@@ -27,8 +27,9 @@ def clustering(rows: Array, labels: Labels) -> tuple[float, float]:
     flat /= np.linalg.norm(flat, axis=1, keepdims=True) + 1e-30
     if flat.shape[1] > _COMPONENTS and len(flat) > _COMPONENTS:
         flat = PCA(_COMPONENTS, svd_solver="randomized", random_state=0).fit_transform(flat)
-    classes = len(np.unique(labels))
-    found = KMeans(classes, n_init=10, random_state=0).fit_predict(flat)
+    # A batch's losses are the same for all its samples: fewer different rows than classes.
+    clusters = min(len(np.unique(labels)), len(np.unique(flat, axis=0)))
+    found = KMeans(clusters, n_init=10, random_state=0).fit_predict(flat)
     rng = np.random.default_rng(0)
     chance = [matched(found, rng.permutation(labels)) for _ in range(_SHUFFLES)]
     return matched(found, labels), float(np.mean(chance))

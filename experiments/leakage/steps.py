@@ -135,7 +135,7 @@ def _step(
             z = _probe(model, wire, h, batch, number)
     loss = cross_entropy(model.tail(z, batch.mask), batch.labels)
     optimizer.zero_grad()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
 
 

@@ -64,6 +64,12 @@ def markdown(rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def line(row: Row) -> str:
+    """A row on a line of its own, as it is found."""
+    found = f"{_shown(row, row.value)} (reference {_shown(row, row.reference)})"
+    return f"{row.mode}, cut {row.cut}, {row.codec}: {row.reads}, {row.attack}: {found}"
+
+
 def _names(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))
 

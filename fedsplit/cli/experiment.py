@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from rich.text import Text
 
 from fedsplit.cli.console import Output
 from fedsplit.cli.endings import Interrupted, Terminated
@@ -201,10 +204,10 @@ class _Book:
         found: dict[str, dict[str, Any]] = {}
         for cell in cells:
             if cell.seed == self.plan.grid.experiment.seeds[0]:
-                name = f"{cell.config.partition}, {cell.dealt_sites} sites"
+                name = f"{cell.config.partition}, {cell.config.sites} sites"
                 counts = found.setdefault(cell.problem, {})
                 if name not in counts:
-                    counts[name] = dealt(cell.config, cell.dealt_sites).counts
+                    counts[name] = dealt(cell.config).counts
         write_labels(self.plan.out, found)
 
 
@@ -239,7 +242,9 @@ class _Bar:
 
     def step(self, cell: Cell, row: Row, *, before: bool, tuning: bool = False) -> None:
         """A run is done: say so in a line."""
-        self._output.note(line_of(cell, row, before=before, tuning=tuning))
+        line = line_of(cell, row, before=before, tuning=tuning)
+        # One line a run, also where no terminal says how wide it is.
+        self._output.stderr.print(Text(line), soft_wrap=True)
         self._progress.advance(self._task)
 
 
@@ -284,8 +289,9 @@ def _show_plan(plan: Plan, output: Output) -> None:
 def _finish(plan: Plan, rows: list[Row], output: Output) -> int:
     counts = {o: sum(r.outcome == o for r in rows) for o in ("complete", "partial", "failed")}
     code = 0 if counts["complete"] == len(rows) else 1 if counts["failed"] == len(rows) else 3
-    output.show((plan.out / "table.md").read_text(encoding="utf-8"))
-    output.show(f"Files: {plan.out}")
+    text = (plan.out / "table.md").read_text(encoding="utf-8")
+    # Not through rich, which would fold the table's rows.
+    print(f"\n{text}\nFiles: {plan.out}", file=sys.stderr if output.as_json else sys.stdout)
     if code:
         output.note(
             f"{counts['failed']} runs failed, {counts['partial']} are partial; table.md says why"

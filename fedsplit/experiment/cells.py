@@ -17,7 +17,6 @@ from pathlib import Path
 from fedsplit import __version__
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import ConfigError
-from fedsplit.core.methods import METHODS
 from fedsplit.experiment.grid import Grid, Method, Problem, Scalar, Settings
 
 # What the experiment sets itself.
@@ -27,7 +26,6 @@ OWN_KEYS = (
 )  # fmt: skip
 # How a run is kept, not what it computes.
 _NO_MATTER = ("run-name", "runs-dir", "resume", "deadline-s")
-_OF_MANY_SITES = ("sites", "min-sites", "participation")
 # No site of a simulation is late: what a grid reports must not depend on the machine's speed.
 _PATIENT_S = 10.0**7
 
@@ -43,15 +41,13 @@ class Cell:
     problem: str
     axes: tuple[tuple[str, Scalar], ...]
     seed: int
-    dealt_sites: int
-    """Among how many sites the data is dealt; one node of a centralised run has the shares of all."""
     config: RunConfig
 
     @property
     def nodes(self) -> list[dict[str, int]]:
         """The node configs of the run's sites."""
         return [
-            {"partition-id": i, "num-partitions": self.dealt_sites}
+            {"partition-id": i, "num-partitions": self.config.sites}
             for i in range(self.config.sites)
         ]
 
@@ -63,7 +59,7 @@ class Cell:
     @property
     def key(self) -> str:
         """Digest of what decides the run's result: settings and version."""
-        return config_key(self.config, self.dealt_sites)
+        return config_key(self.config)
 
     @property
     def column(self) -> str:
@@ -153,11 +149,6 @@ class CellMaker:
     def cell(self, grid: Grid, method: Method, place: Place, *, extra: Settings) -> Cell | None:
         """The cell, or None when its settings have faults."""
         flat = self._flat(grid, method, place, extra)
-        asked = flat.get("sites", 0)
-        fixed_sites = METHODS[name].fixes if (name := str(flat.get("method"))) in METHODS else {}
-        if "sites" in fixed_sites:
-            # Its one node stands for all sites: what the grid says of them is how the data is dealt.
-            flat = {k: v for k, v in flat.items() if k not in _OF_MANY_SITES}
         faults = [
             f"{key} is set by the experiment itself; leave it out"
             for key in OWN_KEYS
@@ -175,14 +166,12 @@ class CellMaker:
             self._faults.add(method.name, str(place), fault)
         if config is None or faults:
             return None
-        dealt = asked if isinstance(asked, int) and "sites" in fixed_sites else config.sites
-        name = self._name(method, place, config_key(config, dealt))
+        name = self._name(method, place, config_key(config))
         return Cell(
             method=method.name,
             problem=place.problem.name,
             axes=place.axes,
             seed=place.seed,
-            dealt_sites=dealt,
             config=config.model_copy(update={"run_name": name}),
         )
 
@@ -209,10 +198,10 @@ def faults_of(error: ConfigError) -> list[str]:
     return faults if faults and head.endswith(":") else [head, *faults]
 
 
-def config_key(config: RunConfig, dealt_sites: int) -> str:
+def config_key(config: RunConfig) -> str:
     """Digest of the settings that decide a run's result, and of fedsplit's version."""
     flat = {k: v for k, v in config.flat().items() if k not in _NO_MATTER}
-    text = json.dumps([__version__, dealt_sites, flat], sort_keys=True)
+    text = json.dumps([__version__, flat], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

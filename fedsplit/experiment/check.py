@@ -33,23 +33,19 @@ def check_cells(cells: list[Cell], faults: Faults) -> None:
     """Add every fault of the cells to `faults`."""
     for cell in cells:
         place = ", ".join(filter(None, (cell.problem, cell.column)))
-        for fault in fits(cell.config, cell.dealt_sites):
+        for fault in fits(cell.config):
             faults.add(cell.method, place, fault)
 
 
-def fits(config: RunConfig, dealt_sites: int = 0) -> list[str]:
-    """What keeps a run with these settings from working; empty when nothing is seen.
-
-    `dealt_sites`: among how many sites the data is dealt, where that is not `config.sites`.
-    """
-    sites = dealt_sites or config.sites
-    if not sites:
+def fits(config: RunConfig) -> list[str]:
+    """What keeps a run with these settings from working; empty when nothing is seen."""
+    if not config.sites:
         return ["sites=0: a grid simulates its sites; set sites in [defaults] or [axes]"]
     # Neither decides whether a model fits, so seeds and partitions share one look.
     shape = config.model_copy(
         update={"seed": 0, "run_name": "", "runs_dir": "", "partition": "iid", "sites": 1}
     )
-    return [*_model_faults(shape), *_data_faults(config, sites)]
+    return [*_model_faults(shape), *_data_faults(config)]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -76,17 +72,17 @@ def _model_faults(config: RunConfig) -> tuple[str, ...]:
     return tuple(faults)
 
 
-def _data_faults(config: RunConfig, sites: int) -> list[str]:
+def _data_faults(config: RunConfig) -> list[str]:
     try:
-        dealt(config, sites)
+        dealt(config)
     except (ConfigError, DataError) as err:
         return faults_of(ConfigError(str(err)))
     return []
 
 
-def dealt(config: RunConfig, sites: int) -> Dealt:
+def dealt(config: RunConfig) -> Dealt:
     """How the run's data falls to its sites. Raises ConfigError and DataError where it cannot be dealt."""
-    counts_or_error = _dealt(_source(config), config.partition, sites, config.seed)
+    counts_or_error = _dealt(_source(config), config.partition, config.sites, config.seed)
     if isinstance(counts_or_error, Exception):
         raise counts_or_error
     return counts_or_error

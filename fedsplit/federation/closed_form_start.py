@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import UpdateError
+from fedsplit.federation.messages import FIT, HELD_OUT
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec, ModuleTensors, final_linear
 from fedsplit.training.closed_form import (
@@ -38,30 +39,49 @@ class ClosedFormStart:
         self._weight, self._bias = final_linear(backbone, spec)
         self._features = module[self._weight].shape[1]
         self._classes = len(spec.classes)
-        self._statistics: dict[str, FeatureStatistics] = {}
+        self._fit: dict[str, FeatureStatistics] = {}
+        self._held_out: dict[str, FeatureStatistics] = {}
         self._nll = np.zeros(len(TEMPERATURES))
 
     @property
     def sites(self) -> int:
         """How many sites are in the sums."""
-        return len(self._statistics)
+        return len(self._fit)
 
     def add(self, site: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Take in one site's sums. Raises UpdateError when they cannot be right."""
-        self._statistics[site] = FeatureStatistics.of(
-            arrays, features=self._features, classes=self._classes
+        fit, held_out = (
+            FeatureStatistics.of(
+                {n.removeprefix(f"{part}/"): a for n, a in arrays.items() if n.startswith(part)},
+                features=self._features,
+                classes=self._classes,
+            )
+            for part in (FIT, HELD_OUT)
         )
+        self._fit[site], self._held_out[site] = fit, held_out
 
-    def solved(self) -> ModuleTensors:
-        """The classifier's last layer. Raises FederationError, ConfigError."""
+    def provisional(self) -> ModuleTensors:
+        """The classifier's last layer without the held-out samples, to be calibrated on them."""
+        return self._tensors(self._solved(self._fit))
+
+    def final(self) -> ModuleTensors:
+        """The classifier's last layer from all samples, at the temperature with the least loss if there is one."""
+        found = self._solved(self._fit, self._held_out)
+        if self._nll.any():
+            found = found.cooled(best_temperature(self._nll, TEMPERATURES))
+        return self._tensors(found)
+
+    def _solved(self, *parts: Mapping[str, FeatureStatistics]) -> Linear:
         total = FeatureStatistics.empty(self._features, self._classes)
-        # In the order of the names, so that who answered first changes no bit.
-        for site in sorted(self._statistics):
-            total += self._statistics[site]
+        for part in parts:
+            # In the order of the names, so that who answered first changes no bit.
+            for site in sorted(part):
+                total += part[site]
         if self._config.classifier_init == "ridge":
-            found = ridge(total, scaled_alpha(total, self._config.ridge_lambda))
-        else:
-            found = class_means(total)
+            return ridge(total, scaled_alpha(total, self._config.ridge_lambda))
+        return class_means(total)
+
+    def _tensors(self, found: Linear) -> ModuleTensors:
         return {self._weight: found.weight, self._bias: found.bias}
 
     def add_nll(self, nll: Sequence[float]) -> None:
@@ -73,9 +93,3 @@ class ClosedFormStart:
                 f"fedsplit version on both ends"
             )
         self._nll += values
-
-    def calibrated(self, module: ModuleTensors) -> ModuleTensors:
-        """The classifier's last layer at the temperature with the least loss."""
-        temperature = best_temperature(self._nll, TEMPERATURES)
-        cooled = Linear(module[self._weight], module[self._bias]).cooled(temperature)
-        return {self._weight: cooled.weight, self._bias: cooled.bias}

@@ -21,7 +21,7 @@ from fedsplit.core.errors import FederationError, FedsplitError
 from fedsplit.core.records import RoundMetrics
 
 ORDER, ANSWER, FAULT, MODULE, DELTA = "order", "answer", "fault", "module", "delta"
-STATISTICS, SCALARS = "statistics", "scalars"
+STATISTICS, FIT, HELD_OUT, SCALARS = "statistics", "fit", "held-out", "scalars"
 MAX_JSON_CHARS = 1_000_000
 # Counts are weights of the average: they must fit the arithmetic of numpy.
 MAX_SAMPLES = 10**12

@@ -81,9 +81,7 @@ class RollCaller:
         orders = {str(node): self._roll_call_order(node) for node in nodes}
         calls: dict[int, RollCall] = {}
         answered = set()
-        for name, reply in exchange(
-            self.grid, orders.items(), deadline_s=self.config.deadline_s
-        ):
+        for name, reply in exchange(self.grid, orders.items(), deadline_s=self.config.deadline_s):
             answered.add(name)
             fault = messages.fault_of(reply)
             try:

@@ -51,6 +51,8 @@ from fedsplit.training.site_data import SiteData, SiteSettings
 from fedsplit.training.zeroth_order import train_zeroth_order
 
 PERSONAL, KEPT = "personal", "kept"
+# One training sample in so many is held out for the calibration.
+HELD_OUT_OF = 5
 
 
 class _Training(TypedDict):
@@ -152,26 +154,40 @@ class SiteRound:
         return messages.write(messages.ANSWER, Answer(metrics=metrics))
 
     def _statistics(self, tensors: ModuleTensors, received: int) -> RecordDict:
-        """Sums of features and of their products with labels, over the training samples."""
+        """Sums of features and of their products with labels, over the training samples.
+
+        Where the classifier is to be calibrated, those of the held-out fifth come apart: a classifier is too
+        sure of the samples that it was solved from.
+        """
         reply = RecordDict()
+        fit, held_out = self._held_out()
         with self._split_model(tensors) as run:
-            found = collect(run.model, self._batches(self.own.train), self._flow(run))
+            arrays = {}
+            for prefix, indices in ((messages.FIT, fit), (messages.HELD_OUT, held_out)):
+                found = collect(run.model, self._batches(indices), self._flow(run))
+                arrays |= {f"{prefix}/{n}": a for n, a in found.arrays().items()}
             run.tested += len(self.own.train)
             flops = self._flops(run)
-        reply[messages.STATISTICS] = messages.to_arrays(found.arrays())
+        reply[messages.STATISTICS] = messages.to_arrays(arrays)
         metrics = self._metrics(run, received, reply, flops=flops)
         return _with_answer(reply, Answer(metrics=metrics))
 
     def _calibrate(self, tensors: ModuleTensors, received: int) -> RecordDict:
-        """The loss of the module that came over the training samples, at several temperatures."""
+        """The loss of the module that came over the held-out samples, at several temperatures."""
+        _, held_out = self._held_out()
         with self._split_model(tensors) as run:
-            batches = self._batches(self.own.train)
-            nll = calibration(run.model, batches, flow=self._flow(run))
-            run.tested += len(self.own.train)
+            nll = calibration(run.model, self._batches(held_out), flow=self._flow(run))
+            run.tested += len(held_out)
             flops = self._flops(run)
         metrics = self._metrics(run, received, RecordDict(), flops=flops)
         told = Calibration(site=self.site.name, nll=tuple(map(float, nll)), metrics=metrics)
         return messages.write(messages.ANSWER, told)
+
+    def _held_out(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Training samples to solve from, and those to calibrate on: a fifth, none where nobody calibrates."""
+        shuffled = np.random.default_rng(self._seed("held out")).permutation(self.own.train)
+        share = len(shuffled) // HELD_OUT_OF if self.config.calibrate else 0
+        return np.sort(shuffled[share:]), np.sort(shuffled[:share])
 
     def _local_only(self, tensors: ModuleTensors) -> LocalOnly:
         """Train alone for as many epochs as the whole run has, then test at home and everywhere."""
@@ -237,9 +253,7 @@ class SiteRound:
         labels = self.own.examples.labels[self.own.train]
         counts = tuple(int(c) for c in np.bincount(labels, minlength=classes))
         balanced = replace(settings, loss="balanced-softmax", class_counts=counts)
-        loss, state = train_fed_rod(
-            run.model, self._epoch, balanced, saved=mine, **self._with(run)
-        )
+        loss, state = train_fed_rod(run.model, self._epoch, balanced, saved=mine, **self._with(run))
         run.tested += len(self.own.test)
         batches = self._batches(self.own.test)
         score = evaluate_fed_rod(run.model, batches, state.tensors, **self._testing(run))

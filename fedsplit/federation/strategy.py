@@ -18,8 +18,8 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedsplit.core.aggregation import Update, check_update
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import ConfigError, FederationError, FedsplitError, UpdateError
-from fedsplit.core.records import Phase, RoundMetrics, Status
 from fedsplit.core.lora_rules import rule_of
+from fedsplit.core.records import Phase, RoundMetrics, Status
 from fedsplit.federation import messages
 from fedsplit.federation.best import Best
 from fedsplit.federation.closed_form_start import ClosedFormStart
@@ -205,8 +205,8 @@ class SplitStrategy(Strategy):
             self._account(answer.metrics)
         if start.sites < self.config.min_sites:
             raise FederationError(self._too_few(0, start.sites))
-        self.module = self.module | start.solved()
         if self.config.calibrate:
+            self.module = self.module | start.provisional()
             for site, reply in self._asked(grid, "calibrate"):
                 try:
                     _raise_fault(reply)
@@ -216,7 +216,7 @@ class SplitStrategy(Strategy):
                     self._left_out(0, site.name, str(err))
                     continue
                 self._account(told.metrics)
-            self.module = self.module | start.calibrated(self.module)
+        self.module = self.module | start.final()
         return messages.to_arrays(self.module)
 
     def _asked(self, grid: Grid, kind: Kind) -> Iterator[tuple[Site, Message]]:
@@ -339,9 +339,7 @@ class SplitStrategy(Strategy):
             else:
                 delta = messages.from_arrays(reply.content, messages.DELTA)
             update = Update(site=site.name, samples=answer.metrics.samples, delta=delta)
-            check_update(
-                update, module=received, trained=names.sent, samples=site.call.samples
-            )
+            check_update(update, module=received, trained=names.sent, samples=site.call.samples)
         except (UpdateError, FederationError) as err:
             self._left_out(round_, site.name, str(err))
             return None
@@ -394,7 +392,9 @@ class SplitStrategy(Strategy):
     def _check_robust(self) -> None:
         """Raise ConfigError now where a robust rule could never work with these sites and cuts."""
         names = {
-            s.name: plan(self.config, self.backbone, self._spec_of(s), s.cut, self.config.rounds).sent
+            s.name: plan(
+                self.config, self.backbone, self._spec_of(s), s.cut, self.config.rounds
+            ).sent
             for s in self.sites.values()
         }
         self.server_rule.check(names)

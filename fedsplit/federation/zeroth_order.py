@@ -51,12 +51,12 @@ def replayed(
     steps = config.local_epochs * -(-samples // config.batch_size)
     if scalars is None or scalars.shape[:1] != (steps,):
         got = None if scalars is None else scalars.shape
-        raise UpdateError(f"update of site {site!r} refused: scalars {got}, {steps} steps are wanted")
+        raise UpdateError(
+            f"update of site {site!r} refused: scalars {got}, {steps} steps are wanted"
+        )
     classifier = backbone.family.classifier
     other = config.lora_learning_rate or config.learning_rate
-    rates = {
-        n: config.learning_rate if n.split(".", 1)[0] in classifier else other for n in start
-    }
+    rates = {n: config.learning_rate if n.split(".", 1)[0] in classifier else other for n in start}
     try:
         now = replay(
             start,

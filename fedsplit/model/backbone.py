@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,11 @@ class Backbone:
     def pooled_width(self) -> int:
         """P."""
         return self.width * self.family.pool_factor
+
+    @cached_property
+    def config_json(self) -> str:
+        """The configuration as text, for keys of caches: one path may hold another model later."""
+        return str(self.config.to_json_string())
 
     @property
     def sha256(self) -> str:

@@ -86,6 +86,7 @@ class TrainedTensors:
         self._start = {n: p.detach() for n, p in start.items()}
         self._values = {n: nn.Parameter(p.clone()) for n, p in self._start.items()}
         self._snapshot: Weights | None = None
+        self._stepped: set[str] = set()
         self._lock = threading.Lock()
         kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.SGD
         self._optimizer = kind(
@@ -126,13 +127,13 @@ class TrainedTensors:
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
             self._snapshot = None
+            self._stepped |= grads.keys()
             self.steps += 1
 
     def delta(self) -> dict[str, Array]:
-        """What training has changed so far, as arrays of their own."""
+        """What training has changed so far, as arrays of their own: of the tensors that a step has had."""
         with self._lock:
-            values = {n: p.detach() for n, p in self._values.items()}
-            return {n: (p - self._start[n]).numpy() for n, p in values.items()}
+            return {n: (self._values[n].detach() - self._start[n]).numpy() for n in self._stepped}
 
 
 class TrainingEncoder(LocalEncoder):

@@ -12,6 +12,7 @@ matrix products round by their shapes; images grouped alike are bit-equal.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,36 +33,45 @@ class ActivationCache:
     """Rows of one site's samples, up to `max_bytes` over all its places.
 
     When it is full, the place that was used longest ago is dropped whole. Within a place nothing makes room:
-    epochs visit every sample once, so the oldest row is as good as the newest. One thread at a time.
+    epochs visit every sample once, so the oldest row is as good as the newest. Safe to use from several threads.
     """
 
     def __init__(self, *, max_bytes: int = CACHE_BYTES) -> None:
         self._room = max_bytes
+        self._lock = threading.Lock()
         self._places: OrderedDict[tuple[Cut, str], dict[int, Row]] = OrderedDict()
         self.hits = self.misses = 0
         """Rows asked for that were there, and that were not."""
 
     def at(self, cut: Cut, version: str) -> Place:
         """The rows of one cut and one version of all that lies below the tail."""
-        self._places.setdefault((cut, version), {})
-        self._places.move_to_end((cut, version))
+        with self._lock:
+            self._places.setdefault((cut, version), {})
+            self._places.move_to_end((cut, version))
         return Place(self, (cut, version))
 
-    def _rows(self, place: tuple[Cut, str]) -> dict[int, Row]:
-        # Dropped meanwhile by a place that needed the room: it starts again.
-        return self._places.setdefault(place, {})
+    def _find(self, place: tuple[Cut, str], keys: list[int]) -> tuple[Row | None, ...]:
+        with self._lock:
+            # Dropped meanwhile by a place that needed the room: nothing of it is known then.
+            rows = self._places.get(place, {})
+            found = tuple(rows.get(key) for key in keys)
+            missing = sum(row is None for row in found)
+            self.misses += missing
+            self.hits += len(found) - missing
+            return found
 
     def _keep(self, place: tuple[Cut, str], key: int, row: Row) -> None:
-        rows = self._rows(place)
-        if key in rows:
-            return
-        while row.nbytes > self._room:
-            other = next((p for p in self._places if p != place), None)
-            if other is None:
+        with self._lock:
+            rows = self._places.setdefault(place, {})
+            if key in rows:
                 return
-            self._room += sum(r.nbytes for r in self._places.pop(other).values())
-        rows[key] = row
-        self._room -= row.nbytes
+            while row.nbytes > self._room:
+                other = next((p for p in self._places if p != place), None)
+                if other is None:
+                    return
+                self._room += sum(r.nbytes for r in self._places.pop(other).values())
+            rows[key] = row
+            self._room -= row.nbytes
 
 
 @dataclass(frozen=True)
@@ -80,14 +90,15 @@ class Place:
     def __init__(self, cache: ActivationCache, place: tuple[Cut, str]) -> None:
         self._cache = cache
         self._place = place
+        self.hits = self.misses = 0
+        """As the cache's, of this view alone."""
 
     def look_up(self, batch: Batch) -> Lookup:
         """What is known of a batch, and the sub-batch to ask the encoder for."""
-        rows = self._cache._rows(self._place)
-        known = tuple(rows.get(int(key)) for key in batch.keys)
+        known = self._cache._find(self._place, [int(key) for key in batch.keys])
         missing = [i for i, row in enumerate(known) if row is None]
-        self._cache.misses += len(missing)
-        self._cache.hits += len(known) - len(missing)
+        self.misses += len(missing)
+        self.hits += len(known) - len(missing)
         if not missing:
             return Lookup(batch, known, None)
         return Lookup(batch, known, batch if len(missing) == len(known) else part(batch, missing))

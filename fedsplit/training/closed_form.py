@@ -195,10 +195,15 @@ def nll_at(logits_NC: ArrayLike, labels_N: ArrayLike, temperatures: Floats) -> F
 
 
 def best_temperature(nll: Floats, temperatures: Floats) -> float:
-    """The temperature with the least sum over the sites. Raises UpdateError when no sum is finite."""
+    """The warmest temperature that the held-out samples do not reject. Raises UpdateError for sums that are not finite.
+
+    Few samples that are all told apart would have the logits grow without end, and a classifier that is
+    certain teaches nothing. So not the minimum counts but the warmest within a likelihood ratio of it at 95%
+    (Wilks; half the chi-squared quantile of one degree of freedom).
+    """
     if not np.isfinite(nll).all():
         raise UpdateError("the sums of the calibration are not finite; they cannot be used")
-    return float(temperatures[int(np.argmin(nll))])
+    return float(temperatures[nll <= nll.min() + 1.92].max())
 
 
 def collect(

@@ -6,26 +6,12 @@ enter it, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
-from fedsplit.core.errors import BackboneError
 from fedsplit.model.backbone import Part
-from fedsplit.model.families import Family
-
-
-def last_names(names: Iterable[str], family: Family) -> tuple[str, str]:
-    """Names of its weight [C, F] and bias [C] among a module's. Raises BackboneError when they are not there."""
-    pair = (f"{family.final_linear}.weight", f"{family.final_linear}.bias")
-    if missing := set(pair).difference(names):
-        raise BackboneError(
-            f"the module has no {min(missing)}, which family {family.model_type!r} ends in; it was made for "
-            f"another backbone"
-        )
-    return pair
 
 
 def last_linear(part: Part) -> nn.Linear:

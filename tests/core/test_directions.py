@@ -76,7 +76,7 @@ def test_one_point() -> None:
 
 @pytest.mark.parametrize("kind", ["gaussian", "sphere"])
 def test_the_estimate_is_unbiased(kind: str) -> None:
-    slope, q = direction(99, 0, 0, SHAPES), 20_000
+    slope, q = direction(99, 0, 0, SHAPES), 1_500
     along = []
     for j in range(q):
         u = direction(1, 0, j, SHAPES, kind)
@@ -84,7 +84,7 @@ def test_the_estimate_is_unbiased(kind: str) -> None:
     factor = 18 if kind == "sphere" else 1
     got = estimate([factor * a for a in along], seed=1, step=0, shapes=SHAPES, kind=kind)
     for name, value in got.items():
-        np.testing.assert_allclose(value, slope[name], atol=0.15)
+        np.testing.assert_allclose(value, slope[name], atol=0.45)
 
 
 def test_small_differences_of_large_losses_survive() -> None:

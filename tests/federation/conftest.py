@@ -51,7 +51,9 @@ def prepared(
 ) -> Iterator[tuple[Run, InProcessGrid]]:
     """A run that is ready to go, with its encoder up."""
     with hosting(config, None) as (server, host, key):
-        endpoint = Endpoint(server.address, key, tls=False, ca_file="", publish=host.publish, collect=host.collect)
+        endpoint = Endpoint(
+            server.address, key, tls=False, ca_file="", publish=host.publish, collect=host.collect
+        )
         net = InProcessGrid(nodes, **grid)
         try:
             yield Run(net, config, endpoint, simulated=True), net

@@ -10,7 +10,6 @@ import pytest
 
 from fedsplit.core.methods import METHODS
 from fedsplit.core.records import Summary
-from fedsplit.federation import messages
 from fedsplit.federation.server import Run
 from tests.federation.conftest import prepared, settings, simulated
 

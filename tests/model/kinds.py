@@ -134,5 +134,3 @@ def _widened(inputs: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
     mask_BT = inputs["attention_mask"]
     ones = torch.ones(len(mask_BT), tokens, dtype=mask_BT.dtype)
     return inputs | {"attention_mask": torch.cat([ones, mask_BT], dim=1)}
-
-

@@ -6,6 +6,7 @@ import contextlib
 import json
 import struct
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ from fedsplit.model.encoder import LocalEncoder
 from fedsplit.model.module import ModuleSpec, ModuleTensors
 from fedsplit.model.split import SplitModel, device_part, server_part
 from fedsplit.serving.host import BackboneHost
+from tests.model.kinds import SPECS
 from tests.model.whole import make_batch
 from tests.tiny import CONFIGS
 
 CLASSES = ("a", "b", "c")
 LORA = ModuleSpec(classes=CLASSES, rank=3, alpha=6)
-BARE = ModuleSpec(classes=CLASSES, lora=False)
+BARE = ModuleSpec(classes=CLASSES, kind="classifier")
 ALL_CUTS = [Cut(a, b) for a in range(5) for b in range(a, 5)]
 families = pytest.mark.parametrize("family", CONFIGS)
 
@@ -260,7 +262,8 @@ def test_a_spec_is_read_from_the_settings() -> None:
     assert ModuleSpec.of(config, CLASSES) == ModuleSpec(
         classes=CLASSES, rank=4, alpha=9, targets=("q_proj", "fc1")
     )
-    assert not ModuleSpec.of(RunConfig.from_flat({"module": "classifier"}), CLASSES).lora
+    for kind in ("classifier", "prompt", "adapter", "full"):
+        assert ModuleSpec.of(RunConfig.from_flat({"module": kind}), CLASSES).kind == kind
 
 
 # What PEFT reads.
@@ -296,7 +299,11 @@ def test_an_export_says_what_it_is(vit: Backbone, tmp_path: Path) -> None:
     module.export(tmp_path / "a" / "b", vit, LORA, shaken(vit, LORA))
     folder = tmp_path / "a" / "b"
     about = json.loads((folder / "fedsplit.json").read_text())
-    assert about == {"classes": list(CLASSES), "backbone_sha256": vit.sha256, "lora": True}
+    assert about == {
+        "classes": list(CLASSES),
+        "backbone_sha256": vit.sha256,
+        "module": GOOD | {"rank": 3, "max_rank": 3, "alpha": 6},
+    }
     config = json.loads((folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["peft_type"]) == (3, 6, "LORA")
     assert config["base_model_name_or_path"] == vit.name
@@ -309,17 +316,26 @@ def test_an_export_says_what_it_is(vit: Backbone, tmp_path: Path) -> None:
 
 
 def test_pack_round_trip(vit: Backbone) -> None:
-    for spec in (LORA, BARE, ModuleSpec(classes=CLASSES, rank=1, targets=("fc1", "q_proj"))):
+    for spec in (*SPECS.values(), ModuleSpec(classes=CLASSES, rank=1, targets=("fc1", "q_proj"))):
         tensors = shaken(vit, spec)
         got, values = module.unpack(module.pack(spec, tensors))
-        assert (got.rank, got.alpha, got.targets, got.lora) == (
-            spec.rank, spec.alpha, spec.targets, spec.lora,
-        )  # fmt: skip
+        # Classes are no business of the encoder's.
+        assert got == replace(spec, classes=("?",))
         assert values.keys() == tensors.keys()
         assert all(np.array_equal(values[n], tensors[n]) for n in tensors)
 
 
-GOOD = {"rank": 2, "alpha": 4, "targets": [], "lora": True}
+GOOD = {
+    "kind": "lora",
+    "rank": 2,
+    "max_rank": 2,
+    "alpha": 4,
+    "targets": [],
+    "merged": False,
+    "prompt_tokens": 8,
+    "adapter_width": 16,
+    "last_blocks": 0,
+}
 
 
 def raw(about: object, tensors: dict[str, tuple[str, list[int], bytes]] | None = None) -> bytes:
@@ -349,7 +365,13 @@ def test_bytes_by_hand_are_read() -> None:
         *(GOOD | {"rank": bad} for bad in (0, -1, 1025, 10**400, 2.0, "2", None, True)),
         *(GOOD | {"alpha": bad} for bad in (0, -1, 10**400, 4.0, "4", None, True)),
         *(GOOD | {"targets": bad} for bad in ("abc", None, [1], {"a": 1})),
-        *(GOOD | {"lora": bad} for bad in (1, None, "true")),
+        *(GOOD | {"max_rank": bad} for bad in (1, 0, 1025, 2.0, "2", None, True)),
+        *(GOOD | {"kind": bad} for bad in ("lora ", "Lora", "", None, 1, ["lora"], {"lora": 1})),
+        *(GOOD | {"merged": bad} for bad in (1, 0, None, "true")),
+        *(GOOD | {"prompt_tokens": bad} for bad in (0, -1, 1025, 8.0, "8", None, True)),
+        *(GOOD | {"adapter_width": bad} for bad in (0, -1, 65_537, 1.5, "1", None, True)),
+        *(GOOD | {"last_blocks": bad} for bad in (-1, 10_001, 0.0, "0", None, False)),
+        GOOD | {"lora": True},
         *([], 3, None, "", "{", "[" * 100_000, '{"rank": ' + "9" * 5000 + "}"),
     ],
     ids=lambda about: str(about)[:40],
@@ -425,7 +447,8 @@ def test_damaged_bytes_raise_protocol_errors_alone(
         data[at] = value
     with contextlib.suppress(ProtocolError):
         spec, tensors = module.unpack(bytes(data[:length]))
-        assert 0 < spec.rank <= 1024
+        assert spec.kind in module.KINDS
+        assert 0 < spec.rank <= spec.max_rank <= 1024
         assert sum(t.nbytes for t in tensors.values()) <= len(PACKED)
 
 

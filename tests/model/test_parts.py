@@ -61,6 +61,7 @@ def test_training_leaves_the_shared_weights_alone(kind: str, vit: Backbone) -> N
         before = one_step(neighbour, tensors)
         with pool.borrowed(vit, HERE, SPECS[kind]) as part:
             one_step(part, away_from_zero(vit, SPECS[kind]))
+        neighbour.model.zero_grad()
         assert_equal(one_step(neighbour, tensors), before)
 
 

@@ -27,7 +27,6 @@ from tests.model.whole import (
 )
 from tests.tiny import CONFIGS
 
-
 # Variants of LoRA and adapters run the same code in every family: one of each sort is enough for them.
 VARIANTS = ("low rank", "last blocks", "last adapters")
 CASES = [(f, k) for f in CONFIGS for k in SPECS if k not in VARIANTS or f in ("vit", "roberta")]

@@ -13,7 +13,7 @@ from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestCentroid
 
 from fedsplit.core.cut import Cut
-from fedsplit.core.errors import BackboneError, ConfigError, FederationError, UpdateError
+from fedsplit.core.errors import ConfigError, FederationError, UpdateError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.families import FAMILIES
@@ -32,7 +32,7 @@ from fedsplit.training.closed_form import (
     ridge,
     scaled_alpha,
 )
-from fedsplit.training.last_linear import last_linear, last_names
+from fedsplit.training.last_linear import last_linear
 from fedsplit.training.round import evaluate
 from tests.training.small import BARE, BATCHES, local, text_batches
 
@@ -243,7 +243,7 @@ def test_collected_statistics_solve_the_task(cut: str, tiny_vit: Backbone) -> No
     found = ridge(statistics, scaled_alpha(statistics, 1.0))
     before = calibration(model, BATCHES)
     assert before == pytest.approx(27 * np.log(2))
-    names = last_names(module.read(model.part), tiny_vit.family)
+    names = module.final_linear(tiny_vit, BARE)
     module.load(
         model.part,
         module.read(model.part) | dict(zip(names, (found.weight, found.bias), strict=True)),
@@ -255,7 +255,8 @@ def test_collected_statistics_solve_the_task(cut: str, tiny_vit: Backbone) -> No
         model.part,
         module.read(model.part) | dict(zip(names, (cooled.weight, cooled.bias), strict=True)),
     )
-    assert calibration(model, BATCHES, np.ones(1))[0] == pytest.approx(nll.min(), rel=1e-3)
+    # The warmest that the likelihood ratio does not reject.
+    assert nll.min() <= calibration(model, BATCHES, np.ones(1))[0] <= nll.min() + 1.93
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
@@ -266,7 +267,7 @@ def test_features_are_what_enters_the_last_linear_layer(
     spec = ModuleSpec(classes=("a", "b", "c"), lora=False)
     model, _ = local(backbone, spec)
     start = module.initial(backbone, spec, seed=0)
-    weight, bias = last_names(start, backbone.family)
+    weight, bias = module.final_linear(backbone, spec)
     rng = np.random.default_rng(0)
     start |= {n: rng.normal(size=start[n].shape).astype("f4") for n in (weight, bias)}
     module.load(model.part, start)
@@ -280,8 +281,3 @@ def test_features_are_what_enters_the_last_linear_layer(
 
 def _passes(model: object, batches: object) -> object:
     return closed_form._passes(model, batches, closed_form.Flow())  # type: ignore[arg-type]
-
-
-def test_a_module_without_the_layer_is_named(tiny_vit: Backbone) -> None:
-    with pytest.raises(BackboneError, match=r"classifier\.bias"):
-        last_names(["classifier.weight"], tiny_vit.family)

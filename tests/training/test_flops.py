@@ -38,7 +38,7 @@ def test_lora_is_counted_as_by_hand(tiny_vit: Backbone) -> None:
     found = of_sample(model, BATCHES[0])
     assert found.head == EMBED + BLOCK + LORA_FORWARD
     assert found.tail == BLOCK + LORA_FORWARD + CLASSIFIER
-    assert 2 * found.tail < found.tail_step < 3 * found.tail
+    assert 1.5 * found.tail < found.tail_step < 3 * found.tail
 
 
 def test_a_training_head_costs_its_backward(tiny_vit: Backbone) -> None:

@@ -400,3 +400,35 @@ def test_the_meter_counts_a_failed_wait_too(vit: Backbone) -> None:
     with pytest.raises(UnreachableError):
         meter.encode(1, np.zeros((1, 17, 24), dtype="f4"))
     assert meter.wait_s > 0
+
+
+class Learning(Slow):
+    """Takes its time over a step of its own, too."""
+
+    trains = True
+
+    def learn(self, step: int, dz: Array) -> None:
+        time.sleep(0.02)
+
+    def probe(self, step: int, h_BTD: Array, mask_BT: Mask | None = None) -> Array:
+        time.sleep(0.02)
+        return np.stack([h_BTD, h_BTD])
+
+    def score(self, step: int, losses_K: Array) -> None:
+        time.sleep(0.02)
+
+
+def test_the_meter_counts_what_the_encoder_learns(vit: Backbone) -> None:
+    model, _ = local(vit, LORA)
+    assert model._encoder is not None
+    meter = WaitMeter(Learning(model._encoder))
+    assert meter.trains
+    h = np.zeros((1, 17, 24), dtype="f4")
+    for call in (
+        lambda: meter.learn(1, h),
+        lambda: meter.probe(2, h),
+        lambda: meter.score(2, np.zeros(2, dtype="f4")),
+    ):
+        before = meter.wait_s
+        call()
+        assert meter.wait_s >= before + 0.02

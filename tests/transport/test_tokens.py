@@ -57,8 +57,8 @@ def test_training_is_signed_and_small() -> None:
 def test_training_that_no_token_may_name(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         make_grant(training=TRAINING.model_dump() | wrong)
+    grant = make_grant().model_dump() | {"training": TRAINING.model_dump() | wrong}
     with pytest.raises(RefusedError, match="grant is not one"):
-        grant = make_grant().model_dump() | {"training": TRAINING.model_dump() | wrong}
         verify(_forged(grant=grant), KEY)
 
 

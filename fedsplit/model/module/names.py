@@ -72,7 +72,7 @@ def trains(name: str) -> bool:
 
 def shapes(backbone: Backbone, spec: ModuleSpec) -> Shapes:
     """Names and shapes of the whole module. Raises ConfigError when the spec does not fit the backbone."""
-    return dict(_shapes(backbone, spec, backbone.config.to_json_string()))
+    return dict(_shapes(backbone, spec, backbone.config_json))
 
 
 def check_spec(backbone: Backbone, spec: ModuleSpec) -> None:
@@ -80,7 +80,6 @@ def check_spec(backbone: Backbone, spec: ModuleSpec) -> None:
     shapes(backbone, spec)
 
 
-# The configuration is part of the key: one path may hold another model later.
 @functools.lru_cache(maxsize=64)
 def _shapes(backbone: Backbone, spec: ModuleSpec, _config: str) -> Shapes:
     skeleton: Any = backbone.skeleton(len(spec.classes))

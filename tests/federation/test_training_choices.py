@@ -1,0 +1,217 @@
+"""What the settings beside the method do in a whole run: who trains, what is kept, what is combined, when it ends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedsplit.core.errors import ConfigError
+from fedsplit.core.records import Summary
+from fedsplit.federation.server import Run
+from fedsplit.model import module
+from fedsplit.model.split import whole_model
+from fedsplit.training import data
+from fedsplit.training.closed_form import collect, ridge, scaled_alpha
+from fedsplit.training.site_data import SiteSettings, open_site
+from tests.federation.conftest import prepared, settings, simulated
+
+Module = dict[str, np.ndarray]
+SMALL: dict[str, Any] = {"max_samples": 120, "rounds": 2, "cut": "1,5"}
+
+
+def trained(tmp: Path, sites: int = 2, **flat: Any) -> tuple[Summary, Module, Run]:
+    config = settings(tmp, **(SMALL | flat))
+    with prepared(config, simulated(sites)) as (run, _):
+        summary = run.go()
+    assert run._strategy is not None
+    return summary, run._strategy.module, run
+
+
+def close(a: Module, b: Module, tolerance: float) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], atol=tolerance, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_training_at_the_encoder_equals_training_on_the_device(
+    tmp_path: Path, optimizer: str
+) -> None:
+    """Placement never changes the function: hosted blocks learn what the device would have."""
+    rate = 0.002 if optimizer == "adamw" else 0.2
+    same = {"optimizer": optimizer, "learning_rate": rate, "lora_learning_rate": rate}
+    _, split, _ = trained(
+        tmp_path / "a", cut="1,5", encoder_training="hosted", device_training="head+tail", **same
+    )
+    _, whole, _ = trained(tmp_path / "b", cut="6,6", **same)
+    # Block 3 is the encoder's, and it learnt.
+    assert all(np.abs(whole[n]).max() > 1e-4 for n in whole if "layers.3" in n and "lora_B" in n)
+    # Adam divides by the gradient's size, so that a last bit of a tiny gradient can show.
+    close(split, whole, 1e-5 if optimizer == "sgd" else 2e-3)
+
+
+@pytest.mark.parametrize("partition", ["iid", "dirichlet:0.3", "pathological:3"])
+def test_a_closed_form_classifier_is_the_centralised_one(tmp_path: Path, partition: str) -> None:
+    _, tensors, run = trained(
+        tmp_path, sites=3, method="closed-form", rounds=0, partition=partition, max_samples=300, calibrate=False
+    )  # fmt: skip
+    backbone, classes = run.backbone, tuple("0123456789")
+    sites = [SiteSettings.from_node(node, node_id=1) for node in simulated(3)]
+    own = [open_site(run.config, site, backbone, classes) for site in sites]
+    everyone = np.concatenate([site.train for site in own])
+    spec = module.ModuleSpec.of(run.config, classes)
+    model = whole_model(backbone, spec, module.initial(backbone, spec, seed=0))
+    batches = data.batches(own[0].examples, everyone, own[0].transform, batch_size=64)
+    total = collect(model, batches)
+    central = ridge(total, scaled_alpha(total, run.config.ridge_lambda))
+    np.testing.assert_allclose(tensors["classifier.weight"], central.weight, atol=1e-3)
+    np.testing.assert_allclose(tensors["classifier.bias"], central.bias, atol=1e-3)
+
+
+def test_a_ridge_start_is_better_than_no_start_and_calibrated(tmp_path: Path) -> None:
+    from_zero, _, _ = trained(tmp_path / "a", module="classifier", rounds=1, learning_rate=1e-4)
+    ridge, _, _ = trained(
+        tmp_path / "b", module="classifier", rounds=1, learning_rate=1e-4, classifier_init="ridge"
+    )
+    assert ridge.accuracy_global_start > from_zero.accuracy_global_start + 0.3
+
+
+def test_a_fixed_classifier_stays_and_lora_moves(tmp_path: Path) -> None:
+    _, before, _ = trained(tmp_path / "a", method="closed-form", rounds=0)
+    _, after, _run = trained(
+        tmp_path / "b", classifier_init="ridge", classifier_training="fixed", cut="0,4"
+    )
+    np.testing.assert_array_equal(before["classifier.weight"], after["classifier.weight"])
+    tail_b = [n for n in after if "layers.5" in n and "lora_B" in n]
+    assert tail_b
+    assert all(np.abs(after[n]).max() > 0 for n in tail_b)
+
+
+def test_a_share_of_the_sites_trains_each_round_and_all_are_tested(tmp_path: Path) -> None:
+    summary, _, run = trained(tmp_path, sites=4, participation=0.5, rounds=3, max_samples=160)
+    by_round = [{m.site for m in run.ledger.metrics if m.round == r} for r in range(1, 5)]
+    assert [len(sites) for sites in by_round] == [2, 2, 2, 4]
+    assert len(set.union(*by_round[:3])) > 2
+    assert summary.outcome == "complete"
+
+
+def test_between_two_averages_nothing_is_sent_and_nothing_is_lost(tmp_path: Path) -> None:
+    """Two rounds averaged once, by SGD at a constant rate, are one round of two epochs."""
+    same = {"optimizer": "sgd", "lr_schedule": "constant", "batch_size": 256, "learning_rate": 0.05}
+    _, apart, run = trained(tmp_path / "a", rounds=2, sync_every=2, **same)
+    _, once, _ = trained(tmp_path / "b", rounds=1, local_epochs=2, **same)
+    close(apart, once, 1e-6)
+    sent = {m.round: m.bytes_module_up for m in run.ledger.metrics if m.loss is not None}
+    assert sent[1] == 0 < sent[2]
+
+
+def test_a_site_local_classifier_never_leaves_its_site(tmp_path: Path) -> None:
+    summary, after, run = trained(
+        tmp_path, site_local="classifier", rounds=3, cut="0,5", partition="pathological:2", sites=2
+    )
+    assert np.abs(after["classifier.weight"]).max() == 0
+    assert summary.accuracy_personal > summary.accuracy_global + 0.2
+    assert run.ledger.config.site_local == "classifier"
+
+
+@pytest.mark.parametrize("method", ["ditto", "fed-rod"])
+def test_personal_models_go_on_from_round_to_round(tmp_path: Path, method: str) -> None:
+    summary, _, run = trained(
+        tmp_path, method=method, rounds=3, partition="pathological:2", sites=3, max_samples=240
+    )
+    kept = sorted((run.dir.path / "sites").glob("*.safetensors"))
+    assert len(kept) == 3
+    assert summary.accuracy_personal >= summary.accuracy_global
+
+
+def test_momentum_at_the_server_survives_a_resume(tmp_path: Path) -> None:
+    same = {"server_optimizer": "momentum", "server_learning_rate": 0.5, "rounds": 3}
+    _, straight, _ = trained(tmp_path / "a", **same)
+    from fedsplit.core.errors import FederationError
+    from fedsplit.federation.server import settle
+
+    runs = tmp_path / "b"
+    config = settings(runs, **(SMALL | same))
+    with (
+        prepared(config, simulated(2), silent=lambda node, m: m.metadata.group_id == "3") as (
+            run,
+            _,
+        ),
+        pytest.raises(FederationError),
+    ):
+        object.__setattr__(config, "deadline_s", 1.0)
+        run.go()
+    again = settle(settings(runs, run_name="", resume="run"))
+    with prepared(again, simulated(2)) as (run, _):
+        run.go()
+    close(straight, run._strategy.module, 0)
+
+
+def test_a_robust_rule_stands_a_hostile_site(tmp_path: Path) -> None:
+    from fedsplit.federation import messages
+
+    def tamper(node: int, message: Any, reply: Any) -> Any:
+        if node == 2 and messages.DELTA in reply.content.array_records:
+            delta = messages.from_arrays(reply.content, messages.DELTA)
+            wild = {n: np.full_like(d, 50.0) for n, d in delta.items()}
+            reply.content[messages.DELTA] = messages.to_arrays(wild)
+        return reply
+
+    reached = {}
+    for rule in ("mean", "median"):
+        config = settings(
+            tmp_path / rule,
+            **(SMALL | {"robust_rule": rule, "byzantine_sites": 1, "max_samples": 300}),
+        )
+        with prepared(config, simulated(4), tamper=tamper) as (run, _):
+            reached[rule] = run.go().accuracy_global
+    assert reached["median"] > reached["mean"] + 0.2
+
+
+def test_too_few_sites_for_a_robust_rule_are_told_before_the_first_round(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="needs 5 sites"):
+        trained(tmp_path, robust_rule="krum", byzantine_sites=1)
+
+
+def test_a_run_that_learns_no_more_ends_early_with_its_best_module(tmp_path: Path) -> None:
+    summary, _, _run = trained(
+        tmp_path, rounds=30, early_stop_rounds=1, learning_rate=1e-9, lora_learning_rate=1e-9,
+        classifier_init="ridge",
+    )  # fmt: skip
+    assert summary.rounds_done == 2
+    assert summary.accuracy_global == summary.accuracy_by_round[0]
+
+
+@pytest.mark.parametrize("rule", ["ffa", "rolora", "flexlora", "flora", "lora-fair", "hetlora"])
+def test_every_lora_rule_trains_with_mixed_ranks_and_cuts(tmp_path: Path, rule: str) -> None:
+    summary, tensors, run = trained(
+        tmp_path, sites=3, lora_aggregation=rule, lora_ranks="2;4;8", cut="0,4;6,6", max_samples=180
+    )
+    assert summary.outcome == "complete", summary.reason
+    assert summary.accuracy_global > 0.5
+    assert any(n.endswith("lora_merged.weight") for n in tensors) == (rule == "flora")
+    assert (run.dir.path / "module" / "adapter_model.safetensors").is_file()
+
+
+def test_kept_activations_save_traffic_and_change_nothing(tmp_path: Path) -> None:
+    same = {"cut": "0,5", "local_epochs": 2, "rounds": 2}
+    plain, a, _ = trained(tmp_path / "a", **same)
+    kept, b, _ = trained(tmp_path / "b", cache_activations=True, run_name="kept", **same)
+    close(a, b, 1e-5)
+    assert kept.bytes_activation < 0.3 * plain.bytes_activation
+    assert kept.flops_device < plain.flops_device
+
+
+def test_zeroth_order_at_the_device_sends_scalars_and_is_replayed_exactly(tmp_path: Path) -> None:
+    summary, tensors, run = trained(
+        tmp_path, method="fedvz-device", cut="0,5", zo_queries=2, lora_learning_rate=1e-3, learning_rate=1e-3,
+        rounds=1,
+    )  # fmt: skip
+    up = [m.bytes_module_up for m in run.ledger.metrics if m.loss is not None]
+    # Two scalars a step, and a header: two steps of 48 samples.
+    assert max(up) < 400
+    assert np.abs(tensors["classifier.weight"]).max() > 0
+    assert summary.outcome == "complete"

@@ -149,6 +149,15 @@ def _gradients(c: RunConfig) -> list[_Check]:
             f"gradient=zeroth-order is for a frozen encoder, not encoder-training={serves}; set one of them",
         ),
         (
+            serves == "shared" and len(set(c.cuts)) > 1,
+            f"encoder-training=shared with cut={c.cut}: one copy for all wants one cut for all; use one cut, or "
+            f"encoder-training=hosted",
+        ),
+        (
+            serves != "frozen" and c.accumulate > 1,
+            f"accumulate={c.accumulate}: encoder-training={serves} steps at every batch; leave accumulate out",
+        ),
+        (
             zeroth and c.optimizer != "sgd",
             f"gradient=zeroth-order steps by SGD, optimizer={c.optimizer}; set optimizer=sgd",
         ),

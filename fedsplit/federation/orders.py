@@ -125,14 +125,15 @@ class Orders:
             backbone_sha256=self.backbone.sha256,
             fedsplit_version=__version__,
             max_batch=self.config.batch_size,
-            max_tokens=self.backbone.max_tokens(self.config.image_size, self.config.max_length)
-            + (self.config.prompt_tokens if self.config.module == "prompt" else 0),
+            max_tokens=self.backbone.max_tokens(
+                self.config.image_size, self.config.max_length, self.spec.prompts
+            ),
             # Twice what the round needs: last batches are smaller, and a retry must not run dry.
             max_steps=2 * (samples // self.config.batch_size + 1) + 64,
-            training=None if kind in _FORWARD else self._training(site, round_),
+            training=None if kind in _FORWARD else self._training(site, kind, round_),
         )
 
-    def _training(self, site: Site, round_: int) -> Training | None:
+    def _training(self, site: Site, kind: Kind, round_: int) -> Training | None:
         """What the encoder trains for a site in a round."""
         c = self.config
         if c.encoder_training == "frozen":
@@ -142,7 +143,10 @@ class Orders:
         own = site.name if c.encoder_training == "zeroth-order" else ""
         key = f"{c.seed}/{own}/{round_}/encoder"
         return Training(
-            mode=c.encoder_training,
+            # Who trains alone shares no copy.
+            mode="hosted"
+            if kind == "local-only" and c.encoder_training == "shared"
+            else c.encoder_training,
             optimizer=c.optimizer,
             learning_rate=(c.lora_learning_rate or c.learning_rate)
             * c.learning_rate_factor(max(round_, 1)),

@@ -162,7 +162,7 @@ class SiteRound:
         reply = RecordDict()
         fit, held_out = self._held_out()
         with self._split_model(tensors) as run:
-            arrays = {}
+            arrays: dict[str, NDArray[np.float32]] = {}
             for prefix, indices in ((messages.FIT, fit), (messages.HELD_OUT, held_out)):
                 found = collect(run.model, self._batches(indices), self._flow(run))
                 arrays |= {f"{prefix}/{n}": a for n, a in found.arrays().items()}

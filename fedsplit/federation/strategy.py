@@ -17,7 +17,13 @@ from flwr.serverapp.strategy import Result, Strategy
 
 from fedsplit.core.aggregation import Update, check_update
 from fedsplit.core.config import RunConfig
-from fedsplit.core.errors import ConfigError, FederationError, FedsplitError, UpdateError
+from fedsplit.core.errors import (
+    ConfigError,
+    EncoderError,
+    FederationError,
+    FedsplitError,
+    UpdateError,
+)
 from fedsplit.core.lora_rules import rule_of
 from fedsplit.core.records import Phase, RoundMetrics, Status
 from fedsplit.federation import messages
@@ -87,7 +93,7 @@ class SplitStrategy(Strategy):
             endpoint=endpoint,
             state_dir=str(run_dir.path / "sites") if simulated else "",
         )
-        self._check_robust()
+        self._check_sites()
 
     # What Flower's Strategy asks for.
 
@@ -250,7 +256,7 @@ class SplitStrategy(Strategy):
     # The steps.
 
     def _publish(self, round_: int) -> None:
-        if all(site.cut.local(self.backbone.blocks) for site in self.sites.values()):
+        if self._all_local:
             return
         names = module.server_names(self.backbone, self.spec)
         packed = module.pack(self.spec, {n: self.module[n] for n in names})
@@ -366,15 +372,48 @@ class SplitStrategy(Strategy):
         received = {
             site.name: self._orders.received(site, self.module) for site in self.sites.values()
         }
-        if self.config.encoder_training != "frozen":
-            collected = self.endpoint.collect(self._orders.version(round_))
-            updates = [_with_hosted(u, collected.get(u.site, {})) for u in updates]
+        hosted = self._hosted(round_)
+        if hosted:
+            updates = [self._with_hosted(u, hosted.get(u.site, {})) for u in updates]
             received = {name: {**self.module, **own} for name, own in received.items()}
-            for name, delta in collected.get("", {}).items():
+            for name, delta in hosted.get("", {}).items():
                 self.module[name] = self.module[name] + delta
         if not any(u.delta for u in updates):
             return self.module
-        return self.server_rule.combine(self.module, updates, received, round_)
+        combined = self.server_rule.combine(self.module, updates, received, round_)
+        if self.server_rule.held_back:
+            self._say(
+                f"round {round_}: {len(self.server_rule.held_back)} tensors stay as they were, too few sites "
+                f"trained them for robust-rule={self.config.robust_rule}"
+            )
+        return combined
+
+    def _hosted(self, round_: int) -> dict[str, ModuleTensors]:
+        """What the encoder trained in a round: site -> deltas, under "" those of a shared copy."""
+        if self.config.encoder_training == "frozen" or self._all_local:
+            return {}
+        try:
+            return self.endpoint.collect(self._orders.version(round_))
+        except EncoderError as err:
+            # What the devices trained is not to be lost with it.
+            self._say(f"round {round_}: what the encoder trained could not be collected: {err}")
+            return {}
+
+    def _with_hosted(self, update: Update, delta: ModuleTensors) -> Update:
+        """A site's update with what the encoder trained on its behalf; that alone is dropped where it is bad."""
+        on_behalf = Update(site=update.site, samples=update.samples, delta=delta)
+        try:
+            check_update(
+                on_behalf, module=self.module, trained=delta.keys(), samples=update.samples
+            )
+        except UpdateError as err:
+            self._say(f"what the encoder trained: {err}")
+            return update
+        return replace(update, delta={**update.delta, **delta})
+
+    @property
+    def _all_local(self) -> bool:
+        return all(site.cut.local(self.backbone.blocks) for site in self.sites.values())
 
     def _selected(self, round_: int) -> list[Site]:
         """The sites that train in a round: all, or a draw by seed and round."""
@@ -389,8 +428,16 @@ class SplitStrategy(Strategy):
         )
         return [sites[i] for i in sorted(draw)]
 
-    def _check_robust(self) -> None:
-        """Raise ConfigError now where a robust rule could never work with these sites and cuts."""
+    def _check_sites(self) -> None:
+        """Raise ConfigError now where a setting could never work with these sites and their cuts."""
+        if (
+            self.config.encoder_training == "shared"
+            and len({s.cut for s in self.sites.values()}) > 1
+        ):
+            raise ConfigError(
+                "encoder-training=shared wants one cut for all sites; change the sites' own cuts, or use "
+                "encoder-training=hosted"
+            )
         names = {
             s.name: plan(
                 self.config, self.backbone, self._spec_of(s), s.cut, self.config.rounds
@@ -431,8 +478,3 @@ def _tensors(arrays: ArrayRecord) -> ModuleTensors:
 def _raise_fault(reply: Message) -> None:
     if (fault := messages.fault_of(reply)) is not None:
         raise FederationError(fault.message)
-
-
-def _with_hosted(update: Update, delta: ModuleTensors) -> Update:
-    """A site's update with what the encoder trained on its behalf."""
-    return replace(update, delta={**update.delta, **delta})

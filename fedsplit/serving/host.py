@@ -32,7 +32,7 @@ class BackboneHost:
         `training_bytes` is what all that sessions train here, and deltas that nobody has collected, may take.
         """
         self.backbone = backbone
-        bare = ModuleSpec(classes=("?",), lora=False)
+        bare = ModuleSpec(classes=("?",), kind="classifier")
         self._bare = server_part(backbone, bare)
         self._versions: OrderedDict[str, Part] = OrderedDict()
         self._trainees = Trainees(training_bytes)

@@ -51,6 +51,8 @@ def test_a_device_method_runs_every_block_on_the_device() -> None:
         ({"lora-ranks": "4;x"}, "are not ranks; use e.g. 4;8;16"),
         ({"robust-rule": "krum", "sites": 4, "byzantine-sites": 1}, "needs 5 sites a round, 4 train"),
         ({"robust-rule": "trimmed-mean"}, "trims nobody"),
+        ({"encoder-training": "shared", "cut": "1,5;2,4"}, "wants one cut for all"),
+        ({"encoder-training": "hosted", "accumulate": 2}, "steps at every batch"),
         ({"server-optimizer": "adam", "lora-aggregation": "flora"}, "nothing to step along"),
         ({"robust-rule": "krum", "lora-aggregation": "flexlora"}, "judges tensors"),
         ({"sites": 10, "participation": 0.01}, "participation=0.01 of sites=10 selects nobody"),

@@ -190,7 +190,7 @@ def test_only_what_acts_makes_another_version(host: BackboneHost) -> None:
     backbone = host.backbone
     untrained = [effect_digest(packed(backbone, trained=False, seed=s)) for s in (0, 1)]
     trained = [effect_digest(packed(backbone, trained=True, seed=s)) for s in (0, 1)]
-    bare = effect_digest(module.pack(ModuleSpec(classes=("a",), lora=False), {}))
+    bare = effect_digest(module.pack(ModuleSpec(classes=("a",), kind="classifier"), {}))
     assert untrained[0] == untrained[1] == bare
     assert len({bare, *trained}) == 3
 

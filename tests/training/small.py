@@ -20,7 +20,7 @@ from fedsplit.training.data import Batch
 from fedsplit.training.round import TrainSettings
 
 LORA = ModuleSpec(classes=("dark", "light"), rank=2, alpha=4)
-BARE = ModuleSpec(classes=("dark", "light"), lora=False)
+BARE = ModuleSpec(classes=("dark", "light"), kind="classifier")
 PLACE = Cut(1, 3)
 
 

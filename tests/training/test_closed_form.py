@@ -264,7 +264,7 @@ def test_features_are_what_enters_the_last_linear_layer(
     family: str, tiny: dict[str, object]
 ) -> None:
     backbone = Backbone.find(str(tiny[family]))
-    spec = ModuleSpec(classes=("a", "b", "c"), lora=False)
+    spec = ModuleSpec(classes=("a", "b", "c"), kind="classifier")
     model, _ = local(backbone, spec)
     start = module.initial(backbone, spec, seed=0)
     weight, bias = module.final_linear(backbone, spec)

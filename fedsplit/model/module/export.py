@@ -64,7 +64,7 @@ def _in_peft_format(spec: ModuleSpec) -> bool:
 def _idle_lora(backbone: Backbone, spec: ModuleSpec) -> ModuleTensors:
     return {
         n: t
-        for n, t in initial(backbone, replace(spec, kind="lora", lora=True), seed=0).items()
+        for n, t in initial(backbone, replace(spec, kind="lora"), seed=0).items()
         if ".lora_" in n
     }
 

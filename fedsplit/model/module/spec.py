@@ -6,7 +6,7 @@ Knows no backbone; whether a spec fits one is `names.check_spec`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import InitVar, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -45,12 +45,7 @@ class ModuleSpec:
     last_blocks: int = 0
     """LoRA or adapters on this many last blocks only; 0: on all."""
 
-    lora: InitVar[bool] = True
-    """Older form of `kind`: False is kind="classifier"."""
-
-    def __post_init__(self, lora: bool) -> None:
-        if not lora and self.kind == "lora":
-            object.__setattr__(self, "kind", "classifier")
+    def __post_init__(self) -> None:
         if not self.max_rank:
             object.__setattr__(self, "max_rank", self.rank)
 
@@ -58,6 +53,11 @@ class ModuleSpec:
     def scale(self) -> float:
         """Factor on LoRA's product: the same for every rank, so that a low one is a high one zero-padded."""
         return self.alpha / self.max_rank
+
+    @property
+    def lora(self) -> bool:
+        """Is LoRA a part of it?"""
+        return self.kind == "lora"
 
     @property
     def prompts(self) -> int:
@@ -80,9 +80,6 @@ class ModuleSpec:
             last_blocks=config.module_blocks,
         )
 
-
-# After the class, for in it the name is that of the older argument.
-ModuleSpec.lora = property(lambda self: self.kind == "lora")  # type: ignore[attr-defined]
 
 # The classes stay out: an encoder host has no business with them.
 _ABOUT = tuple(f.name for f in fields(ModuleSpec) if f.name != "classes")

@@ -60,6 +60,12 @@ def norm_score(rows: Array, labels: Labels) -> float:
     return float(np.mean([max(area, 1 - area) for area in areas]))
 
 
+def of_losses(losses: Array, log_shares_NC: Array, labels: Labels) -> float:
+    """Share of labels found by whoever knows the loss of each sample and, nearly, the model that made it."""
+    guess = np.abs(losses[:, None] + log_shares_NC).argmin(axis=1)
+    return float((guess == labels).mean())
+
+
 def classes_of(bias_change: Array, labels: Labels) -> tuple[float, float]:
     """Share of a site's classes among as many of the classifier's biases that rose most; and by chance."""
     own = np.unique(labels)

@@ -16,6 +16,7 @@ CODECS = ("fp32", "fp16")
 UPLINK, GRADIENT, BACK = "h, up", "dz, up", "z, back"
 _CLUSTER = "k-means"
 _QUERIES = 2
+_ONE_BY_ONE = 256
 
 
 def label_rows(scene: Scene, *, epochs: int) -> Iterator[Row]:
@@ -25,7 +26,7 @@ def label_rows(scene: Scene, *, epochs: int) -> Iterator[Row]:
         for codec in CODECS if mode in {"head+tail", "frozen"} else CODECS[:1]:
             seen = steps.train(scene, mode, cut, codec=codec, epochs=epochs, queries=_QUERIES)
             yield from _rows_of(scene, seen, mode, codec)
-    yield _losses_one_by_one(scene, cut)
+    yield from _losses_one_by_one(scene, cut, epochs=epochs)
 
 
 def _rows_of(scene: Scene, seen: steps.Seen, mode: str, codec: str) -> Iterator[Row]:
@@ -48,7 +49,7 @@ def _rows_of(scene: Scene, seen: steps.Seen, mode: str, codec: str) -> Iterator[
         yield row(GRADIENT, _CLUSTER, "share", labels.clustering(dz, seen.labels))
         yield row(GRADIENT, "norm score", "area", (labels.norm_score(dz, seen.labels), 0.5))
     else:
-        yield row("no gradient up", "none", "share", (0.0, 0.0))
+        yield row("no gradient up", "none", "none", (0.0, 0.0))
     if "losses" in seen.tensors:
         of_samples = seen.tensors["losses"][seen.steps_of]
         found = labels.clustering(of_samples, seen.labels)
@@ -64,26 +65,35 @@ def _rows_of(scene: Scene, seen: steps.Seen, mode: str, codec: str) -> Iterator[
     yield row("module, to the ServerApp", "its own prediction", "share", (seen.accuracy, chance))
 
 
-def _losses_one_by_one(scene: Scene, cut: Cut) -> Row:
+def _losses_one_by_one(scene: Scene, cut: Cut, *, epochs: int) -> Iterator[Row]:
     """Zeroth order at its worst: batches of one, so that every loss is one sample's."""
+    before = steps.train(scene, "zeroth-order", cut, epochs=epochs, queries=_QUERIES)
+    first = np.arange(min(_ONE_BY_ONE, len(scene.site)))
     seen = steps.train(
-        scene, "zeroth-order", cut, epochs=1, batch=1, queries=_QUERIES, indices=np.arange(256)
+        scene, "zeroth-order", cut, epochs=1, batch=1, queries=_QUERIES, indices=first, after=before
     )
-    # The level of the loss tells how sure the model is; the differences along known directions tell of the label.
     losses = seen.tensors["losses"]
-    found = labels.clustering(losses[:, 0::2] - losses[:, 1::2], seen.labels)
-    return Row(
-        scene=scene.name,
-        target="labels",
-        mode="zeroth-order, batch of 1",
-        cut=str(cut),
-        codec="fp32",
-        reads="losses of a sample, up",
-        attack=_CLUSTER,
-        unit="share",
-        value=found[0],
-        reference=found[1],
-    )
+    # The level of the loss tells how sure the model is; the differences along directions tell more of the label.
+    blind, chance = labels.clustering(losses[:, 0::2] - losses[:, 1::2], seen.labels)
+    shares = steps.log_shares(scene, before, seen)
+    knowing = labels.of_losses(losses[:, 0], shares, seen.labels)
+    most = float(np.bincount(seen.labels).max() / len(seen.labels))
+    for attack, value, reference in [
+        (_CLUSTER, blind, chance),
+        ("matched with the round's first module", knowing, most),
+    ]:
+        yield Row(
+            scene=scene.name,
+            target="labels",
+            mode="zeroth-order, batch of 1",
+            cut=str(cut),
+            codec="fp32",
+            reads="losses of a sample, up",
+            attack=attack,
+            unit="share",
+            value=value,
+            reference=reference,
+        )
 
 
 def class_rows(scene: Scene, *, epochs: int, sites: int = 5) -> Iterator[Row]:

@@ -18,7 +18,7 @@ from fedsplit.core.encoder import Array, Encoder, Training
 from fedsplit.model import module, seam
 from fedsplit.model.backbone import Part
 from fedsplit.model.encoder import LocalEncoder
-from fedsplit.model.module import ModuleSpec
+from fedsplit.model.module import ModuleSpec, ModuleTensors
 from fedsplit.model.split import SplitModel, device_part, server_part
 from fedsplit.model.training_encoder import ProbingEncoder, TrainedTensors, TrainingEncoder
 from fedsplit.model.training_encoder import trained_at as tensors_at
@@ -44,6 +44,8 @@ class Seen:
     """Of the trained model on the site's own samples: what a server that holds the whole module can guess."""
     server: Part
     cut: Cut
+    module: ModuleTensors
+    """What the device holds at the end."""
 
 
 def train(
@@ -56,10 +58,16 @@ def train(
     batch: int = BATCH,
     queries: int = 2,
     indices: NDArray[np.int64] | None = None,
+    after: Seen | None = None,
 ) -> Seen:
-    """Train the site for some epochs, as its first round would, and keep what crossed in the last."""
+    """Train the site for some epochs, as its first round would, and keep what crossed in the last.
+
+    With `after` the round begins with the module that another one ended with.
+    """
     spec = ModuleSpec(classes=scene.site.classes)
     start = module.initial(scene.backbone, spec, seed=0)
+    if after is not None:
+        start |= after.module
     device, server = device_part(scene.backbone, cut, spec), server_part(scene.backbone, spec)
     for part in (device, server):
         module.load(part, start)
@@ -89,6 +97,7 @@ def train(
         accuracy=accuracy,
         server=server,
         cut=cut,
+        module=module.read(device),
     )
 
 
@@ -165,6 +174,17 @@ def _accuracy(
             logits = model(one.inputs, one.mask)
             right += int((logits.argmax(1) == one.labels).sum())
     return right / len(chosen)
+
+
+def log_shares(scene: Scene, known: Seen, seen: Seen) -> Array:
+    """What a server that knows the round's first module makes of the outputs it sent: log-probabilities [N, C]."""
+    spec = ModuleSpec(classes=scene.site.classes)
+    device = device_part(scene.backbone, seen.cut, spec)
+    module.load(device, module.initial(scene.backbone, spec, seed=0) | known.module)
+    model = SplitModel(device, seen.cut, LocalEncoder(seen.server, seen.cut))
+    with torch.no_grad():
+        logits = model.tail(torch.from_numpy(seen.tensors["z"]), None)
+    return logits.log_softmax(dim=1).numpy()
 
 
 def features(seen: Seen, size: int = 128) -> Array:

@@ -22,7 +22,8 @@ class Row:
     """The tensor that is attacked, and which way it goes."""
     attack: str
     unit: str
-    """share: of samples or classes found, 0 .. 1; area: under the curve; dB: peak signal-to-noise."""
+    """share: of samples or classes found, 0 .. 1; area: under the curve; dB: peak signal-to-noise; none: nothing is
+    there to attack."""
     value: float
     reference: float
     """What the same attack or a guess gives without the leak: chance, or an image of its mean colour."""
@@ -75,6 +76,8 @@ def _names(names: Iterable[str]) -> list[str]:
 
 
 def _shown(row: Row, value: float) -> str:
+    if row.unit == "none":
+        return "-"
     if row.unit == "share":
         return f"{100 * value:.1f}%"
     return f"{value:.2f}" if row.unit == "area" else f"{value:.1f} dB"

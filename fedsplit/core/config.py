@@ -92,8 +92,8 @@ class RunConfig(BaseModel):
     """Inner width of module=adapter."""
     classifier_init: Literal["zero", "class-means", "ridge"] = "zero"
     """The classifier's start: zero, or in closed form from summed statistics of frozen features."""
-    ridge_lambda: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Regularisation of classifier-init=ridge, in units of the mean squared feature."""
+    ridge_lambda: float = Field(100.0, gt=0, allow_inf_nan=False)
+    """Regularisation of classifier-init=ridge, in units of the features' mean variance."""
     calibrate: bool = True
     """Scale a closed-form classifier by the temperature with the least loss over the sites."""
     classifier_training: Literal["trained", "fixed"] = "trained"

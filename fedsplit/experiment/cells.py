@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fedsplit import __version__
 from fedsplit.core.config import RunConfig
-from fedsplit.core.errors import ConfigError
+from fedsplit.core.errors import ConfigError, FedsplitError
 from fedsplit.experiment.grid import Grid, Method, Problem, Scalar, Settings
 
 # What the experiment sets itself.
@@ -191,7 +191,7 @@ class CellMaker:
         return self._names[key]
 
 
-def faults_of(error: ConfigError) -> list[str]:
+def faults_of(error: FedsplitError) -> list[str]:
     """The single faults of an error that lists several."""
     head, *faults = str(error).split("\n  - ")
     # A head with a colon announces the faults; without one it is the first of them.

@@ -76,7 +76,7 @@ def _data_faults(config: RunConfig) -> list[str]:
     try:
         dealt(config)
     except (ConfigError, DataError) as err:
-        return faults_of(ConfigError(str(err)))
+        return faults_of(err)
     return []
 
 

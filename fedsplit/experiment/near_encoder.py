@@ -21,12 +21,13 @@ import numpy as np
 
 import fedsplit
 from fedsplit.core.config import RunConfig
+from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array, Mask
 from fedsplit.core.errors import RefusedError, UnreachableError
 from fedsplit.federation.messages import Stream
 from fedsplit.model import module
 from fedsplit.model.layers import DOWN, MERGED, UP
-from fedsplit.serving.host import BackboneHost
+from fedsplit.serving.host import MAX_VERSIONS, BackboneHost
 from fedsplit.training.site_data import SiteSettings
 from fedsplit.transport.admission import Limits
 from fedsplit.transport.codec import Codec, check_finite, encode_mask, find_codec
@@ -46,7 +47,6 @@ MEMO_BYTES = 1 << 30
 # A real session's id is a random 63-bit number; nearly all of them have as many digits as this one, and the
 # handshake's length is then the same in every run.
 _SESSION = 1 << 62
-_MAX_VERSIONS = 64
 # The two halves of a branch beside a frozen layer: what goes in, and what comes out and is added.
 _INNER = re.compile(rf"\.(lora_A|{DOWN})\.")
 _OUTER = re.compile(rf"\.(lora_B|{MERGED}|{UP})\.")
@@ -91,14 +91,16 @@ class NearHost:
     def __init__(self, host: BackboneHost, memo: Memo | None = None) -> None:
         self.host = host
         self.memo = memo
-        self._digests: OrderedDict[str, bytes] = OrderedDict()
+        self._effects: OrderedDict[str, Effect] = OrderedDict()
 
     def publish(self, version: str, packed: bytes) -> None:
         """See core.encoder.EncoderHost; notes what the version does to activations."""
         self.host.publish(version, packed)
-        self._digests[version] = effect_digest(packed)
-        while len(self._digests) > _MAX_VERSIONS:
-            self._digests.popitem(last=False)
+        family = self.host.backbone.family
+        self._effects[version] = Effect(packed, blocks=f"{family.base}.{family.blocks}")
+        self._effects.move_to_end(version)
+        while len(self._effects) > MAX_VERSIONS:
+            self._effects.popitem(last=False)
 
     def collect(self, version: str) -> dict[str, dict[str, Array]]:
         """See core.encoder.EncoderHost."""
@@ -111,33 +113,54 @@ class NearHost:
 
     def memo_for(self, how: Stream) -> tuple[Memo, bytes] | None:
         """(memo, what all keys of the session begin with), where the session only ever runs frozen blocks."""
-        digest = self._digests.get(how.grant.version)
-        if self.memo is None or digest is None or how.grant.training is not None:
+        effect = self._effects.get(how.grant.version)
+        if self.memo is None or effect is None or how.grant.training is not None:
             return None
         backbone = bytes.fromhex(how.grant.backbone_sha256)
-        return self.memo, backbone + digest + how.grant.a.to_bytes(4) + how.grant.b.to_bytes(4)
+        return self.memo, backbone + effect.digest(how.grant.cut) + how.grant.a.to_bytes(
+            4
+        ) + how.grant.b.to_bytes(4)
 
 
-def effect_digest(packed: bytes) -> bytes:
-    """Digest of what a module version does to activations.
+class Effect:
+    """What a module version does to activations, as a digest for each cut.
 
-    LoRA whose B is zero and an adapter whose way up is zero do nothing, whatever their other half: so an encoder that
-    never trains is the same in all rounds, seeds and methods.
+    LoRA whose B is zero and an adapter whose way up is zero do nothing, whatever their other half, and what sits on the
+    devices' blocks is not the encoder's: so an encoder that never trains is the same in all rounds, seeds and methods.
     """
-    spec, tensors = module.unpack(packed)
-    layers: dict[str, list[str]] = {}
-    for name in tensors:
-        layers.setdefault(_LAYER.sub("", name), []).append(name)
-    active = sorted(
-        name
-        for names in layers.values()
-        if not all(_closes(n, tensors[n]) for n in names if not _INNER.search(n))
-        for name in names
-    )
-    digest = hashlib.blake2b(repr(spec).encode() if active else b"", digest_size=16)
-    for name in active:
-        digest.update(f"{name}{tensors[name].shape}".encode())
-        digest.update(np.ascontiguousarray(tensors[name]).tobytes())
+
+    def __init__(self, packed: bytes, *, blocks: str) -> None:
+        """`blocks`: what the names of the blocks' tensors begin with, before the block's number."""
+        spec, tensors = module.unpack(packed)
+        self._spec = repr(spec).encode()
+        self._block = re.compile(rf"^{re.escape(blocks)}\.(\d+)\.")
+        layers: dict[str, list[str]] = {}
+        for name in tensors:
+            layers.setdefault(_LAYER.sub("", name), []).append(name)
+        self._active = {
+            name: _digest(
+                name.encode(), repr(tensors[name].shape).encode(), tensors[name].tobytes()
+            )
+            for names in layers.values()
+            if not all(_closes(n, tensors[n]) for n in names if not _INNER.search(n))
+            for name in names
+        }
+
+    def digest(self, cut: Cut) -> bytes:
+        """Alike for two versions that do the same to what goes through blocks[a:b]."""
+        within = sorted(n for n in self._active if self._is_within(n, cut))
+        return _digest(*([self._spec] if within else []), *(self._active[n] for n in within))
+
+    def _is_within(self, name: str, cut: Cut) -> bool:
+        found = self._block.match(name)
+        return found is None or cut.a <= int(found[1]) < cut.b
+
+
+def _digest(*parts: bytes) -> bytes:
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        digest.update(len(part).to_bytes(8))
+        digest.update(part)
     return digest.digest()
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,9 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from types import TracebackType
 
+import torch
+
+from fedsplit.experiment.bench import Bench
 from fedsplit.experiment.cells import Cell
 from fedsplit.experiment.near_encoder import MEMO_BYTES
 from fedsplit.experiment.results import Row, failed_row, finished
@@ -34,7 +38,7 @@ class Schedule:
         self.jobs = jobs
         self._wire = wire
         self._workers: list[_Worker] = []
-        self._bench = None
+        self._bench: Bench | None = None
 
     def __enter__(self) -> Schedule:
         return self
@@ -71,8 +75,6 @@ class Schedule:
             tell(cell, row, False)
 
     def _here(self, cells: deque[Cell]) -> Iterator[tuple[Cell, Row]]:
-        from fedsplit.experiment.bench import Bench
-
         self._bench = self._bench or Bench(wire=self._wire)
         while cells:
             cell = cells.popleft()
@@ -180,12 +182,6 @@ def _one_thread_each() -> Iterator[None]:
 
 def _work(pipe: Connection, wire: str, memo_bytes: int) -> None:
     """A worker's main: rows for cells, until the pipe ends."""
-    import signal
-
-    import torch
-
-    from fedsplit.experiment.bench import Bench
-
     # Ctrl-C goes to all processes of the terminal; the parent ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

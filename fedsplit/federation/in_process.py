@@ -50,10 +50,12 @@ class InProcessGrid(Grid):
         self._running: dict[str, Future[Message]] = {}
         self._pool = None
         if workers > 1:
-            start = torch.set_num_threads if torch_threads else None
-            self._pool = ThreadPoolExecutor(
-                workers, "site", initializer=start, initargs=(torch_threads,) if start else ()
-            )
+
+            def start() -> None:
+                if torch_threads:
+                    torch.set_num_threads(torch_threads)
+
+            self._pool = ThreadPoolExecutor(workers, "site", initializer=start)
         self._closed = False
         # What Flower's own engines set before they call an app.
         self._before = (TaskIdentity._run_id, TaskIdentity._task_id, TaskIdentity._node_id)

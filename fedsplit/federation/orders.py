@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from fedsplit.core.lora_rules import Rule
 from fedsplit.federation import messages
 from fedsplit.federation.endpoint import Endpoint
 from fedsplit.federation.messages import Kind, Order, RollCall
+from fedsplit.federation.zeroth_order import direction_seed
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec, ModuleTensors
@@ -140,8 +140,8 @@ class Orders:
             return None
         samples = sum(s.call.samples for s in self.sites)
         # Sites draw directions of their own; sessions of a shared copy must agree on everything.
-        own = site.name if c.encoder_training == "zeroth-order" else ""
-        key = f"{c.seed}/{own}/{round_}/encoder"
+        zeroth = c.encoder_training == "zeroth-order"
+        seed = direction_seed(c, site=site.name, round_=round_) if zeroth else 0
         return Training(
             # Who trains alone shares no copy.
             mode="hosted"
@@ -158,5 +158,5 @@ class Orders:
             queries=c.zo_queries,
             epsilon=c.zo_epsilon,
             directions=c.zo_directions,
-            seed=zlib.crc32(key.encode()),
+            seed=seed,
         )

@@ -72,9 +72,6 @@ class _Open:
     meter: WaitMeter | None
     encoder: CountingEncoder | None
     cache: Place | None
-    kept: ActivationCache
-    kept_before: int
-    """Samples that the cache knew before this order."""
     trained: int = 0
     """Sample passes forward and back."""
     tested: int = 0
@@ -193,7 +190,9 @@ class SiteRound:
         """Train alone for as many epochs as the whole run has, then test at home and everywhere."""
         with self._split_model(tensors) as run:
             rounds = range(1, self.config.rounds + 1)
-            train(run.model, self._epoch, self._settings(rounds), **self._with(run))
+            # Alone there is no average to stay near.
+            settings = replace(self._settings(rounds), proximal_mu=0.0)
+            train(run.model, self._epoch, settings, **self._with(run))
             own = self._score(run, self.own.test)
             everywhere = self._score(run, self.own.test_everywhere)
         return LocalOnly(
@@ -295,13 +294,9 @@ class SiteRound:
             with self.dial(how, self.config, self.site) if how else nullcontext() as encoder:
                 meter = WaitMeter(encoder) if encoder else None
                 model = SplitModel(part, self._cut, meter)
-                kept = _activations(self._source)
-                place = self._place(kept, model, tensors)
-                yield _Open(model, meter, encoder, place, kept, kept.hits)
+                yield _Open(model, meter, encoder, self._place(model, tensors))
 
-    def _place(
-        self, kept: ActivationCache, model: SplitModel, tensors: ModuleTensors
-    ) -> Place | None:
+    def _place(self, model: SplitModel, tensors: ModuleTensors) -> Place | None:
         """Where activations of this module version are kept, if they are and can be."""
         if not self.config.cache_activations or model.head_trains():
             return None
@@ -315,7 +310,7 @@ class SiteRound:
             tail = module.trained_names(self.backbone, self._spec, self._cut, head=False)
             below = device - tail
         head = version_of({n: tensors[n] for n in below})
-        return kept.at(self._cut, f"{self.order.encoder_digest}/{head}")
+        return _activations(self._source).at(self._cut, f"{self.order.encoder_digest}/{head}")
 
     def _score(self, run: _Open, indices: NDArray[np.int64]) -> Score:
         run.tested += len(indices)
@@ -399,7 +394,7 @@ class SiteRound:
             batch,
             train_samples=run.trained,
             eval_samples=run.tested,
-            cached_samples=run.kept.hits - run.kept_before,
+            cached_samples=run.cache.hits if run.cache else 0,
             estimator=c.zo_estimator if c.gradient == "zeroth-order" else None,
             queries=c.zo_queries,
             server_probes=len(points(c.zo_estimator, c.zo_queries))

@@ -6,7 +6,7 @@ the round, so the server arrives at the site's very weights (training/zeroth_ord
 
 from __future__ import annotations
 
-import zlib
+import hashlib
 from collections.abc import Mapping
 
 import numpy as np
@@ -22,14 +22,19 @@ from fedsplit.training.zeroth_order import ZerothOrder, replay
 
 def zeroth_order(config: RunConfig, *, site: str, round_: int) -> ZerothOrder:
     """How a site estimates its gradients in a round."""
-    key = f"{config.seed}/{site}/{round_}/directions"
     return ZerothOrder(
-        seed=zlib.crc32(key.encode()),
+        seed=direction_seed(config, site=site, round_=round_),
         estimator=config.zo_estimator,
         queries=config.zo_queries,
         epsilon=config.zo_epsilon,
         directions=config.zo_directions,
     )
+
+
+def direction_seed(config: RunConfig, *, site: str, round_: int) -> int:
+    """63 bits of the run's seed, the site and the round: no two of them share directions."""
+    key = f"{config.seed}/{site}/{round_}/directions"
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def replayed(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from functools import cached_property, lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -42,21 +42,13 @@ class Backbone:
     @classmethod
     def find(cls, name: str) -> Backbone:
         """Locate and describe a backbone by directory, hub id or bundled name. Raises BackboneError."""
-        from huggingface_hub.errors import StrictDataclassError
-        from transformers import AutoConfig
-
         path = find_backbone(name)
         try:
-            config = AutoConfig.from_pretrained(path, local_files_only=True)
-        except (*_BAD_CONFIG, OSError, RecursionError, StrictDataclassError) as err:
-            reason = " ".join(str(err).split())[:300]
-            raise BackboneError(
-                f"backbone {path} has no usable config.json ({reason}); give a directory in Hugging "
-                f"Face format"
-            ) from err
-        family = family_of(config.model_type, where=str(path))
+            stamp = (path / "config.json").stat().st_mtime_ns
+        except OSError:
+            stamp = 0  # transformers says it better.
         weight_files(path)
-        return cls(name, path, family, config)
+        return _found(name, path, stamp)
 
     @property
     def blocks(self) -> int:
@@ -128,6 +120,24 @@ def sides(size: Any) -> tuple[int, int]:
     """(height, width) of a config's size, which is one number or two."""
     height, width = size if isinstance(size, list | tuple) else (size, size)
     return int(height), int(width)
+
+
+@lru_cache(maxsize=8)
+def _found(name: str, path: Path, stamp: int) -> Backbone:
+    """The backbone, described once for each state of its config.json: a site asks in every round."""
+    del stamp
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+    except (*_BAD_CONFIG, OSError, RecursionError, StrictDataclassError) as err:
+        reason = " ".join(str(err).split())[:300]
+        raise BackboneError(
+            f"backbone {path} has no usable config.json ({reason}); give a directory in Hugging "
+            f"Face format"
+        ) from err
+    return Backbone(name, path, family_of(config.model_type, where=str(path)), config)
 
 
 class Part:

@@ -98,6 +98,7 @@ def _curves(rows: Sequence[Row], methods: Sequence[str], *, against_bytes: bool)
         ncols=min(4, len(known)),
         frameon=False,
         fontsize=9,
+        handlelength=3,
     )
     return figure
 
@@ -107,7 +108,7 @@ def _look(place: int) -> dict[str, Any]:
     return {
         "color": _COLOURS[place % len(_COLOURS)],
         "ls": _LINES[place // len(_COLOURS) % len(_LINES)],
-        "marker": _MARKERS[place % len(_MARKERS)],
+        "marker": _MARKERS[(place + place // len(_COLOURS)) % len(_MARKERS)],
     }
 
 
@@ -133,10 +134,11 @@ def _panel(axes: Axes, rows: Sequence[Row], methods: Sequence[str], *, against_b
         # A log axis has no place for the start, at which nothing has been moved.
         shown = xs > 0 if against_bytes else np.ones(points, dtype=bool)
         look = _look(place)
-        # Methods may coincide: the first lies below, and is the thickest.
-        thick = max(0.0, 1.0 - place / 6)
+        # Methods may coincide: the first lies below, and is the thickest. A lone point has no line to be seen by.
+        thick = 1.0 - place / max(1, len(methods) - 1)
+        size = 4 + 5 * thick if points > 1 else 9
         axes.plot(
-            xs[shown], accuracy.mean(axis=0)[shown], lw=1.4 + 1.6 * thick, ms=4 + 4 * thick, **look,
+            xs[shown], accuracy.mean(axis=0)[shown], lw=1.4 + 2 * thick, ms=size, **look,
             markevery=max(1, points // 6), zorder=3,
         )  # fmt: skip
         if len(own) > 1:
@@ -176,11 +178,10 @@ def _labels(problem: str, partitions: Mapping[str, Counts]) -> Figure:
             axes.set_ylabel("site")
     for axes in grid.flat[len(partitions) :]:
         axes.set_visible(False)
-    title = (
-        f"{problem}: samples of each class at each site"
-        if problem
-        else "samples of each class at each site"
-    )
+    title = f"{problem}: samples" if problem else "Samples"
+    title += " of each class at each site"
+    if max(sites, classes) <= _MAX_BUBBLES:
+        title += f" (largest disc: {most})"
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
     return figure
 
@@ -205,7 +206,9 @@ def _shades(figure: Figure, axes: Axes, counts: Counts) -> None:
         np.sqrt(table), aspect="auto", cmap="Blues", interpolation="nearest", vmin=0
     )
     bar = figure.colorbar(image, ax=axes, fraction=0.05, pad=0.02)
-    bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda root, _: f"{root * root:.0f}"))
+    most = table.max()
+    ticks = [t for t in MaxNLocator(5, integer=True).tick_values(0, most) if 0 <= t <= most]
+    bar.set_ticks([math.sqrt(t) for t in ticks], labels=[f"{t:.0f}" for t in ticks])
     bar.set_label("samples", fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))

@@ -92,7 +92,8 @@ def _accuracies(rows: Sequence[Row], methods: Sequence[str], columns: Columns, g
     }
     best = {
         c: max(
-            (round(statistics.fmean(v), 1) for m in methods if (v := values[m, c])), default=None
+            (round(statistics.fmean(values[m, c]), 1) for m in methods if values[m, c]),
+            default=None,
         )
         for c in names
     }

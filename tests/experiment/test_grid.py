@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -111,10 +112,8 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 @given(st.binary(max_size=300))
 def test_any_bytes_are_a_grid_or_a_config_error(data: bytes) -> None:
-    try:
+    with contextlib.suppress(ConfigError):
         assert isinstance(parse_grid(data, where="fuzz"), Grid)
-    except ConfigError as err:
-        assert str(err)
 
 
 _VALUES = st.recursive(
@@ -152,8 +151,7 @@ def test_any_table_is_a_grid_or_a_config_error(table: dict[str, Any], named: boo
     with patch.object(grid_file.tomllib, "loads", return_value=table):
         try:
             grid = parse_grid(b"", where="fuzz")
-        except ConfigError as err:
-            assert str(err)
+        except ConfigError:
             return
     faults = Faults()
     expand(grid, Path("out"), faults)

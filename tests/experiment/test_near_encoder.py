@@ -10,9 +10,10 @@ import pytest
 
 import fedsplit
 from fedsplit.core.config import RunConfig
+from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Grant
 from fedsplit.core.errors import ProtocolError, RefusedError, UnreachableError
-from fedsplit.experiment.near_encoder import Memo, NearEncoder, NearHost, effect_digest
+from fedsplit.experiment.near_encoder import Effect, Memo, NearEncoder, NearHost
 from fedsplit.federation.messages import Stream
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
@@ -186,13 +187,38 @@ def test_nothing_else_is_taken_for_the_same(host: BackboneHost) -> None:
     assert (memo.hits, memo.misses) == (2, 8)
 
 
-def test_only_what_acts_makes_another_version(host: BackboneHost) -> None:
+def test_only_what_acts_within_the_cut_makes_another_version(host: BackboneHost) -> None:
     backbone = host.backbone
-    untrained = [effect_digest(packed(backbone, trained=False, seed=s)) for s in (0, 1)]
-    trained = [effect_digest(packed(backbone, trained=True, seed=s)) for s in (0, 1)]
-    bare = effect_digest(module.pack(ModuleSpec(classes=("a",), kind="classifier"), {}))
+    blocks = f"{backbone.family.base}.{backbone.family.blocks}"
+
+    def effect(data: bytes, cut: str = "1,3") -> bytes:
+        return Effect(data, blocks=blocks).digest(Cut.parse(cut))
+
+    untrained = [effect(packed(backbone, trained=False, seed=s)) for s in (0, 1)]
+    trained = [effect(packed(backbone, trained=True, seed=s)) for s in (0, 1)]
+    bare = effect(module.pack(ModuleSpec(classes=("a",), kind="classifier"), {}))
     assert untrained[0] == untrained[1] == bare
     assert len({bare, *trained}) == 3
+    # A tail that trains is not the encoder's.
+    tensors = module.initial(backbone, SPEC, seed=0)
+    own = {n: tensors[n] for n in module.server_names(backbone, SPEC)}
+    tail = {n: t + 1 if f"{blocks}.3." in n else t for n, t in own.items()}
+    assert effect(module.pack(SPEC, tail)) == bare
+    assert effect(module.pack(SPEC, tail), "1,4") != bare
+
+
+def test_adapters_that_add_nothing_are_no_difference(tiny: dict[str, Path]) -> None:
+    backbone = Backbone.find(str(tiny["vit"]))
+    spec = ModuleSpec(classes=("a", "b"), kind="adapter", adapter_width=4)
+    blocks = f"{backbone.family.base}.{backbone.family.blocks}"
+    digests = []
+    for seed, moved in ((0, False), (1, False), (1, True)):
+        tensors = module.initial(backbone, spec, seed=seed)
+        own = {n: tensors[n] for n in module.server_names(backbone, spec)}
+        if moved:
+            own = {n: t + 0.1 if n.endswith("adapter_up.bias") else t for n, t in own.items()}
+        digests.append(Effect(module.pack(spec, own), blocks=blocks).digest(Cut(1, 3)))
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_the_memo_is_bounded_and_keeps_what_is_used() -> None:

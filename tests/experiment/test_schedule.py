@@ -152,6 +152,7 @@ def test_frozen_answers_are_shared_between_runs(parse: Parse, tmp_path: Path) ->
     assert bench.memo.hits > before
 
 
+@pytest.mark.slow
 def test_processes_share_the_work_and_one_that_dies_fails_its_run_alone(
     parse: Parse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

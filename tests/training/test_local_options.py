@@ -55,6 +55,13 @@ def trained(
     return module.read(model.part)
 
 
+@pytest.fixture(scope="module")
+def plain(tiny_vit: Backbone) -> ModuleTensors:
+    """What the defaults come to."""
+    torch.set_num_threads(1)
+    return trained(tiny_vit)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_the_defaults_are_plain_torch_to_the_bit(optimizer: str, tiny_vit: Backbone) -> None:
     chosen = {"optimizer": optimizer, "lora_learning_rate": 0.003, "weight_decay": 0.02}
@@ -86,9 +93,9 @@ def test_everything_at_once_is_reproduced_to_the_bit(frozen_head: bool, tiny_vit
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if n not in ("class_counts", "augmentation_key")])
-def test_every_option_does_something(name: str, tiny_vit: Backbone) -> None:
+def test_every_option_does_something(name: str, plain: ModuleTensors, tiny_vit: Backbone) -> None:
     extra = {"class_counts": (20, 7)} if name == "loss" else {}
-    assert not same_bits(trained(tiny_vit, **{name: ALL[name]} | extra), trained(tiny_vit))
+    assert not same_bits(trained(tiny_vit, **{name: ALL[name]} | extra), plain)
 
 
 # Accumulation.
@@ -132,8 +139,8 @@ def test_a_clipped_step_is_as_long_as_allowed(tiny_vit: Backbone) -> None:
     assert moved == pytest.approx(0.01, rel=1e-3)
 
 
-def test_a_short_gradient_is_not_touched(tiny_vit: Backbone) -> None:
-    assert_same_bits(trained(tiny_vit, clip_norm=1e6), trained(tiny_vit))
+def test_a_short_gradient_is_not_touched(plain: ModuleTensors, tiny_vit: Backbone) -> None:
+    assert_same_bits(trained(tiny_vit, clip_norm=1e6), plain)
 
 
 # The proximal term.
@@ -168,7 +175,7 @@ def test_a_strong_pull_stays_near(tiny_vit: Backbone) -> None:
     start = trained(tiny_vit, batches=lambda _: [])
 
     def far(mu: float) -> float:
-        after = trained(tiny_vit, optimizer="sgd", learning_rate=0.05, epochs=5, proximal_mu=mu)
+        after = trained(tiny_vit, optimizer="sgd", learning_rate=0.05, epochs=3, proximal_mu=mu)
         return float(sum(np.sum((after[n] - start[n]) ** 2) for n in start))
 
     assert far(10.0) < 0.3 * far(0.0)
@@ -193,7 +200,7 @@ def test_the_loss_is_of_the_data_alone(tiny_vit: Backbone) -> None:
 # Precision.
 
 
-@pytest.mark.parametrize("cut", ["1,3", "0,4", "2,2"])
+@pytest.mark.parametrize("cut", ["1,3", "2,2"])
 def test_bf16_trains_and_stays_near_fp32(cut: str, tiny_vit: Backbone) -> None:
     scores = {}
     for precision in ("fp32", "bf16"):

@@ -1,0 +1,113 @@
+"""The table and the figures of a grid, from rows alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedsplit.experiment.results import Row
+from fedsplit.report.comparison import write_figures, write_labels
+from fedsplit.report.comparison_table import Columns, comparison_table, human_count
+
+METHODS = ["FedV", "Probe", "Closed form"]
+
+
+def row(method: str, partition: str, seed: int, reached: float, **other: object) -> Row:
+    curve = tuple(reached * share for share in (0.1, 0.8, 1.0))
+    fields: dict[str, object] = {
+        "run": f"{method}-{partition}-{seed}", "method": method, "problem": "p",
+        "axes": (("partition", partition), ("sites", 4)), "seed": seed, "outcome": "complete", "rounds": 2,
+        "accuracy_global": reached, "accuracy_personal": reached / 2, "accuracy_by_round": curve,
+        "bytes_by_round": (0, 5_000_000, 10_000_000), "bytes_activation_up": 3_000_000, "bytes_activation_down": 4,
+        "bytes_module_up": 1_000_000, "bytes_module_down": 1_000_000, "seconds": 60.0, "peak_rss_bytes": 10**9,
+    }  # fmt: skip
+    return Row.model_validate(fields | other)
+
+
+@pytest.fixture
+def rows() -> list[Row]:
+    found = [
+        row(m, p, s, 0.5 + 0.1 * i + 0.02 * s - (0.2 if p != "iid" else 0))
+        for s in (0, 1)
+        for p in ("iid", "dirichlet:0.1")
+        for i, m in enumerate(METHODS[:2])
+    ]
+    one = {"accuracy_by_round": (0.7,), "bytes_by_round": (70_000,), "flops_device": 2 * 10**9}
+    return [*found, row("Closed form", "iid", 0, 0.61, **one)]
+
+
+def table(rows: list[Row], **other: object) -> str:
+    return comparison_table(rows, name="g", methods=METHODS, runs=12, **other)  # type: ignore[arg-type]
+
+
+def lines_of(text: str, method: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith(f"| {method} |")]
+
+
+def test_means_deviations_and_the_best(rows: list[Row]) -> None:
+    text = table(rows, description="Words.", tuned=["FedV: x"])
+    assert text.startswith(
+        "# g\n\nWords.\n\n9 of 12 runs are complete; mean ± standard deviation over 2 seeds"
+    )
+    assert "| method | iid | dirichlet:0.1 |" in text
+    assert lines_of(text, "FedV")[0] == "| FedV | 51.0 ± 1.4 | 31.0 ± 1.4 |"
+    assert lines_of(text, "Probe")[0] == "| Probe | **61.0 ± 1.4** | **41.0 ± 1.4** |"
+    assert lines_of(text, "Closed form")[0] == "| Closed form | **61.0** | - |"
+    assert lines_of(text, "Probe")[1].startswith("| Probe | **30.5 ± 0.7** |")
+    assert (
+        lines_of(text, "FedV")[2]
+        == "| FedV | 4.00 MB | 1.00 MB | 2.00 MB | - | 60 s | 1.00 GB | 4 |"
+    )
+    assert "2.00 G" in lines_of(text, "Closed form")[2]
+    assert "## Tuning\n\n- FedV: x" in text
+    assert "not complete" not in text
+
+
+def test_what_failed_is_named_and_does_not_count(rows: list[Row]) -> None:
+    bad = row("FedV", "iid", 2, 0.0).model_copy(
+        update={"outcome": "failed", "reason": "no | luck\nat all", "accuracy_global": None}
+    )
+    text = table([*rows, bad])
+    assert lines_of(text, "FedV")[0] == "| FedV | 51.0 ± 1.4 | 31.0 ± 1.4 |"
+    assert "- FedV-iid-2 (failed): no \\| luck at all" in text
+    only_bad = table([bad])
+    assert lines_of(only_bad, "FedV")[0] == "| FedV | - |"
+
+
+def test_columns_are_the_axes_that_vary(rows: list[Row]) -> None:
+    assert Columns(rows).names(rows) == ["iid", "dirichlet:0.1"]
+    more = [*rows, rows[0].model_copy(update={"axes": (("partition", "iid"), ("sites", 8))})]
+    assert Columns(more).names(more) == ["iid, sites=4", "dirichlet:0.1, sites=4", "iid, sites=8"]
+    bare = [rows[0].model_copy(update={"axes": ()})]
+    assert Columns(bare).names(bare) == ["result"]
+
+
+def test_human_count() -> None:
+    assert [human_count(n) for n in (12, 3400, 605_000_000, 1.18e12)] == [
+        "12",
+        "3.40 k",
+        "605 M",
+        "1.18 T",
+    ]
+
+
+def test_figures_are_drawn(rows: list[Row], tmp_path: Path) -> None:
+    failed = rows[0].model_copy(update={"outcome": "failed", "accuracy_by_round": ()})
+    written = write_figures(tmp_path, [*rows, failed], methods=METHODS)
+    counts = {"iid": [[5, 5]] * 3, "dirichlet:0.1": [[9, 0], [0, 4], [1, 6]]}
+    many = {"iid, 100 sites": [[i % 7] * 60 for i in range(100)]}
+    written += write_labels(tmp_path, {"p": counts, "": many})
+    names = ("accuracy-bytes", "accuracy-rounds", "labels-p", "labels")
+    assert [p.name for p in written] == [f"{n}.{kind}" for n in names for kind in ("png", "svg")]
+    for path in written:
+        if path.suffix == ".png":
+            with Image.open(path) as image:
+                assert min(image.size) > 200
+                assert len(set(np.asarray(image.convert("L")).ravel())) > 20
+        else:
+            assert "<svg" in path.read_text()[:1000]
+    assert sorted(tmp_path.glob(".*")) == []
+    assert write_figures(tmp_path, [failed], methods=METHODS) == ()

@@ -64,6 +64,18 @@ def test_losses_of_a_batch_tell_no_label_of_a_sample(seen: dict[str, steps.Seen]
     assert found < chance + 0.15
 
 
+def test_the_loss_of_one_sample_tells_its_label_to_who_has_the_module(
+    digits: Scene, seen: dict[str, steps.Seen]
+) -> None:
+    known = seen["zeroth-order"]
+    one = steps.train(
+        digits, "zeroth-order", CUT, epochs=1, batch=1, indices=np.arange(40), after=known
+    )
+    assert one.tensors["losses"].shape == (40, 4)
+    shares = steps.log_shares(digits, known, one)
+    assert labels.of_losses(one.tensors["losses"][:, 0], shares, one.labels) > 0.7
+
+
 def test_without_gradients_the_backbones_own_clusters_remain(
     digits: Scene, seen: dict[str, steps.Seen]
 ) -> None:

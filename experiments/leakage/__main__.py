@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=2, help="the last one is attacked")
     parser.add_argument("--images", type=int, default=64, help="images to reconstruct")
     parser.add_argument("--public", type=int, default=1000, help="the attacker's own images")
-    parser.add_argument("--threads", type=int, default=2, help="threads for torch")
+    parser.add_argument("--threads", type=int, default=1, help="threads for torch")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder for the two tables")
     return parser
 

@@ -87,17 +87,17 @@ def train(
             _step(model, wire, one, optimizer, mode, number + epoch * len(chosen))
             labels.append(one.labels.numpy())
     crossed = {name: _rows(name, parts) for name, parts in wire.seen.items()}
-    before, after = start["classifier.bias"], module.read(device)["classifier.bias"]
+    bias, trained = start["classifier.bias"], module.read(device)
     accuracy = _accuracy(model, scene, chosen, transform) if batch > 1 else float("nan")
     return Seen(
         tensors=crossed,
         labels=np.concatenate(labels),
         steps_of=np.repeat(np.arange(len(labels)), [len(part) for part in labels]),
-        bias_change=after - before,
+        bias_change=trained["classifier.bias"] - bias,
         accuracy=accuracy,
         server=server,
         cut=cut,
-        module=module.read(device),
+        module=trained,
     )
 
 

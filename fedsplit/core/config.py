@@ -164,6 +164,8 @@ class RunConfig(BaseModel):
     """Share of a site's samples that it keeps for testing."""
     max_samples: int = Field(0, ge=0)
     """Use at most this many samples of the source; 0: all."""
+    max_site_samples: int = Field(0, ge=0)
+    """Simulation: a site keeps at most so many of the samples that it was dealt; 0: all."""
     image_size: int = Field(0, ge=0, le=2048)
     """Side of the images in pixels; 0: what the backbone was trained with."""
     max_length: int = Field(128, ge=4, le=8192)

@@ -75,7 +75,9 @@ def choose(trials_: Sequence[Trial], rows: Sequence[Row]) -> Tuned:
     """The best candidate of each method on each problem. One whose every run failed keeps its first."""
     best: dict[tuple[str, str], tuple[float, Settings]] = {}
     for trial, row in zip(trials_, rows, strict=True):
-        reached = -1.0 if row.accuracy_global is None else row.accuracy_global
+        # A method that averages nothing is judged by what its sites reach alone.
+        known = (row.accuracy_global, row.accuracy_local_only, -1.0)
+        reached = next(value for value in known if value is not None)
         key = (trial.method, trial.problem)
         if row.outcome == "failed":
             reached = -1.0

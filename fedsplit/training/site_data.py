@@ -218,17 +218,25 @@ def _split(config: RunConfig, site: SiteSettings, examples: Examples) -> tuple[I
         train, test = _train_test(examples, None, config.test_fraction, config.seed, site.name)
         return train, test, test
     number, of = site.partition
-    shares = _shares(examples, of, config.partition, config.test_fraction, config.seed)
+    shares = _shares(
+        examples, of, config.partition, config.test_fraction, config.seed, config.max_site_samples
+    )
     if str(config.method) == CENTRALISED:
         return shares.train, shares.everywhere, shares.everywhere
     return (*shares.splits[number], shares.everywhere)
 
 
 @functools.lru_cache(maxsize=4)
-def _shares(examples: Examples, of: int, spec: str, test_fraction: float, seed: int) -> _Shares:
+def _shares(
+    examples: Examples, of: int, spec: str, test_fraction: float, seed: int, most: int
+) -> _Shares:
     """All sites' shares at once: a process that is 1,000 sites deals once, not 1,000 times."""
     dealt = partition(examples.labels, parse_partition(spec), of, seed, examples.groups)
     splits = []
+    if most:
+        # After the dealing, so that partitions which deal more or less out can be compared at one size.
+        rng = np.random.default_rng([seed, most])
+        dealt = [np.sort(rng.permutation(share)[:most]) for share in dealt]
     for i, share in enumerate(dealt):
         train, test = _train_test(examples, share, test_fraction, seed, f"site-{i}")
         splits.append((share[train], share[test]))

@@ -21,7 +21,8 @@ from fedsplit.core.errors import FederationError, FedsplitError
 from fedsplit.core.records import RoundMetrics
 
 ORDER, ANSWER, FAULT, MODULE, DELTA = "order", "answer", "fault", "module", "delta"
-STATISTICS, FIT, HELD_OUT, SCALARS = "statistics", "fit", "held-out", "scalars"
+STATISTICS, FIT, HELD_OUT = "statistics", "fit", "held-out"
+SCALARS, HISTORY = "scalars", "history"
 MAX_JSON_CHARS = 1_000_000
 # Counts are weights of the average: they must fit the arithmetic of numpy.
 MAX_SAMPLES = 10**12
@@ -49,6 +50,13 @@ class Stream(_Part):
     ca_file: str
 
 
+class Round(_Part):
+    """A round that a site is to replay: whose scalars, and the samples they stand for."""
+
+    number: int
+    sites: tuple[tuple[str, int], ...] = Field(max_length=100_000)
+
+
 class Order(_Part):
     """What a site is to do."""
 
@@ -66,6 +74,11 @@ class Order(_Part):
     """None where nothing runs on the server, and at roll call."""
     encoder_digest: str = ""
     """Digest of the module's tensors that the site does not hold: what its activations depend on beside its own."""
+    held: int = -1
+    """The round whose module the site kept and is to start from by replaying `history`; -1: the module came."""
+    history: tuple[Round, ...] = ()
+    module_digest: str = ""
+    """Digest of what the replay must arrive at."""
     state_dir: str = ""
     """Simulation only: where the sites of this machine keep what is their own."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from flwr.app import Message
+from flwr.app import Message, RecordDict
 
 from fedsplit import __version__
 from fedsplit.core.config import RunConfig
@@ -15,6 +15,7 @@ from fedsplit.core.lora_rules import Rule
 from fedsplit.federation import messages
 from fedsplit.federation.endpoint import Endpoint
 from fedsplit.federation.messages import Kind, Order, RollCall
+from fedsplit.federation.replay_log import ReplayLog
 from fedsplit.federation.zeroth_order import direction_seed
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
@@ -48,6 +49,7 @@ class Orders:
     rule: Rule
     sites: Sequence[Site]
     endpoint: Endpoint
+    log: ReplayLog
     state_dir: str = ""
 
     def version(self, round_: int) -> str:
@@ -95,16 +97,34 @@ class Orders:
             encoder_digest=encoder_digest,
             state_dir=self.state_dir,
         )
-        content = messages.write(messages.ORDER, order)
-        content[messages.MODULE] = messages.to_arrays(self.received(site, tensors))
         return Message(
-            content,
+            self._content(order, site, self.received(site, tensors)),
             site.node_id,
             "evaluate" if kind == "evaluate" else "train",
             # A site that was away must not start on a round that is over.
             ttl=self.deadline_s(kind),
             group_id=str(round_),
         )
+
+    def _content(self, order: Order, site: Site, tensors: ModuleTensors) -> RecordDict:
+        """The order with the module, or with what a site that kept an earlier one needs to get there."""
+        known = self.log.since(site.name, order.round)
+        module_bytes = sum(t.nbytes for t in tensors.values())
+        if known is not None and sum(a.nbytes for a in known[1].values()) < module_bytes:
+            held, arrays, history = known
+            order = order.model_copy(
+                update={
+                    "held": held,
+                    "history": tuple(history),
+                    "module_digest": digest_of(tensors),
+                }
+            )
+            content = messages.write(messages.ORDER, order)
+            content[messages.HISTORY] = messages.to_arrays(arrays)
+            return content
+        content = messages.write(messages.ORDER, order)
+        content[messages.MODULE] = messages.to_arrays(tensors)
+        return content
 
     def _grant(self, site: Site, kind: Kind, round_: int) -> Grant:
         epochs = self.config.local_epochs * (self.config.rounds if kind == "local-only" else 1)

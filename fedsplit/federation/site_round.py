@@ -23,11 +23,13 @@ from numpy.typing import NDArray
 from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.directions import points
+from fedsplit.core.errors import FederationError
 from fedsplit.core.records import RoundMetrics
 from fedsplit.federation import messages
 from fedsplit.federation.dial import CountingEncoder, Dial
 from fedsplit.federation.messages import Answer, Calibration, LocalOnly, Order
 from fedsplit.federation.plan import Plan, plan
+from fedsplit.federation.replay_log import caught_up
 from fedsplit.federation.site_state import DEFAULT_FOLDER, Saved, SiteState
 from fedsplit.federation.zeroth_order import zeroth_order
 from fedsplit.model import module
@@ -50,7 +52,7 @@ from fedsplit.training.round import Score, TrainSettings, WaitMeter, evaluate, t
 from fedsplit.training.site_data import SiteData, SiteSettings
 from fedsplit.training.zeroth_order import train_zeroth_order
 
-PERSONAL, KEPT = "personal", "kept"
+PERSONAL, KEPT, HELD = "personal", "kept", "held"
 # One training sample in so many is held out for the calibration.
 HELD_OUT_OF = 5
 
@@ -104,7 +106,7 @@ class SiteRound:
 
     def carry_out(self, content: RecordDict) -> RecordDict:
         """Do what the order says. Raises FedsplitError."""
-        tensors = messages.from_arrays(content, messages.MODULE)
+        tensors = self._module(content)
         received = messages.array_bytes(content)
         if self.order.kind == "local-only":
             return messages.write(messages.ANSWER, self._local_only(tensors))
@@ -115,6 +117,27 @@ class SiteRound:
         if self.order.kind == "evaluate":
             return self._evaluate(tensors, received)
         return self._train_round(tensors, received)
+
+    def _module(self, content: RecordDict) -> ModuleTensors:
+        """The module that came, or the one that the site kept with the rounds since replayed."""
+        if self.order.held < 0:
+            return messages.from_arrays(content, messages.MODULE)
+        saved = self._state.load()
+        kept = saved.under(HELD) if saved else {}
+        # The module of an order is the one after the round before it.
+        if saved is None or saved.round - 1 != self.order.held:
+            raise FederationError(
+                f"the server counts on the module of round {self.order.held}, which this site has no longer; the "
+                f"whole module is sent from now on"
+            )
+        return caught_up(
+            content,
+            self.order,
+            kept,
+            config=self.config,
+            backbone=self.backbone,
+            spec=self._spec,
+        )
 
     # The orders.
 
@@ -137,7 +160,10 @@ class SiteRound:
         if self._keeps_state:
             kept = {f"{KEPT}/{n}": now[n] for n in self._plan.kept}
             personal = {f"{PERSONAL}/{n}": t for n, t in learnt.personal.items()}
-            self._state.save(self.order.round, kept | personal)
+            # By zeroth order a site that has its module needs no other one, only what happened since.
+            held = tensors if self.config.gradient == "zeroth-order" else {}
+            whole = {f"{HELD}/{n}": t for n, t in held.items()}
+            self._state.save(self.order.round, kept | personal | whole)
         metrics = self._metrics(
             run, received, reply, before=before, after=learnt.score, loss=learnt.loss, flops=flops
         )
@@ -350,7 +376,8 @@ class SiteRound:
     @property
     def _keeps_state(self) -> bool:
         c = self.config
-        return c.personalisation != "none" or c.site_local != "none" or c.sync_every > 1
+        personal = c.personalisation != "none" or c.site_local != "none"
+        return personal or c.sync_every > 1 or c.gradient == "zeroth-order"
 
     def _resumed(self, saved: Saved | None) -> ModuleTensors:
         """What the site goes on from in place of what the server sent."""

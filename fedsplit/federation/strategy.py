@@ -35,6 +35,7 @@ from fedsplit.federation.ledger import Ledger
 from fedsplit.federation.messages import Answer, Calibration, Kind, LocalOnly
 from fedsplit.federation.orders import Orders, Site
 from fedsplit.federation.plan import plan
+from fedsplit.federation.replay_log import ReplayLog, replayable
 from fedsplit.federation.run_dir import Checkpoint, RunDir
 from fedsplit.federation.server_rules import ServerRule
 from fedsplit.federation.zeroth_order import replayed
@@ -83,7 +84,15 @@ class SplitStrategy(Strategy):
             robust_rule=config.robust_rule,
             byzantine_sites=config.byzantine_sites,
         )
+        self._log = ReplayLog(
+            replayable(
+                config,
+                [s.cut for s in self.sites.values()],
+                [s.rank for s in self.sites.values()],
+            )
+        )
         self._orders = Orders(
+            log=self._log,
             run=run_dir.name,
             config=config,
             backbone=backbone,
@@ -296,6 +305,8 @@ class SplitStrategy(Strategy):
         try:
             answer = self._read(round_, name, reply)
         except FedsplitError as err:
+            # What it holds is no longer certain: whole modules from now on.
+            self._log.failed(name)
             self._left_out(round_, name, str(err))
             return
         self._account(answer.metrics)
@@ -346,6 +357,9 @@ class SplitStrategy(Strategy):
                 delta = messages.from_arrays(reply.content, messages.DELTA)
             update = Update(site=site.name, samples=answer.metrics.samples, delta=delta)
             check_update(update, module=received, trained=names.sent, samples=site.call.samples)
+            if self.config.gradient == "zeroth-order":
+                scalars = messages.from_arrays(reply.content, messages.SCALARS)[messages.SCALARS]
+                self._log.add(round_, site.name, update.samples, scalars)
         except (UpdateError, FederationError) as err:
             self._left_out(round_, site.name, str(err))
             return None

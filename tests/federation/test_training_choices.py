@@ -11,6 +11,7 @@ import pytest
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.records import Summary
 from fedsplit.federation.server import Run
+from fedsplit.federation.site_state import SiteState
 from fedsplit.model import module
 from fedsplit.model.split import whole_model
 from fedsplit.training import data
@@ -135,15 +136,10 @@ def test_momentum_at_the_server_survives_a_resume(tmp_path: Path) -> None:
 
     runs = tmp_path / "b"
     config = settings(runs, **(SMALL | same))
-    with (
-        prepared(config, simulated(2), silent=lambda node, m: m.metadata.group_id == "3") as (
-            run,
-            _,
-        ),
-        pytest.raises(FederationError),
-    ):
-        object.__setattr__(config, "deadline_s", 1.0)
-        run.go()
+    object.__setattr__(config, "deadline_s", 1.0)
+    with prepared(config, simulated(2), silent=lambda _, m: m.metadata.group_id == "3") as (run, _):
+        with pytest.raises(FederationError):
+            run.go()
     again = settle(settings(runs, run_name="", resume="run"))
     with prepared(again, simulated(2)) as (run, _):
         run.go()
@@ -215,3 +211,72 @@ def test_zeroth_order_at_the_device_sends_scalars_and_is_replayed_exactly(tmp_pa
     assert max(up) < 400
     assert np.abs(tensors["classifier.weight"]).max() > 0
     assert summary.outcome == "complete"
+
+
+def test_a_late_site_catches_up_by_replay_and_a_round_is_kilobytes(tmp_path: Path) -> None:
+    """Zeroth order at the device: after the first round no module travels, and a missed round is replayed."""
+    same = {
+        "method": "fedvz-device", "cut": "0,5", "rounds": 4, "learning_rate": 1e-3, "lora_learning_rate": 1e-3,
+        "deadline_s": 20.0, "min_sites": 1,
+    }  # fmt: skip
+
+    def away(node: int, message: Any) -> bool:
+        return node == 2 and message.metadata.group_id == "2"
+
+    config = settings(tmp_path, **(SMALL | same))
+    object.__setattr__(config, "deadline_s", 3.0)
+    with prepared(config, simulated(2), silent=away) as (run, _):
+        summary = run.go()
+    assert {s.name: s.rounds_missed for s in summary.sites} == {"site-0": 0, "site-1": 1}
+    rows = {(m.round, m.site): m for m in run.ledger.metrics}
+    module_bytes = rows[1, "site-1"].bytes_module_down
+    # Two rounds of history for the one that was away, none of a module.
+    assert rows[3, "site-1"].bytes_module_down < 2_000 < module_bytes / 5
+    assert rows[4, "site-0"].bytes_module_down < 2_000
+    assert summary.accuracy_global is not None
+
+    # The same run where every site is sent the whole module each time: bit-equal.
+    from fedsplit.federation.replay_log import ReplayLog
+
+    whole = settings(tmp_path, **(SMALL | same | {"run_name": "whole"}))
+    object.__setattr__(whole, "deadline_s", 3.0)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        prepared(whole, simulated(2), silent=away) as (other, _),
+    ):
+        patch.setattr(ReplayLog, "since", lambda *_: None)
+        other.go()
+    close(run._strategy.module, other._strategy.module, 0)
+
+
+def test_a_site_that_lost_its_state_is_sent_the_module_again(tmp_path: Path) -> None:
+    config = settings(
+        tmp_path, **SMALL | {"method": "fedvz-device", "cut": "0,5", "rounds": 4, "min_sites": 1}
+    )
+
+    def forget(node: int, message: Any, reply: Any) -> Any:
+        if node == 2 and message.metadata.group_id == "1":
+            state = SiteState(tmp_path / "run" / "sites", run="run", site="site-1")
+            state._path.write_bytes(b"damaged")
+        return reply
+
+    with prepared(config, simulated(2), tamper=forget) as (run, _):
+        summary = run.go()
+    assert {s.name: s.rounds_missed for s in summary.sites} == {"site-0": 0, "site-1": 1}
+    assert summary.rounds_done == 4
+    assert any("sent from now on" in out.reason for out in summary.left_out)
+
+
+def test_the_same_seed_gives_the_same_bits_again(tmp_path: Path) -> None:
+    same = {
+        "cut": "0,5;6,6",
+        "classifier_init": "ridge",
+        "augmentation": "crop+flip",
+        "clip_norm": 1.0,
+    }
+    same |= {"label_smoothing": 0.1, "warmup_rounds": 1, "accumulate": 2, "weight_decay": 0.01}
+    _, first, _ = trained(tmp_path / "a", **same)
+    _, second, _ = trained(tmp_path / "b", **same)
+    _, other, _ = trained(tmp_path / "c", **same, seed=1)
+    close(first, second, 0)
+    assert any((first[n] != other[n]).any() for n in first)

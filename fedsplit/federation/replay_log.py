@@ -1,0 +1,135 @@
+"""Rounds as scalars: a site that kept the module of an earlier round catches up by replaying what came since.
+
+With zeroth order at the device an update is one number a step and direction, so the rounds that a site missed are
+KBs where the module is MBs. The server keeps the scalars of every round it ran and knows what each site holds;
+the site does the server's own arithmetic over them and checks the digest of what it arrives at. A site whose
+arithmetic comes out otherwise (another processor's last bit) says so and is sent the module from then on.
+
+Only where every tensor of an update can be made again by everyone: one cut, one rank, plain averages.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import ArrayRecord, RecordDict
+from numpy.typing import NDArray
+
+from fedsplit.core.aggregation import Update, aggregate
+from fedsplit.core.config import RunConfig
+from fedsplit.core.cut import Cut
+from fedsplit.core.errors import FederationError, UpdateError
+from fedsplit.federation import messages
+from fedsplit.federation.messages import Order, Round
+from fedsplit.federation.plan import plan
+from fedsplit.federation.zeroth_order import replayed
+from fedsplit.model.backbone import Backbone
+from fedsplit.model.module import ModuleSpec, ModuleTensors
+from fedsplit.training.activation_cache import version_of
+
+log = logging.getLogger(__name__)
+
+Scalars = NDArray[np.float32]
+
+
+def replayable(config: RunConfig, cuts: Sequence[Cut], ranks: Sequence[int]) -> bool:
+    """Can a site make every other site's update again?"""
+    return (
+        config.gradient == "zeroth-order"
+        and len(set(cuts)) == 1
+        and len(set(ranks)) == 1
+        and config.lora_aggregation in ("plain", "ffa")
+        and (config.server_optimizer, config.robust_rule) == ("mean", "mean")
+        and config.server_learning_rate == 1
+    )
+
+
+@dataclass
+class ReplayLog:
+    """The server's half: the scalars of all rounds, and the module version that each site holds."""
+
+    usable: bool
+    _rounds: dict[int, list[tuple[str, int, Scalars]]] = field(default_factory=dict)
+    _held: dict[str, int] = field(default_factory=dict)
+    _full_only: set[str] = field(default_factory=set)
+
+    def add(self, round_: int, site: str, samples: int, scalars: Scalars) -> None:
+        """An update that was taken. What the site was sent for this round it holds."""
+        if self.usable:
+            self._rounds.setdefault(round_, []).append((site, samples, scalars))
+            self._held[site] = round_ - 1
+
+    def failed(self, site: str) -> None:
+        """The site could not catch up: it is sent whole modules from now on."""
+        self._full_only.add(site)
+
+    def since(self, site: str, round_: int) -> tuple[int, dict[str, Scalars], list[Round]] | None:
+        """(version held, scalars by name, who they are of) for a site's order of `round_`; None: send the module."""
+        held = self._held.get(site)
+        if not self.usable or held is None or site in self._full_only:
+            return None
+        missed = range(held + 1, round_)
+        if any(r not in self._rounds for r in missed):
+            return None  # A resumed run has forgotten them.
+        arrays: dict[str, Scalars] = {}
+        rounds: list[Round] = []
+        for r in missed:
+            told = sorted(self._rounds[r], key=lambda update: update[0])
+            arrays |= {f"{r}/{i}": scalars for i, (_, _, scalars) in enumerate(told)}
+            rounds.append(Round(number=r, sites=tuple((name, n) for name, n, _ in told)))
+        return held, arrays, rounds
+
+
+def caught_up(
+    content: RecordDict,
+    order: Order,
+    kept: ModuleTensors,
+    *,
+    config: RunConfig,
+    backbone: Backbone,
+    spec: ModuleSpec,
+) -> ModuleTensors:
+    """The site's half: the module of this order, from what the site kept and the rounds since.
+
+    Raises FederationError where it does not arrive at the server's module.
+    """
+    scalars = messages.from_arrays(content, messages.HISTORY)
+    module = dict(kept)
+    try:
+        for past in order.history:
+            names = plan(config, backbone, spec, Cut.parse(order.cut), past.number).trained
+            start = {n: module[n] for n in names}
+            updates = [
+                Update(
+                    site=site,
+                    samples=samples,
+                    delta=replayed(
+                        RecordDict({messages.SCALARS: _one(scalars[f"{past.number}/{i}"])}),
+                        config,
+                        backbone,
+                        site=site,
+                        samples=samples,
+                        round_=past.number,
+                        start=start,
+                    ),
+                )
+                for i, (site, samples) in enumerate(past.sites)
+            ]
+            module = aggregate(module, updates)
+    except (KeyError, UpdateError) as err:
+        raise FederationError(
+            f"the rounds since round {order.held} cannot be replayed: {err}"
+        ) from err
+    if version_of(module) != order.module_digest:
+        raise FederationError(
+            "the replayed rounds do not give the server's module on this machine's processor; the whole module "
+            "is sent from now on"
+        )
+    return module
+
+
+def _one(scalars: Scalars) -> ArrayRecord:
+    return messages.to_arrays({messages.SCALARS: scalars})

@@ -19,6 +19,7 @@ from fedsplit.core.cut import Cut, parse_cuts
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.flat import Flat, fault, is_number, read_pairs, unknown
 from fedsplit.core.methods import METHODS, Method, apply
+from fedsplit.core.tasks import TASK_NAME, parse_holders, parse_tasks
 
 # What a resumed run takes from its new settings; all else is what the run was started with.
 RESUME_KEYS = (
@@ -42,10 +43,14 @@ class RunConfig(BaseModel):
 
     backbone: str = "vit-glyphs"
     """A local model directory, a hub id, or the name of the bundled one."""
-    task: str = Field("digits", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")
+    task: str = Field("digits", pattern=rf"^{TASK_NAME}$")
     """Name of the task: in tokens, summaries and the run's folder."""
     data: str = "digits"
     """digits | folder:PATH | csv:PATH | jsonl:PATH | npz:PATH | hf:NAME; a site's node config overrides."""
+    tasks: str = ""
+    """Several tasks "NAME=SOURCE;NAME=SOURCE" that take turns on one encoder; empty: the one of task and data."""
+    task_holders: str = ""
+    """Simulation: numbers of the sites that hold a task, "NAME:0-3;NAME:2,5"; a task that is not named: all."""
     classes: str = ""
     """The task's classes, comma-separated; empty: the union of the sites' class names."""
     text_column: str = Field("text", min_length=1)
@@ -122,8 +127,8 @@ class RunConfig(BaseModel):
     """Longest gradient of a step on the device; 0: any."""
     accumulate: int = Field(1, ge=1, le=1024)
     """Batches whose gradients make one step of the optimiser."""
-    loss: Literal["softmax", "one-vs-all"] = "softmax"
-    """Cross-entropy over the classes, or one yes-or-no question a class."""
+    loss: Literal["softmax", "one-vs-all", "balanced-softmax"] = "softmax"
+    """Cross-entropy; one yes-or-no question a class; or cross-entropy that allows for the site's mix of classes."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the label that is spread over all classes."""
     augmentation: Literal["none", "flip", "crop+flip"] = "none"
@@ -212,6 +217,24 @@ class RunConfig(BaseModel):
             raise ValueError(str(err)) from err
         return value
 
+    @field_validator("tasks")
+    @classmethod
+    def _check_tasks(cls, value: str) -> str:
+        try:
+            parse_tasks(value)
+        except ConfigError as err:
+            raise ValueError(str(err)) from err
+        return value
+
+    @field_validator("task_holders")
+    @classmethod
+    def _check_holders(cls, value: str) -> str:
+        try:
+            parse_holders(value)
+        except ConfigError as err:
+            raise ValueError(str(err)) from err
+        return value
+
     @field_validator("partition")
     @classmethod
     def _check_partition(cls, value: str) -> str:
@@ -250,6 +273,20 @@ class RunConfig(BaseModel):
     def cuts(self) -> tuple[Cut, ...]:
         """The cuts that are dealt to the sites in turn."""
         return parse_cuts(self.cut)
+
+    @property
+    def sources(self) -> dict[str, str]:
+        """Task -> source: those of `tasks`, else the one of `task` and `data`."""
+        return parse_tasks(self.tasks) or {self.task: self.data}
+
+    @property
+    def holders(self) -> dict[str, frozenset[int]]:
+        """Task -> numbers of the simulated sites that hold it, for the tasks that not all sites hold."""
+        return parse_holders(self.task_holders)
+
+    def of_task(self, name: str) -> RunConfig:
+        """The settings by which one of the run's tasks runs."""
+        return self.model_copy(update={"task": name, "data": self.sources[name]})
 
     @property
     def method_description(self) -> Method:

@@ -14,7 +14,7 @@ _Check = tuple[bool, str]
 
 def contradictions(c: RunConfig) -> list[str]:
     """Every pair of settings that cannot go together, in words."""
-    return [text for wrong, text in (*_federation(c), *_module(c), *_gradients(c)) if wrong]
+    return [text for wrong, text in (*_federation(c), *_tasks(c), *_module(c), *_gradients(c)) if wrong]
 
 
 def _federation(c: RunConfig) -> list[_Check]:
@@ -66,6 +66,43 @@ def _federation(c: RunConfig) -> list[_Check]:
         (
             c.warmup_rounds >= max(c.rounds, 1),
             f"warmup-rounds={c.warmup_rounds} leaves none of rounds={c.rounds}; lower it",
+        ),
+    ]  # fmt: skip
+
+
+def _tasks(c: RunConfig) -> list[_Check]:
+    several, names, holders = bool(c.tasks), c.sources, c.holders
+    strange = sorted(holders.keys() - names.keys())
+    few = sorted(name for name, who in holders.items() if len(who) < c.min_sites)
+    far = max((max(who) for who in holders.values()), default=0)
+    longest = max(map(len, names))
+    return [
+        (
+            bool(strange),
+            f"task-holders names {', '.join(strange)}, the run's tasks are {', '.join(names)}; name those",
+        ),
+        (
+            bool(few),
+            f"task-holders gives {', '.join(few)} to fewer than min-sites={c.min_sites} sites; give it to more, or "
+            f"lower min-sites",
+        ),
+        (
+            bool(c.sites) and far >= c.sites,
+            f"task-holders names site {far}, sites={c.sites} are numbered from 0 to {c.sites - 1}; raise sites",
+        ),
+        (
+            several and bool(c.classes),
+            f"classes={c.classes[:100]} are those of one task; with tasks leave them out, each has its sites' own",
+        ),
+        (
+            several and bool(c.start_module),
+            f"start-module={c.start_module} is of one task; with tasks leave it out",
+        ),
+        (
+            # The encoder takes names of 128 characters: run/task/round.
+            several and len(c.run_name) + longest > 118,
+            f"run-name and a task's name have {len(c.run_name) + longest} characters together, at most 118 are "
+            f"wanted; use shorter ones",
         ),
     ]  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 Outcome = Literal["complete", "partial", "failed"]
+_WORST_FIRST: tuple[Outcome, ...] = ("failed", "partial", "complete")
 Phase = Literal["starting", "waiting", "training", "evaluating", "done", "failed"]
 
 
@@ -64,6 +65,8 @@ class Status(_Record):
     replied: tuple[str, ...]
     """The sites whose reply of this round is in."""
     message: str = ""
+    task: str = ""
+    """The task whose turn it is, in a run of several."""
 
 
 class SiteSummary(_Record):
@@ -134,3 +137,22 @@ class Summary(_Record):
     """Why the run ended as it did, in a sentence; empty when complete."""
     module: str
     """Folder of the trained module, relative to the run's."""
+
+
+class TasksSummary(_Record):
+    """`tasks.json`: how each task of a run of several ended."""
+
+    run: str
+    tasks: tuple[Summary, ...]
+    """In the order in which the run's settings name them; the files of each are in a folder of its name."""
+
+    @property
+    def outcome(self) -> Outcome:
+        """Complete only if all tasks are, and failed if any is."""
+        outcomes = {task.outcome for task in self.tasks}
+        return next((o for o in _WORST_FIRST if o in outcomes), "failed")
+
+    @property
+    def reason(self) -> str:
+        """Which tasks are not complete, and why; empty when all are."""
+        return "; ".join(f"{t.task}: {t.reason}" for t in self.tasks if t.outcome != "complete")

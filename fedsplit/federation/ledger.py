@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from fedsplit import __version__
@@ -37,6 +39,15 @@ class Ledger:
     def wall_s(self) -> float:
         """Wall time of the run so far."""
         return self.wall_before_s + time.monotonic() - self.started
+
+    @contextmanager
+    def standing_by(self) -> Iterator[None]:
+        """Time inside is not the run's: another one has its turn."""
+        since = time.monotonic()
+        try:
+            yield
+        finally:
+            self.started += time.monotonic() - since
 
     def accuracy_of_round(self, round_: int) -> float | None:
         """Global accuracy of the module as sites received it in a round, over all test samples."""

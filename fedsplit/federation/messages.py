@@ -21,6 +21,7 @@ from fedsplit.core.errors import FederationError, FedsplitError
 from fedsplit.core.records import RoundMetrics
 
 ORDER, ANSWER, FAULT, MODULE, DELTA = "order", "answer", "fault", "module", "delta"
+NOT_HELD = "not-held"
 STATISTICS, FIT, HELD_OUT = "statistics", "fit", "held-out"
 SCALARS, HISTORY = "scalars", "history"
 MAX_JSON_CHARS = 1_000_000
@@ -98,6 +99,13 @@ class RollCall(_Part):
     """Its partition's number in simulation, -1 in deployment: decides the order in which cuts are dealt."""
     rank: int = Field(0, ge=0, le=1024)
     """The site's own LoRA rank; 0: the run's."""
+
+
+class NotHeld(_Part):
+    """What a site says at roll call of a task that is none of its own."""
+
+    site: str = Field(min_length=1, max_length=128)
+    task: str = Field(min_length=1, max_length=64)
 
 
 class Answer(_Part):

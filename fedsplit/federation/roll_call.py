@@ -1,7 +1,7 @@
 """Before the first round: wait for the sites, ask each who it is, deal the cuts.
 
 A site that cannot take part is left out here, by name and with its reason; `min-sites` decides whether the
-rest is enough.
+rest is enough. A site that does not hold the run's task is none of its sites: neither a fault nor an absence.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedsplit.core.errors import FederationError, FedsplitError
 from fedsplit.federation import messages
 from fedsplit.federation.exchange import exchange
 from fedsplit.federation.ledger import Ledger
-from fedsplit.federation.messages import Order, RollCall
+from fedsplit.federation.messages import NotHeld, Order, RollCall
 from fedsplit.federation.orders import Site
 from fedsplit.model.backbone import Backbone
 
@@ -81,8 +81,12 @@ class RollCaller:
         orders = {str(node): self._roll_call_order(node) for node in nodes}
         calls: dict[int, RollCall] = {}
         answered = set()
+        without: list[str] = []
         for name, reply in exchange(self.grid, orders.items(), deadline_s=self.config.deadline_s):
             answered.add(name)
+            if (other := self._not_held(reply)) is not None:
+                without.append(other)
+                continue
             fault = messages.fault_of(reply)
             try:
                 call = self._call_of(reply)
@@ -98,20 +102,36 @@ class RollCaller:
             _log.warning("%s left out: %s", who, reason)
         for name in sorted(orders.keys() - answered):
             self.ledger.absent(0, f"node {name}", "no answer to the roll call")
+        if without and len(without) == len(nodes):
+            raise FederationError(
+                f"none of the {len(nodes)} sites holds task {self.config.task!r}; name it in task-holders, or in "
+                f"tasks of a site's node config"
+            )
         if len(calls) < self.config.min_sites:
             # Most reasons name their site themselves.
             why = "; ".join(
                 f"{site}: {reason.removeprefix(f'site {site!r}: ')}"
                 for _, site, reason in self.ledger.absences
             )
+            others = f" ({len(without)} more do not hold task {self.config.task!r})" if without else ""
             raise FederationError(
-                f"{len(calls)} of {len(nodes)} sites can take part, min-sites={self.config.min_sites} are "
-                f"wanted: {why}"
+                f"{len(calls)} of {len(nodes) - len(without)} sites can take part, "
+                f"min-sites={self.config.min_sites} are wanted{others}{': ' if why else ''}{why}"
             )
         ordered = sorted(calls.items(), key=lambda item: (item[1].number, item[1].site))
         # Centralised training is one site's, which in simulation holds everybody's samples.
         ordered = ordered[: 1 if self.config.method == "centralised" else self.config.sites or None]
         return [self._site(node, call, i) for i, (node, call) in enumerate(ordered)]
+
+    def _not_held(self, reply: Message) -> str | None:
+        """The name of a site that does not hold the task; None for any other answer."""
+        if reply.has_error() or messages.NOT_HELD not in reply.content.config_records:
+            return None
+        try:
+            told = messages.read(reply.content, messages.NOT_HELD, NotHeld)
+        except FedsplitError:
+            return None  # An answer like any other that cannot be read.
+        return told.site if told.task == self.config.task else None
 
     def _call_of(self, reply: Message) -> RollCall:
         """What a site says of itself. Raises FedsplitError when it cannot take part."""

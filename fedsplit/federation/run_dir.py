@@ -48,8 +48,15 @@ class Checkpoint:
 class RunDir:
     """One run's folder."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, run: str = "") -> None:
+        """`run`: whose the folder is where it is one task's in the folder of a run."""
         self.path = path
+        self.name = run or path.name
+        """The run's name, by which it is resumed."""
+        self.label = f"{run}/{path.name}" if run else path.name
+        """The name of what is in this folder; no other run or task has it."""
+        self.on_status: Callable[[Status], None] = lambda _: None
+        """Told each status that was written."""
 
     @classmethod
     def create(cls, runs: Path, name: str, *, task: str) -> RunDir:
@@ -81,10 +88,25 @@ class RunDir:
             )
         return cls(path)
 
+    def of_task(self, task: str) -> RunDir:
+        """The folder of one of the run's tasks. Raises RunDirError when it cannot be made."""
+        path = self.path / task
+        with _translated(self):
+            path.mkdir(exist_ok=True)
+        return RunDir(path, run=self.name)
+
     @property
-    def name(self) -> str:
-        """The run's name."""
-        return self.path.name
+    def begun(self) -> bool:
+        """Was a run ever begun here?"""
+        return (self.path / "config.json").is_file()
+
+    def read_summary(self) -> Summary | None:
+        """The summary, if there is a whole one."""
+        try:
+            text = (self.path / "summary.json").read_text(encoding="utf-8")
+            return Summary.model_validate_json(text)
+        except (OSError, ValueError):
+            return None
 
     def write_json(self, name: str, value: Mapping[str, Any] | BaseModel) -> None:
         """Write a JSON file in one piece."""
@@ -92,7 +114,7 @@ class RunDir:
             text = value.model_dump_json(indent=2)
         else:
             text = json.dumps(value, indent=2)
-        with _translated(self.path):
+        with _translated(self):
             _write_whole(self.path / name, text + "\n")
 
     def read_config(self) -> dict[str, Any]:
@@ -110,7 +132,7 @@ class RunDir:
     def add_metrics(self, metrics: RoundMetrics) -> None:
         """Append one line to metrics.jsonl."""
         with (
-            _translated(self.path),
+            _translated(self),
             (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file,
         ):
             file.write(metrics.model_dump_json() + "\n")
@@ -132,7 +154,7 @@ class RunDir:
     def forget_after(self, round_: int) -> None:
         """Drop metrics of rounds after `round_` and the summary: a resumed run writes them anew."""
         kept = [m for m in self.read_metrics() if m.round <= round_]
-        with _translated(self.path):
+        with _translated(self):
             text = "".join(m.model_dump_json() + "\n" for m in kept)
             _write_whole(self.path / "metrics.jsonl", text)
             (self.path / "summary.json").unlink(missing_ok=True)
@@ -140,6 +162,7 @@ class RunDir:
     def set_status(self, status: Status) -> None:
         """Rewrite status.json."""
         self.write_json("status.json", status)
+        self.on_status(status)
 
     def finish(self, summary: Summary) -> None:
         """Write summary.json."""
@@ -148,7 +171,7 @@ class RunDir:
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Write the checkpoint of a round, then drop all but the last few. Raises RunDirError."""
         root = self.path / "checkpoints"
-        with _translated(self.path):
+        with _translated(self):
             with _whole_folder(root / f"round-{checkpoint.round:05d}") as part:
                 files = [part / MODULE_FILE]
                 save_file(checkpoint.module, files[0])
@@ -169,7 +192,7 @@ class RunDir:
 
     def save_module(self, export: Callable[[Path], None]) -> None:
         """Let `export` write the trained module, then put it in the place of an older one. Raises RunDirError."""
-        with _translated(self.path), _whole_folder(self.path / "module") as part:
+        with _translated(self), _whole_folder(self.path / "module") as part:
             export(part)
 
     @property
@@ -242,12 +265,12 @@ def _whole_folder(final: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _translated(path: Path) -> Iterator[None]:
+def _translated(run: RunDir) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as err:
         reason = getattr(err, "strerror", None) or str(err)
         raise RunDirError(
-            f"run directory {path} cannot be written: {reason}; free some space on its disk and go on with "
-            f"resume={path.name}, or start anew with runs-dir at another place"
+            f"run directory {run.path} cannot be written: {reason}; free some space on its disk and go on with "
+            f"resume={run.name}, or start anew with runs-dir at another place"
         ) from err

@@ -1,6 +1,6 @@
-"""A whole run on the ServerApp's side: wait for sites, call the roll, train, keep what was reached.
+"""A whole run of one task on the ServerApp's side: wait for sites, call the roll, train, keep what was reached.
 
-Called by server_app/app.py with an encoder endpoint that is already open.
+Called by server_app/app.py with an encoder endpoint that is already open, and by task_runs.py once a task.
 """
 
 from __future__ import annotations
@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -49,8 +51,15 @@ class Run:
     """One run from roll call to summary."""
 
     def __init__(
-        self, grid: Grid, config: RunConfig, endpoint: Endpoint, *, simulated: bool
+        self,
+        grid: Grid,
+        config: RunConfig,
+        endpoint: Endpoint,
+        *,
+        simulated: bool,
+        run_dir: RunDir | None = None,
     ) -> None:
+        """`run_dir`: the folder to write in where it is there already; else one under `runs-dir`."""
         self.grid = grid
         self.config = config
         self.endpoint = endpoint
@@ -58,22 +67,43 @@ class Run:
         self.backbone = Backbone.find(config.backbone)
         self.backbone.check_cuts(config.cuts_on(self.backbone.blocks))
         runs = Path(config.runs_dir)
-        if config.resume:
+        if run_dir is not None:
+            self.dir = run_dir
+        elif config.resume:
             self.dir = RunDir.reopen(runs, config.resume)
         else:
             self.dir = RunDir.create(runs, config.run_name, task=config.task)
-        self.ledger = Ledger(config, self.backbone, self.dir.name)
+        self.ledger = Ledger(config, self.backbone, self.dir.label)
+        self.summary: Summary | None = None
+        """How it ended, once it has."""
         self._strategy: SplitStrategy | None = None
 
     def go(self) -> Summary:
         """Train and leave everything in the run directory. Raises FedsplitError after keeping what was reached."""
+        for _ in self.turns():
+            pass
+        assert self.summary is not None
+        return self.summary
+
+    @property
+    def finished(self) -> list[Path]:
+        """Folders of what ended well."""
+        ended = self.summary is not None and self.summary.outcome != "failed"
+        return [self.dir.path] if ended else []
+
+    def turns(self) -> Iterator[None]:
+        """What `go` does, with a stop after the roll call and after each round, so that runs may take turns."""
         _log.info("run directory: %s", self.dir.path)
+        # Other runs may have had their turns since this one was made.
+        self.ledger.started = time.monotonic()
         try:
             if not self.config.resume:
                 # At once, so that a run that ends before its first round can be gone on with too.
                 self._write_config((), [])
-            self._train()
-            return self._finish("complete", "")
+            for _ in self._train():
+                with self.ledger.standing_by():
+                    yield
+            self._finish("complete", "")
         except FedsplitError as err:
             try:
                 self._finish("failed", str(err))
@@ -82,9 +112,9 @@ class Run:
                 _log.error("the summary could not be kept: %s", full)
             raise
 
-    def _train(self) -> None:
+    def _train(self) -> Iterator[None]:
         sites = RollCaller(
-            run=self.dir.name,
+            run=self.dir.label,
             config=self.config,
             backbone=self.backbone,
             grid=self.grid,
@@ -106,6 +136,7 @@ class Run:
             simulated=self.simulated,
             on_update=_log.info,
         )
+        yield
         first, tensors = 1, self._start(spec)
         if self.config.resume and self.dir.has_checkpoint:
             first, tensors = self._restore(strategy)
@@ -118,7 +149,7 @@ class Run:
         if self.config.compare_local_only and first == 1:
             strategy.compare_local_only(self.grid, arrays)
         if self.config.method != "local-only":
-            strategy.start(self.grid, arrays, self.config.rounds, first_round=first)
+            yield from strategy.turns(self.grid, arrays, self.config.rounds, first_round=first)
             self._save_module(strategy)
 
     def _start(self, spec: ModuleSpec) -> module.ModuleTensors:
@@ -178,9 +209,9 @@ class Run:
             lambda folder: module.export(folder, self.backbone, strategy.spec, strategy.module)
         )
 
-    def _finish(self, outcome: Outcome, reason: str) -> Summary:
+    def _finish(self, outcome: Outcome, reason: str) -> None:
         done = self._strategy.rounds_done if self._strategy else 0
-        summary = self.ledger.summary(rounds_done=done, outcome=outcome, reason=reason)
+        summary = self.summary = self.ledger.summary(rounds_done=done, outcome=outcome, reason=reason)
         if outcome == "failed" and self._strategy is not None and done:
             self._save_module(self._strategy)
         if self._strategy is not None or not self.config.resume:
@@ -199,7 +230,6 @@ class Run:
         # The one line by which a CLI on another machine gets the numbers out of Flower's log.
         print_line = json.dumps(json.loads(summary.model_dump_json()), separators=(",", ":"))
         _log.info("%s %s", SUMMARY_MARK, print_line)
-        return summary
 
 
 def simulated(grid: Grid) -> bool:

@@ -13,7 +13,7 @@ from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import BackboneError, ConfigError, FedsplitError
 from fedsplit.federation import messages
 from fedsplit.federation.dial import Dial, dial_stream
-from fedsplit.federation.messages import Order, RollCall
+from fedsplit.federation.messages import NotHeld, Order, RollCall
 from fedsplit.federation.site_round import SiteRound
 from fedsplit.model.backbone import Backbone
 from fedsplit.training.site_data import SiteData, SiteSettings, open_site
@@ -40,6 +40,11 @@ def _carry_out(order: Order, content: RecordDict, context: Context, dial: Dial) 
         )
     site = SiteSettings.from_node(context.node_config, node_id=context.node_id)
     config = RunConfig.from_flat(order.config)
+    number = site.partition[0] if site.partition else -1
+    held = site.for_task(config)
+    if held is None:
+        return _not_held(order, config, site)
+    site = held
     if site.threads:
         torch.set_num_threads(site.threads)
     backbone = Backbone.find(config.backbone)
@@ -50,11 +55,21 @@ def _carry_out(order: Order, content: RecordDict, context: Context, dial: Dial) 
         )
     own = open_site(config, site, backbone, order.classes)
     if order.kind == "roll-call":
-        return messages.write(messages.ANSWER, _roll_call(site, own, backbone))
+        return messages.write(messages.ANSWER, _roll_call(site, own, backbone, number))
     return SiteRound(order, config, site, backbone, own, dial).carry_out(content)
 
 
-def _roll_call(site: SiteSettings, own: SiteData, backbone: Backbone) -> RollCall:
+def _not_held(order: Order, config: RunConfig, site: SiteSettings) -> RecordDict:
+    """That the task is none of this site's. Raises ConfigError where it is ordered to work on it all the same."""
+    if order.kind != "roll-call":
+        raise ConfigError(
+            f"site {site.name!r} does not hold task {config.task!r} and was ordered to {order.kind}; it must not "
+            f"lose a task while the run lasts, see tasks in its node config"
+        )
+    return messages.write(messages.NOT_HELD, NotHeld(site=site.name, task=config.task))
+
+
+def _roll_call(site: SiteSettings, own: SiteData, backbone: Backbone, number: int) -> RollCall:
     if site.cut is not None:
         site.cut.check(backbone.blocks)
     return RollCall(
@@ -66,5 +81,5 @@ def _roll_call(site: SiteSettings, own: SiteData, backbone: Backbone) -> RollCal
         test_samples=len(own.test),
         backbone_sha256=backbone.sha256,
         fedsplit_version=__version__,
-        number=site.partition[0] if site.partition else -1,
+        number=number,
     )

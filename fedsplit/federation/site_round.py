@@ -274,10 +274,7 @@ class SiteRound:
         return _Learnt(loss, score, state.tensors)
 
     def _fed_rod(self, run: _Open, settings: TrainSettings, mine: ModuleTensors) -> _Learnt:
-        classes = len(self.order.classes or ())
-        labels = self.own.examples.labels[self.own.train]
-        counts = tuple(int(c) for c in np.bincount(labels, minlength=classes))
-        balanced = replace(settings, loss="balanced-softmax", class_counts=counts)
+        balanced = replace(settings, loss="balanced-softmax")
         loss, state = train_fed_rod(run.model, self._epoch, balanced, saved=mine, **self._with(run))
         run.tested += len(self.own.test)
         batches = self._batches(self.own.test)
@@ -297,6 +294,7 @@ class SiteRound:
             in_flight=c.in_flight,
             schedule=tuple(f for f in factors for _ in range(c.local_epochs)),
             loss=c.loss,
+            class_counts=self._class_counts(),
             label_smoothing=c.label_smoothing,
             clip_norm=c.clip_norm,
             accumulate=c.accumulate,
@@ -306,6 +304,11 @@ class SiteRound:
             augmentation_key=f"{c.seed}/{self.site.name}/{self.order.round}",
             server_mode=c.encoder_training if self.order.stream else "frozen",
         )
+
+    def _class_counts(self) -> tuple[int, ...]:
+        labels = self.own.examples.labels[self.own.train]
+        counts = np.bincount(labels, minlength=len(self.order.classes or ()))
+        return tuple(int(count) for count in counts)
 
     # The split model and what goes through it.
 

@@ -93,7 +93,7 @@ class SplitStrategy(Strategy):
         )
         self._orders = Orders(
             log=self._log,
-            run=run_dir.name,
+            run=run_dir.label,
             config=config,
             backbone=backbone,
             spec=spec,
@@ -156,7 +156,22 @@ class SplitStrategy(Strategy):
         self, grid: Grid, initial_arrays: ArrayRecord, num_rounds: int = 3, *, first_round: int = 1
     ) -> Result:
         """Train for rounds `first_round`..`num_rounds`, then test the last module. Checkpoints each round."""
-        result, nothing = Result(), ConfigRecord()
+        result = Result()
+        for _ in self.turns(grid, initial_arrays, num_rounds, first_round=first_round, into=result):
+            pass
+        return result
+
+    def turns(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int,
+        *,
+        first_round: int = 1,
+        into: Result | None = None,
+    ) -> Iterator[None]:
+        """What `start` does, with a stop after each round's checkpoint: the results go `into` one of Flower's."""
+        result, nothing = into or Result(), ConfigRecord()
         self.module = _tensors(initial_arrays)
         self.rounds_done = first_round - 1
         self.summary()
@@ -181,13 +196,13 @@ class SplitStrategy(Strategy):
                 self.checkpoint()
                 break
             self.checkpoint()
+            yield
         last = self.rounds_done + 1
         self._publish(last)
         orders = self.configure_evaluate(last, arrays, nothing, grid)
         replies = self._exchange(grid, last, orders, "evaluating")
         if (tested := self.aggregate_evaluate(last, replies)) is not None:
             result.evaluate_metrics_clientapp[self.rounds_done] = tested
-        return result
 
     def compare_local_only(self, grid: Grid, arrays: ArrayRecord) -> None:
         """Let every site train alone, for as many epochs as the run has, and note what it reaches."""

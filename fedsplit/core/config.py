@@ -100,7 +100,7 @@ class RunConfig(BaseModel):
     ridge_lambda: float = Field(100.0, gt=0, allow_inf_nan=False)
     """Regularisation of classifier-init=ridge, in units of the features' mean variance."""
     calibrate: bool = True
-    """Scale a closed-form classifier by the temperature with the least loss over the sites."""
+    """Scale a closed-form classifier by a temperature that the sites' held-out samples settle."""
     classifier_training: Literal["trained", "fixed"] = "trained"
     """fixed keeps the classifier as it started."""
     rounds: int = Field(5, ge=0, le=100_000)
@@ -112,9 +112,9 @@ class RunConfig(BaseModel):
     batch_size: int = Field(32, ge=1, le=4096)
     """Samples of a step; also the most that a site's token allows."""
     learning_rate: float = Field(0.01, gt=0, allow_inf_nan=False)
-    """Learning rate of the classifier, and of LoRA where lora-learning-rate is 0."""
+    """Learning rate of the classifier, and of the rest where lora-learning-rate is 0."""
     lora_learning_rate: float = Field(0.0005, ge=0, allow_inf_nan=False)
-    """Learning rate of LoRA; 0: the same as the classifier's."""
+    """Learning rate of all that trains but the classifier; 0: the same as the classifier's."""
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     """How the learning rates go over the rounds: cosine falls from the full rate towards 0."""
     warmup_rounds: int = Field(0, ge=0, le=100_000)

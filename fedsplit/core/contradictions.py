@@ -14,7 +14,9 @@ _Check = tuple[bool, str]
 
 def contradictions(c: RunConfig) -> list[str]:
     """Every pair of settings that cannot go together, in words."""
-    return [text for wrong, text in (*_federation(c), *_tasks(c), *_module(c), *_gradients(c)) if wrong]
+    return [
+        text for wrong, text in (*_federation(c), *_tasks(c), *_module(c), *_gradients(c)) if wrong
+    ]
 
 
 def _federation(c: RunConfig) -> list[_Check]:
@@ -206,6 +208,11 @@ def _gradients(c: RunConfig) -> list[_Check]:
             zeroth and (c.site_local != "none" or c.personalisation != "none"),
             "gradient=zeroth-order sends seeds and scalars of all it trains; leave site-local and "
             "personalisation out",
+        ),
+        (
+            c.personalisation == "ditto" and serves != "frozen",
+            f"personalisation=ditto trains a second copy, which encoder-training={serves} has no place for; use "
+            f"encoder-training=frozen",
         ),
         (
             c.personalisation == "fed-rod" and c.loss != "softmax",

@@ -53,7 +53,8 @@ METHODS: dict[str, Method] = {
     ),
     "fedvz-device": Method(
         summary=(
-            "Zeroth order at the device, which then only runs forward; seeds and scalars travel, not tensors."
+            "Zeroth order at the device, which then only runs forward; updates travel as scalars, and so does the "
+            "module wherever a site can replay what it missed."
         ),
         source="MeZO, arXiv 2305.17333; seeds and scalars as in FedKSeed, arXiv 2312.06353",
         fixes={"gradient": "zeroth-order", **_WHOLE},
@@ -129,8 +130,8 @@ METHODS: dict[str, Method] = {
     ),
     "festa": Method(
         summary=(
-            "Embeddings and classifier on the device, all blocks trained at the server by every site's steps. "
-            "Averages by samples and steps every site's gradient, which the released code does not."
+            "All weights train, the blocks between the cuts at the server by every site's steps; the paper's cut "
+            "is 0,L. Averages by samples and steps every site's gradient, which the released code does not."
         ),
         source="FESTA, arXiv 2111.01338, as FeSViBS (arXiv 2306.14638) runs it, without its sampling of blocks",
         placement="split",
@@ -143,7 +144,10 @@ METHODS: dict[str, Method] = {
         fixes={"module": "prompt", "device-training": "head+tail", **_WHOLE},
     ),
     "splitfrozen": Method(
-        summary="The device's blocks are frozen and get no gradient; LoRA trains at the server. Labels stay.",
+        summary=(
+            "The head is frozen and gets no gradient; LoRA trains at the server, and in a tail where there is one; "
+            "the paper's cut is a,L. Labels stay."
+        ),
         source="SplitFrozen, arXiv 2503.18986, in U-shape",
         placement="split",
         fixes={"module": "lora", "device-training": "tail"},

@@ -70,18 +70,27 @@ class Orders:
     ) -> Iterator[Message]:
         """One message a site, each made when it is asked for."""
         digests: dict[Cut, str] = {}
-        for site in self.sites if sites is None else sites:
+        chosen = self.sites if sites is None else sites
+        samples = sum(site.call.samples for site in chosen)
+        for site in chosen:
             if site.cut not in digests:
                 held = module.device_names(self.backbone, self.spec, site.cut)
                 digests[site.cut] = digest_of({n: t for n, t in tensors.items() if n not in held})
-            yield self._message(site, kind, round_, tensors, digests[site.cut])
+            yield self._message(site, kind, round_, tensors, digests[site.cut], samples)
 
     def _message(
-        self, site: Site, kind: Kind, round_: int, tensors: ModuleTensors, encoder_digest: str
+        self,
+        site: Site,
+        kind: Kind,
+        round_: int,
+        tensors: ModuleTensors,
+        encoder_digest: str,
+        samples: int,
     ) -> Message:
+        """`samples`: of all sites that are asked."""
         stream = None
         if not site.cut.local(self.backbone.blocks):
-            grant = self._grant(site, kind, round_)
+            grant = self._grant(site, kind, round_, samples)
             stream = self.endpoint.stream_for(grant, deadline_s=self.deadline_s(kind))
         order = Order(
             kind=kind,
@@ -126,7 +135,7 @@ class Orders:
         content[messages.MODULE] = messages.to_arrays(tensors)
         return content
 
-    def _grant(self, site: Site, kind: Kind, round_: int) -> Grant:
+    def _grant(self, site: Site, kind: Kind, round_: int, of_samples: int) -> Grant:
         epochs = self.config.local_epochs * (self.config.rounds if kind == "local-only" else 1)
         if self.config.personalisation == "ditto":
             epochs *= 2
@@ -150,15 +159,14 @@ class Orders:
             ),
             # Twice what the round needs: last batches are smaller, and a retry must not run dry.
             max_steps=2 * (samples // self.config.batch_size + 1) + 64,
-            training=None if kind in _FORWARD else self._training(site, kind, round_),
+            training=None if kind in _FORWARD else self._training(site, kind, round_, of_samples),
         )
 
-    def _training(self, site: Site, kind: Kind, round_: int) -> Training | None:
+    def _training(self, site: Site, kind: Kind, round_: int, of_samples: int) -> Training | None:
         """What the encoder trains for a site in a round."""
         c = self.config
         if c.encoder_training == "frozen":
             return None
-        samples = sum(s.call.samples for s in self.sites)
         # Sites draw directions of their own; sessions of a shared copy must agree on everything.
         zeroth = c.encoder_training == "zeroth-order"
         seed = direction_seed(c, site=site.name, round_=round_) if zeroth else 0
@@ -173,7 +181,7 @@ class Orders:
             weight_decay=c.weight_decay,
             clip_norm=c.clip_norm,
             lora="B" if c.lora_aggregation == "ffa" else "both",
-            weight=site.call.samples / samples,
+            weight=site.call.samples / of_samples,
             estimator=c.zo_estimator,
             queries=c.zo_queries,
             epsilon=c.zo_epsilon,

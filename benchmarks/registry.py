@@ -51,6 +51,7 @@ class Benchmark:
 BENCHMARKS = (
     Benchmark(name="split-step", wanted=Target(bound=0.9)),
     Benchmark(name="device-rss", wanted=Target(bound=0.5, at_least=False)),
+    Benchmark(name="rss-1000-sites", wanted=Target(bound=1.5, at_least=False)),
     Benchmark(name="stream-echo", wanted=Target(bound=0.7), tells_progress=False),
     Benchmark(
         name="wire-overhead", wanted=Target(bound=1.01, at_least=False), tells_progress=False

@@ -33,7 +33,9 @@ _OPTIONS = [("grpc.max_receive_message_length", 4 << 20), ("grpc.max_send_messag
 
 
 class IdentityHost:
-    """An EncoderHost that gives back what it gets."""
+    """An EncoderHost, and the encoder of all its sessions, that gives back what it gets and trains nothing."""
+
+    trains = False
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
@@ -52,6 +54,9 @@ class IdentityHost:
     def publish(self, version: str, tensors: bytes) -> None:
         pass
 
+    def collect(self, version: str) -> dict[str, dict[str, Array]]:  # noqa: ARG002
+        return {}
+
     def encode(
         self,
         step: int,  # noqa: ARG002
@@ -64,6 +69,15 @@ class IdentityHost:
 
     def backprop(self, step: int, dz: Array) -> Array:  # noqa: ARG002
         return dz
+
+    def learn(self, step: int, dz: Array) -> None:
+        pass
+
+    def probe(self, step: int, h_BTD: Array, mask_BT: Mask | None = None) -> Array:  # noqa: ARG002
+        return h_BTD[None]
+
+    def score(self, step: int, losses_K: Array) -> None:
+        pass
 
     def close(self) -> None:
         pass

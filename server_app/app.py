@@ -1,4 +1,7 @@
-"""The Flower ServerApp: the encoder lives as long as the app (its lifespan), the run is federation/server.py's."""
+"""The Flower ServerApp: the encoder lives as long as the app (its lifespan), the run is federation/server.py's.
+
+Several tasks at once are federation/task_runs.py's.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedsplit.core.config import RunConfig
 from fedsplit.federation.endpoint import Endpoint, external, hosted
 from fedsplit.federation.server import Run, settle, simulated
+from fedsplit.federation.task_runs import TaskRuns
 from fedsplit.report import write_plots
 from fedsplit.serving.process import hosting
 from fedsplit.transport.keys import read_key
@@ -37,9 +41,14 @@ def lifespan(context: Context) -> Iterator[None]:
 def main(grid: Grid, context: Context) -> None:
     """Train from roll call to summary, then draw the plots."""
     config, endpoint = _open[context.run_id]
-    run = Run(grid, config, endpoint, simulated=simulated(grid))
-    run.go()
-    write_plots(run.dir.path)
+    kind = TaskRuns if config.tasks else Run
+    run = kind(grid, config, endpoint, simulated=simulated(grid))
+    try:
+        run.go()
+    finally:
+        # One task that failed costs the others nothing, not even their plots.
+        for folder in run.finished:
+            write_plots(folder)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -128,6 +129,26 @@ def test_device_rss_at_its_smallest(tiny: dict[str, Path]) -> None:
     )
     assert set(result["extra"]) == {"baseline", "whole", "0,4", "2,2"}
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.slow
+def test_rss_1000_sites_at_its_smallest() -> None:
+    from benchmarks import rss_1000_sites
+
+    result = rss_1000_sites.run(repetitions=1, few=2, many=4, samples=40, rounds=1)
+    assert set(result["extra"]["peak_mib"]) == {"2 sites", "4 sites"}
+    assert 0.5 < result["ratio"] < 2
+    assert not multiprocessing.active_children()
+
+
+def test_rss_images_are_the_same_each_time() -> None:
+    from benchmarks import rss_1000_sites
+
+    def read() -> tuple[bytes, bytes]:
+        with rss_1000_sites.images(30) as folder, np.load(folder / "images.npz") as arrays:
+            return arrays["x"].tobytes(), arrays["y"].tobytes()
+
+    assert read() == read()
 
 
 def test_messages_share_the_streams_encoder() -> None:

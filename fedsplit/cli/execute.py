@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import ValidationError
 
@@ -22,17 +23,21 @@ from fedsplit.cli.flower import FlowerCommands, LocalSuperLink, RunState, flower
 from fedsplit.cli.follow import Progress, RunFiles, Snapshot, follow
 from fedsplit.cli.request import RunRequest, to_toml
 from fedsplit.core.errors import FederationError, RunDirError
-from fedsplit.core.records import Summary
-from fedsplit.report.read import read_summary
+from fedsplit.core.records import Summary, TasksSummary
+from fedsplit.report.read import read_summary, read_tasks
 
 SUMMARY_MARK = "FEDSPLIT_SUMMARY "
 """Before the summary as one line of JSON in the run's log, for runs whose folder is elsewhere."""
+TASKS_MARK = "FEDSPLIT_TASKS "
+"""The same before those of all tasks."""
+Ended = Summary | TasksSummary
+_Record = TypeVar("_Record", Summary, TasksSummary)
 _TYPED_ERROR = re.compile(r"^(?:\x1b\[\d+m)?fedsplit\.core\.errors\.(\w+): (.*)$", re.MULTILINE)
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def execute(request: RunRequest, progress: Progress) -> Summary:
-    """Run it and return its summary. Raises RunFailedError, FederationError or Interrupted."""
+def execute(request: RunRequest, progress: Progress) -> Ended:
+    """Run it and return its summary, or those of its tasks. Raises RunFailedError, FederationError or Interrupted."""
     files = RunFiles(request.run_dir)
     try:
         if request.superlink is not None:
@@ -56,7 +61,7 @@ def _submit_and_follow(
     progress: Progress,
     *,
     simulating: Callable[[], bool] | None,
-) -> Summary:
+) -> Ended:
     run_id: str | None = None
     watch: _Watch | None = None
     try:
@@ -157,11 +162,11 @@ class _Watch:
 
 def _ending(
     request: RunRequest, commands: FlowerCommands, run_id: str, snapshot: Snapshot
-) -> Summary:
+) -> Ended:
     if snapshot.summarised:
-        return read_summary(request.run_dir)
+        return _read(request)
     log = _ANSI.sub("", commands.log(run_id))
-    summary = summary_in_log(log)
+    summary = tasks_in_log(log) if request.config.tasks else summary_in_log(log)
     if summary is not None:
         return summary
     status = snapshot.status
@@ -179,13 +184,26 @@ def _ending(
     raise RunFailedError(f"the run ended as {state.status!r} without a summary.\n{message}")
 
 
+def _read(request: RunRequest) -> Ended:
+    return (read_tasks if request.config.tasks else read_summary)(request.run_dir)
+
+
 def summary_in_log(log: str) -> Summary | None:
     """The summary that the ServerApp wrote into its log as its last word, if it is there and whole."""
+    return _in_log(log, SUMMARY_MARK, Summary)
+
+
+def tasks_in_log(log: str) -> TasksSummary | None:
+    """The same of a run of several tasks."""
+    return _in_log(log, TASKS_MARK, TasksSummary)
+
+
+def _in_log(log: str, mark: str, kind: type[_Record]) -> _Record | None:
     for line in reversed(_ANSI.sub("", log).splitlines()):
-        _, mark, text = line.partition(SUMMARY_MARK)
-        if mark:
+        _, found, text = line.partition(mark)
+        if found:
             try:
-                return Summary.model_validate_json(text)
+                return kind.model_validate_json(text)
             except ValidationError:
                 return None
     return None
@@ -214,7 +232,7 @@ def _what_is_left(request: RunRequest, files: RunFiles) -> str:
     """What a stopped run leaves, and how to go on."""
     if files.snapshot().summarised:
         try:
-            summary = read_summary(request.run_dir)
+            summary = _read(request)
         except RunDirError:
             pass
         else:
@@ -222,7 +240,11 @@ def _what_is_left(request: RunRequest, files: RunFiles) -> str:
                 return f"stopped after the run's end; its results are in {request.run_dir}"
     if not request.run_dir.exists():
         return "stopped before the run began; nothing was written"
-    if not any(request.run_dir.glob("checkpoints/round-*")):
+    folders = [
+        request.run_dir / name
+        for name in (request.config.sources if request.config.tasks else [""])
+    ]
+    if not any(any(folder.glob("checkpoints/round-*")) for folder in folders):
         return f"stopped before the first round was through; nothing to go on from in {request.run_dir}"
     return (
         f"stopped; what was done so far is in {request.run_dir}. "

@@ -67,7 +67,7 @@ class RunFiles:
     """A run's folder, which may not exist yet. What lies there already (a resumed run's) does not count."""
 
     # In the order opposite to the app's writing, so that what is read last is at least as new as the rest.
-    _NAMES = ("summary.json", "status.json", "metrics.jsonl")
+    _NAMES = ("summary.json", "tasks.json", "status.json", "metrics.jsonl")
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
@@ -143,7 +143,7 @@ class Progress:
         )
         # A round that begins is news; so is the end, even if its round's number was said before.
         in_round = status.phase in {"training", "evaluating"}
-        line = f"round {status.round}" if in_round else where
+        line = f"{status.task} round {status.round}" if in_round else where
         if not self._console.is_terminal and line != self._said:
             self._said = line
             self._console.print(f"{where}{'; ' if text else ''}{text}", markup=False)
@@ -156,6 +156,11 @@ class Progress:
 
 
 def _where(status: Status) -> str:
+    """Where the run stands, in words, and whose turn it is where tasks take turns."""
+    return f"{status.task}: {_stage(status)}" if status.task else _stage(status)
+
+
+def _stage(status: Status) -> str:
     if status.phase == "training" and status.round == 0:
         return status.message or "each site trains alone, to compare"
     if status.phase == "training":

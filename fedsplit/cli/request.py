@@ -58,7 +58,9 @@ def prepare(
         merged["sites"] = merged.get("sites") or SIMULATED_SITES
         merged["runs-dir"] = str(Path(str(merged.get("runs-dir", "runs"))).expanduser().absolute())
     if not merged.get("run-name"):
-        merged["run-name"] = _fresh_name(str(merged.get("task", "run")))
+        merged["run-name"] = _fresh_name(
+            "tasks" if merged.get("tasks") else str(merged.get("task", "run"))
+        )
     config = RunConfig.from_flat(merged)
     overrides = {k: v for k, v in merged.items() if found.config.get(k) != v}
     _check_keys(found, overrides)

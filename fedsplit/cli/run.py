@@ -58,38 +58,75 @@ def run_request(request: Any, out: Output) -> int:
     """Execute a request, show its results, and return the exit code."""
     from fedsplit.cli.execute import execute
     from fedsplit.cli.follow import Progress
+    from fedsplit.core.records import TasksSummary
 
     with Progress(out.stderr) as progress:
-        summary = execute(request, progress)
-    return finish(summary, request.run_dir, out)
+        ended = execute(request, progress)
+    if isinstance(ended, TasksSummary):
+        return finish_tasks(ended, request.run_dir, out)
+    return finish(ended, request.run_dir, out)
 
 
 def finish(summary: Any, run_dir: Path, out: Output) -> int:
     """Show the table, see to the plots, print the JSON object, and return the exit code."""
-    from fedsplit.report import exit_text, lost_sites, summary_view
+    from fedsplit.report import exit_text, summary_view
+
+    out.show(summary_view(summary))
+    record = _record(summary, run_dir, out)
+    if run_dir.is_dir():
+        out.show(f"\nFiles: {run_dir}")
+    code: int = record["exit_code"]
+    if code and summary.rounds_done:
+        # Said again below the tables, where it is read; without tables it stands there already.
+        out.note(exit_text(summary))
+    out.result(record)
+    return code
+
+
+def finish_tasks(summary: Any, run_dir: Path, out: Output) -> int:
+    """The same for a run of several tasks: the tables of each, then one of all."""
+    from fedsplit.report import tasks_exit_text, tasks_view
+
+    out.show(tasks_view(summary))
+    tasks = [_record(task, run_dir / task.task, out) for task in summary.tasks]
+    if run_dir.is_dir():
+        out.show(f"\nFiles: {run_dir}")
+    outcomes = {task["outcome"] for task in tasks}
+    outcome = next(o for o in ("failed", "partial", "complete") if o in outcomes)
+    code = EXIT_CODES[outcome]
+    if code:
+        out.note(tasks_exit_text(summary))
+    record = {
+        "run": summary.run,
+        "outcome": outcome,
+        "run_dir": str(run_dir),
+        "exit_code": code,
+        "tasks": tasks,
+    }
+    if outcome == "failed":
+        record["error"] = {"kind": "RunFailed", "message": tasks_exit_text(summary)}
+    out.result(record)
+    return code
+
+
+def _record(summary: Any, run_dir: Path, out: Output) -> dict[str, Any]:
+    """One run as a JSON object, its plots drawn."""
+    from fedsplit.report import exit_text, lost_sites
 
     outcome = (
         "partial" if summary.outcome == "complete" and lost_sites(summary) else summary.outcome
     )
-    code = EXIT_CODES[outcome]
-    out.show(summary_view(summary))
     plots = _plots(run_dir, out) if summary.rounds_done else []
-    if run_dir.is_dir():
-        out.show(f"\nFiles: {run_dir}")
-    if code and summary.rounds_done:
-        # Said again below the tables, where it is read; without tables it stands there already.
-        out.note(exit_text(summary))
     record: dict[str, Any] = summary.model_dump(mode="json")
     record |= {
         "outcome": outcome,
         "run_dir": str(run_dir),
         "plots": [p.name for p in plots],
-        "exit_code": code,
+        "exit_code": EXIT_CODES[outcome],
     }
     if outcome == "failed":
         record["error"] = {"kind": "RunFailed", "message": exit_text(summary)}
-    out.result(record)
-    return code
+    return record
 
 
 def _plots(run_dir: Path, out: Output) -> list[Path]:

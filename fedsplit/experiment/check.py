@@ -41,6 +41,10 @@ def fits(config: RunConfig) -> list[str]:
     """What keeps a run with these settings from working; empty when nothing is seen."""
     if not config.sites:
         return ["sites=0: a grid simulates its sites; set sites in [defaults] or [axes]"]
+    if config.tasks or config.task_holders:
+        return [
+            "tasks and task-holders: a run of a grid has one task; use [[problems]] or fedsplit run"
+        ]
     # Neither decides whether a model fits, so seeds and partitions share one look.
     shape = config.model_copy(
         update={"seed": 0, "run_name": "", "runs_dir": "", "partition": "iid", "sites": 1}

@@ -113,7 +113,9 @@ class RollCaller:
                 f"{site}: {reason.removeprefix(f'site {site!r}: ')}"
                 for _, site, reason in self.ledger.absences
             )
-            others = f" ({len(without)} more do not hold task {self.config.task!r})" if without else ""
+            others = (
+                f" ({len(without)} more do not hold task {self.config.task!r})" if without else ""
+            )
             raise FederationError(
                 f"{len(calls)} of {len(nodes) - len(without)} sites can take part, "
                 f"min-sites={self.config.min_sites} are wanted{others}{': ' if why else ''}{why}"

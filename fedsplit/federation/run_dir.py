@@ -129,6 +129,11 @@ class RunDir:
             raise RunDirError(f"{self.path / 'config.json'} cannot be read: {err}") from err
         return value
 
+    def forget(self, name: str) -> None:
+        """Remove a file that is going to be written anew, if it is there."""
+        with _translated(self):
+            (self.path / name).unlink(missing_ok=True)
+
     def add_metrics(self, metrics: RoundMetrics) -> None:
         """Append one line to metrics.jsonl."""
         with (

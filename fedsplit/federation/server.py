@@ -211,7 +211,9 @@ class Run:
 
     def _finish(self, outcome: Outcome, reason: str) -> None:
         done = self._strategy.rounds_done if self._strategy else 0
-        summary = self.summary = self.ledger.summary(rounds_done=done, outcome=outcome, reason=reason)
+        summary = self.summary = self.ledger.summary(
+            rounds_done=done, outcome=outcome, reason=reason
+        )
         if outcome == "failed" and self._strategy is not None and done:
             self._save_module(self._strategy)
         if self._strategy is not None or not self.config.resume:

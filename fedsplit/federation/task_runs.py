@@ -22,7 +22,9 @@ from fedsplit.core.records import Status, Summary, TasksSummary
 from fedsplit.federation.endpoint import Endpoint
 from fedsplit.federation.run_dir import RunDir
 from fedsplit.federation.server import Run
+from fedsplit.model.backbone import Backbone
 
+TASKS_FILE = "tasks.json"
 TASKS_MARK = "FEDSPLIT_TASKS"
 _log = logging.getLogger(LOGGER_NAME)
 
@@ -46,9 +48,13 @@ class TaskRuns:
     ) -> None:
         """Raises FedsplitError for what would fail every task: the backbone, the run's folder."""
         self.config = config
+        backbone = Backbone.find(config.backbone)
+        # Before the folder is made: then the run's name is not taken by what could never begin.
+        backbone.check_cuts(config.cuts_on(backbone.blocks))
         runs = Path(config.runs_dir)
         if config.resume:
             self.dir = RunDir.reopen(runs, config.resume)
+            self.dir.forget(TASKS_FILE)
         else:
             self.dir = RunDir.create(runs, config.run_name, task="tasks")
             self.dir.write_json("config.json", {"config": config.flat()})
@@ -104,11 +110,11 @@ class TaskRuns:
     def _finish(self) -> TasksSummary:
         ended = [task.run.summary if task.run else task.summary for task in self._tasks]
         summary = TasksSummary(run=self.dir.name, tasks=tuple(s for s in ended if s is not None))
-        self.dir.write_json("tasks.json", summary)
+        self.dir.write_json(TASKS_FILE, summary)
         self.dir.set_status(
             Status(
                 phase="failed" if summary.outcome == "failed" else "done",
-                round=max(task.rounds_done for task in summary.tasks),
+                round=max((task.rounds_done for task in summary.tasks), default=0),
                 rounds=self.config.rounds,
                 sites=tuple(sorted({site.name for task in summary.tasks for site in task.sites})),
                 replied=(),

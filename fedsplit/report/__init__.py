@@ -4,8 +4,8 @@ Reads `runs/<run>/` and nothing else. The CLI and the ServerApp call it; no floo
 """
 
 from fedsplit.report.plots import write_plots
-from fedsplit.report.read import read_metrics, read_status, read_summary
-from fedsplit.report.tables import exit_text, lost_sites, summary_view
+from fedsplit.report.read import read_metrics, read_status, read_summary, read_tasks
+from fedsplit.report.tables import exit_text, lost_sites, summary_view, tasks_exit_text, tasks_view
 
 __all__ = [
     "exit_text",
@@ -13,6 +13,9 @@ __all__ = [
     "read_metrics",
     "read_status",
     "read_summary",
+    "read_tasks",
     "summary_view",
+    "tasks_exit_text",
+    "tasks_view",
     "write_plots",
 ]

@@ -11,7 +11,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ValidationError
 
 from fedsplit.core.errors import RunDirError
-from fedsplit.core.records import RoundMetrics, Status, Summary
+from fedsplit.core.records import RoundMetrics, Status, Summary, TasksSummary
 
 _Record = TypeVar("_Record", bound=BaseModel)
 
@@ -19,6 +19,11 @@ _Record = TypeVar("_Record", bound=BaseModel)
 def read_summary(run_dir: Path) -> Summary:
     """The run in numbers, from `summary.json`."""
     return _read(run_dir / "summary.json", Summary)
+
+
+def read_tasks(run_dir: Path) -> TasksSummary:
+    """How each task of a run of several ended, from `tasks.json`."""
+    return _read(run_dir / "tasks.json", TasksSummary)
 
 
 def read_status(run_dir: Path) -> Status:

@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedsplit.core.records import LeftOut, SiteSummary, Summary
+from fedsplit.core.records import LeftOut, Outcome, SiteSummary, Summary, TasksSummary
 from fedsplit.report.units import NONE, factor_less, human_bytes, human_seconds, percent, points
 
 _COLOURS = {"complete": "green", "partial": "yellow", "failed": "red"}
@@ -50,7 +50,27 @@ def summary_view(summary: Summary) -> RenderableType:
     return Group("", headline, *(part for table in tables for part in ("", table)))
 
 
-def _worst(summary: Summary) -> str:
+def tasks_exit_text(summary: TasksSummary) -> str:
+    """How a run of several tasks ended: how many are complete, and what became of each of the others."""
+    complete = [task for task in summary.tasks if _worst(task) == "complete"]
+    text = f"Run {summary.run}: {len(complete)} of {len(summary.tasks)} tasks are complete."
+    others = [exit_text(task) for task in summary.tasks if task not in complete]
+    return "\n".join([text, *others])
+
+
+def tasks_view(summary: TasksSummary) -> RenderableType:
+    """Each task's own view, then one table of all tasks."""
+    table = _table("All tasks", "Task", "Sites", "Before", "Now", "Rounds", "Outcome")
+    for task in summary.tasks:
+        table.add_row(
+            Text(task.task), str(len(task.sites)), percent(task.accuracy_global_start),
+            Text(percent(task.accuracy_global), style="bold"), f"{task.rounds_done} of {task.rounds}",
+            Text(_worst(task), style=f"bold {_COLOURS[_worst(task)]}"),
+        )  # fmt: skip
+    return Group(*(summary_view(task) for task in summary.tasks), "", table)
+
+
+def _worst(summary: Summary) -> Outcome:
     return "partial" if summary.outcome == "complete" and lost_sites(summary) else summary.outcome
 
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import ConfigError, DataError
+from fedsplit.core.tasks import parse_held
 from fedsplit.model.backbone import Backbone
 from fedsplit.training.data import (
     CachedTransform,
@@ -41,12 +42,14 @@ NODE_KEYS = (
     "num-partitions",
     "site",
     "data",
+    "tasks",
     "cut",
     "encoder-tls-ca",
     "encoder-tls-cert",
     "encoder-tls-key",
     "threads",
     "lora-rank",
+    "state-dir",
 )
 MAX_LORA_RANK = 1024
 
@@ -71,6 +74,8 @@ class SiteSettings:
     """The site's own LoRA rank; 0: the run's."""
     state_dir: str = ""
     """Where the site keeps what is its own between rounds; empty: a folder in its user's home."""
+    tasks: tuple[tuple[str, str], ...] = ()
+    """(task, own source or "") of the tasks that the site holds; empty: all that a run has."""
 
     @classmethod
     def from_node(cls, node: NodeConfig, *, node_id: int) -> SiteSettings:
@@ -105,6 +110,11 @@ class SiteSettings:
             cut = Cut.parse(str(node["cut"])) if "cut" in node else None
         except ConfigError as err:
             faults.append(str(err))
+        tasks: dict[str, str] = {}
+        try:
+            tasks = parse_held(str(node.get("tasks", "")))
+        except ConfigError as err:
+            faults.append(str(err))
         if faults:
             raise ConfigError(
                 "the site's node config has faults:\n" + "\n".join(f"  - {f}" for f in faults)
@@ -119,7 +129,35 @@ class SiteSettings:
             encoder_tls_key=str(node.get("encoder-tls-key", "")),
             threads=int(threads) if isinstance(threads, int) else 0,
             lora_rank=int(rank) if isinstance(rank, int) else 0,
+            state_dir=str(node.get("state-dir", "")),
+            tasks=tuple(tasks.items()),
         )
+
+    def for_task(self, config: RunConfig) -> SiteSettings | None:
+        """These settings for the run's `task`, or None where the site does not hold it. Raises ConfigError."""
+        held = dict(self.tasks)
+        if held and config.task not in held:
+            return None
+        data = held.get(config.task) or self.data
+        if len(config.sources) > 1 and data and not held.get(config.task):
+            raise ConfigError(
+                f"site {self.name!r}: data={data} is one source and the run has several tasks; name the source of "
+                f"each in the site's node config, e.g. tasks={config.task}={data}"
+            )
+        share = self.partition
+        holders = sorted(config.holders.get(config.task, ()))
+        if share is not None and holders:
+            number, of = share
+            if holders[-1] >= of:
+                raise ConfigError(
+                    f"task-holders gives {config.task} to site {holders[-1]}, the simulation's sites are numbered "
+                    f"from 0 to {of - 1}; correct it, or simulate more sites"
+                )
+            if number not in holders:
+                return None
+            # Dealt among those that hold it: nobody gets a share that is then not used.
+            share = (holders.index(number), len(holders))
+        return replace(self, data=data, partition=share)
 
 
 @dataclass(frozen=True)

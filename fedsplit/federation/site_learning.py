@@ -1,0 +1,118 @@
+"""How a site trains in a round: exact or zeroth-order gradients, and a personal model beside the common one.
+
+What comes out is what the round reports and what the site keeps; the mathematics is training's. Called by
+site_round.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsplit.federation.site_state import Saved
+from fedsplit.federation.site_work import PERSONAL, OpenModel, SiteWork
+from fedsplit.federation.zeroth_order import zeroth_order
+from fedsplit.model.module import ModuleTensors
+from fedsplit.training.personal import (
+    evaluate_ditto,
+    evaluate_fed_rod,
+    train_ditto,
+    train_fed_rod,
+)
+from fedsplit.training.round import Score, TrainSettings, train
+from fedsplit.training.zeroth_order import train_zeroth_order
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What a round's training came to."""
+
+    loss: float
+    score: Score
+    """On the site's own test samples, by what the site would use itself."""
+    personal: ModuleTensors = field(default_factory=dict)
+    scalars: NDArray[np.float32] | None = None
+    """Zeroth order: the update, as one number a step and direction."""
+
+
+def learn(work: SiteWork, run: OpenModel, start: ModuleTensors, saved: Saved | None) -> Learnt:
+    """Train for the round's epochs; the model then holds what is the server's share of it."""
+    run.trained += work.config.local_epochs * len(work.own.train)
+    settings = settings_of(work, [work.order.round])
+    if work.config.gradient == "zeroth-order":
+        zo = zeroth_order(work.config, site=work.site.name, round_=work.order.round)
+        loss, scalars = train_zeroth_order(
+            run.model, work.epoch, settings, zo, meter=run.meter, cache=run.cache
+        )
+        return Learnt(loss, work.score(run, work.own.test), scalars=scalars)
+    mine = saved.under(PERSONAL) if saved else {}
+    if work.config.personalisation == "fed-rod":
+        return _fed_rod(work, run, settings, mine)
+    loss = train(run.model, work.epoch, settings, **run.training)
+    if work.config.personalisation == "ditto":
+        return _ditto(work, run, settings, start, mine, loss)
+    return Learnt(loss, work.score(run, work.own.test))
+
+
+def _ditto(
+    work: SiteWork,
+    run: OpenModel,
+    settings: TrainSettings,
+    start: ModuleTensors,
+    mine: ModuleTensors,
+    loss: float,
+) -> Learnt:
+    """After the global module's own training: that of the personal copy, which costs as much again."""
+    run.trained += work.config.local_epochs * len(work.own.train)
+    state = train_ditto(
+        run.model,
+        work.epoch,
+        settings,
+        received=start,
+        saved=mine,
+        ditto_lambda=work.config.ditto_lambda,
+        **run.training,
+    )
+    run.tested += len(work.own.test)
+    batches = work.batches(work.own.test)
+    score = evaluate_ditto(run.model, batches, state.tensors, **run.testing)
+    return Learnt(loss, score, state.tensors)
+
+
+def _fed_rod(
+    work: SiteWork, run: OpenModel, settings: TrainSettings, mine: ModuleTensors
+) -> Learnt:
+    balanced = replace(settings, loss="balanced-softmax")
+    loss, state = train_fed_rod(run.model, work.epoch, balanced, saved=mine, **run.training)
+    run.tested += len(work.own.test)
+    batches = work.batches(work.own.test)
+    score = evaluate_fed_rod(run.model, batches, state.tensors, **run.testing)
+    return Learnt(loss, score, state.tensors)
+
+
+def settings_of(work: SiteWork, rounds: Sequence[int]) -> TrainSettings:
+    """How to train for the local epochs of all these rounds in one go."""
+    c = work.config
+    factors = [c.learning_rate_factor(r) for r in rounds]
+    return TrainSettings(
+        epochs=c.local_epochs * len(rounds),
+        learning_rate=c.learning_rate,
+        lora_learning_rate=c.lora_learning_rate,
+        optimizer=c.optimizer,
+        weight_decay=c.weight_decay,
+        in_flight=c.in_flight,
+        schedule=tuple(f for f in factors for _ in range(c.local_epochs)),
+        loss=c.loss,
+        class_counts=work.class_counts(),
+        label_smoothing=c.label_smoothing,
+        clip_norm=c.clip_norm,
+        accumulate=c.accumulate,
+        proximal_mu=c.proximal_mu,
+        precision=c.precision,
+        augmentation=c.augmentation,
+        augmentation_key=f"{c.seed}/{work.site.name}/{work.order.round}",
+        server_mode=c.encoder_training if work.order.stream else "frozen",
+    )

@@ -1,0 +1,254 @@
+"""What every order at a site stands on: its settings, data, state on disk, and a split model ready to run.
+
+Called by site_round.py, which carries the orders out, and site_learning.py, which trains.
+"""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+from flwr.app import RecordDict
+from numpy.typing import NDArray
+
+from fedsplit.core.config import RunConfig
+from fedsplit.core.cut import Cut
+from fedsplit.core.directions import points
+from fedsplit.core.errors import FederationError
+from fedsplit.federation import messages
+from fedsplit.federation.dial import CountingEncoder, Dial
+from fedsplit.federation.messages import Order
+from fedsplit.federation.plan import Plan, plan
+from fedsplit.federation.replay_log import caught_up
+from fedsplit.federation.site_state import DEFAULT_FOLDER, Saved, SiteState
+from fedsplit.model import module
+from fedsplit.model.backbone import Backbone
+from fedsplit.model.module import ModuleSpec, ModuleTensors
+from fedsplit.model.parts import borrowed_part
+from fedsplit.model.split import SplitModel
+from fedsplit.training import data
+from fedsplit.training.activation_cache import ActivationCache, Place, version_of
+from fedsplit.training.flops import device_flops
+from fedsplit.training.pipeline import Flow
+from fedsplit.training.round import Score, WaitMeter, evaluate
+from fedsplit.training.site_data import SiteData, SiteSettings
+
+# What a site's state holds: its personal model, what it goes on from, the module that it was sent.
+PERSONAL, KEPT, HELD = "personal", "kept", "held"
+
+
+class Training(TypedDict):
+    """What training calls take beside the model."""
+
+    meter: WaitMeter | None
+    cache: Place | None
+
+
+class Testing(Training):
+    """What test calls take beside the model."""
+
+    in_flight: int
+
+
+@dataclass
+class OpenModel:
+    """A split model that is ready to run, and what it has done so far."""
+
+    model: SplitModel
+    meter: WaitMeter | None
+    encoder: CountingEncoder | None
+    cache: Place | None
+    in_flight: int
+    trained: int = 0
+    """Sample passes forward and back."""
+    tested: int = 0
+    """Sample passes forward only."""
+
+    @property
+    def training(self) -> Training:
+        """Arguments of training calls."""
+        return {"meter": self.meter, "cache": self.cache}
+
+    @property
+    def testing(self) -> Testing:
+        """Arguments of test calls."""
+        return {"meter": self.meter, "cache": self.cache, "in_flight": self.in_flight}
+
+    @property
+    def flow(self) -> Flow:
+        """The same for passes without a loss."""
+        return Flow(in_flight=self.in_flight, meter=self.meter, cache=self.cache)
+
+
+@dataclass(frozen=True)
+class SiteWork:
+    """One order and all that it needs."""
+
+    order: Order
+    config: RunConfig
+    site: SiteSettings
+    backbone: Backbone
+    own: SiteData
+    dial: Dial
+
+    def module_of(self, content: RecordDict) -> ModuleTensors:
+        """The module that came, or the one that the site kept with the rounds since replayed."""
+        if self.order.held < 0:
+            return messages.from_arrays(content, messages.MODULE)
+        saved = self.state.load()
+        kept = saved.under(HELD) if saved else {}
+        # The module of an order is the one after the round before it.
+        if saved is None or saved.round - 1 != self.order.held:
+            raise FederationError(
+                f"the server counts on the module of round {self.order.held}, which this site has no longer; the "
+                f"whole module is sent from now on"
+            )
+        return caught_up(
+            content,
+            self.order,
+            kept,
+            config=self.config,
+            backbone=self.backbone,
+            spec=self.spec,
+        )
+
+    def resumed(self, saved: Saved | None) -> ModuleTensors:
+        """What the site goes on from in place of what the server sent."""
+        if saved is None:
+            return {}
+        kept = saved.under(KEPT)
+        # A round that is done again after a resume starts from what the server sends, but for what is the site's.
+        again = saved.round >= self.order.round
+        if again or any(self.config.syncs(r) for r in range(saved.round + 1, self.order.round)):
+            # An average was made without this site: what it had is out of date but for what is its own.
+            return {n: t for n, t in kept.items() if n in self.plan.own}
+        return {n: t for n, t in kept.items() if n in self.plan.trained}
+
+    @contextmanager
+    def opened(self, tensors: ModuleTensors) -> Iterator[OpenModel]:
+        """The split model with what came, ready to train what the plan says; closed at the end."""
+        with borrowed_part(self.backbone, self.cut, self.spec) as part:
+            module.load(part, tensors)
+            for name, parameter in module.parameters(part).items():
+                parameter.requires_grad_(name in self.plan.trained)
+            how = self.order.stream
+            with self.dial(how, self.config, self.site) if how else nullcontext() as encoder:
+                meter = WaitMeter(encoder) if encoder else None
+                model = SplitModel(part, self.cut, meter)
+                yield OpenModel(
+                    model, meter, encoder, self._place(model, tensors), self.config.in_flight
+                )
+
+    def _place(self, model: SplitModel, tensors: ModuleTensors) -> Place | None:
+        """Where activations of this module version are kept, if they are and can be."""
+        if not self.config.cache_activations or model.head_trains():
+            return None
+        if self.config.encoder_training != "frozen":
+            return None
+        device = module.device_names(self.backbone, self.spec, self.cut)
+        if self.cut.a == self.cut.b:
+            classifier = self.backbone.family.classifier
+            below = {n for n in device if n.split(".", 1)[0] not in classifier}
+        else:
+            tail = module.trained_names(self.backbone, self.spec, self.cut, head=False)
+            below = device - tail
+        head = version_of({n: tensors[n] for n in below})
+        return _activations(self.source).at(self.cut, f"{self.order.encoder_digest}/{head}")
+
+    def score(self, run: OpenModel, indices: NDArray[np.int64]) -> Score:
+        """Right answers on these samples."""
+        run.tested += len(indices)
+        return evaluate(run.model, self.batches(indices), **run.testing)
+
+    def batches(self, indices: NDArray[np.int64]) -> Iterator[data.Batch]:
+        """These samples in their order."""
+        return data.batches(
+            self.own.examples, indices, self.own.transform, batch_size=self.config.batch_size
+        )
+
+    def epoch(self, epoch: int) -> Iterator[data.Batch]:
+        """The training samples in the epoch's order."""
+        return data.batches(
+            self.own.examples,
+            self.own.train,
+            self.own.transform,
+            batch_size=self.config.batch_size,
+            seed=self.seed(epoch),
+        )
+
+    def seed(self, what: int | str) -> int:
+        """A seed that depends on the run's, the site and the round alone: a resumed run draws the same."""
+        key = f"{self.config.seed}/{self.site.name}/{self.order.round}/{what}"
+        return zlib.crc32(key.encode())
+
+    def class_counts(self) -> tuple[int, ...]:
+        """Training samples a class."""
+        labels = self.own.examples.labels[self.own.train]
+        counts = np.bincount(labels, minlength=len(self.order.classes or ()))
+        return tuple(int(count) for count in counts)
+
+    def flops(self, run: OpenModel) -> int:
+        """What head and tail computed; a sample whose activations were kept cost no head."""
+        c = self.config
+        batch = next(self.batches(self.own.train[:1]))
+        served = c.encoder_training if run.encoder else "frozen"
+        return device_flops(
+            run.model,
+            batch,
+            train_samples=run.trained,
+            eval_samples=run.tested,
+            cached_samples=run.cache.hits if run.cache else 0,
+            estimator=c.zo_estimator if c.gradient == "zeroth-order" else None,
+            queries=c.zo_queries,
+            server_probes=len(points(c.zo_estimator, c.zo_queries))
+            if served == "zeroth-order"
+            else 0,
+            server_trains=served in ("hosted", "shared"),
+        )
+
+    @property
+    def keeps_state(self) -> bool:
+        """Does the site go on from something of its own in its next round?"""
+        c = self.config
+        personal = c.personalisation != "none" or c.site_local != "none"
+        return personal or c.sync_every > 1 or c.gradient == "zeroth-order"
+
+    @functools.cached_property
+    def source(self) -> str:
+        """What kept activations are of."""
+        source = self.site.data or self.config.data
+        return f"{self.order.run}/{source}/{self.config.image_size}/{self.backbone.sha256}"
+
+    @functools.cached_property
+    def cut(self) -> Cut:
+        """The order's cut."""
+        return Cut.parse(self.order.cut)
+
+    @functools.cached_property
+    def spec(self) -> ModuleSpec:
+        """The module at this site's rank."""
+        return ModuleSpec.of(self.config, self.order.classes or (), rank=self.order.rank)
+
+    @functools.cached_property
+    def plan(self) -> Plan:
+        """What trains and what is sent."""
+        return plan(self.config, self.backbone, self.spec, self.cut, max(self.order.round, 1))
+
+    @functools.cached_property
+    def state(self) -> SiteState:
+        """This site's file."""
+        folder = self.site.state_dir or self.order.state_dir or DEFAULT_FOLDER
+        return SiteState(Path(folder), run=self.order.run, site=self.site.name)
+
+
+@functools.lru_cache(maxsize=2)
+def _activations(key: str) -> ActivationCache:
+    """One run's activations in this process; in simulation those of all its sites, which share no sample."""
+    del key
+    return ActivationCache()

@@ -1,0 +1,104 @@
+"""Write docs/reference/methods.md from `METHODS`: every method with its source, placement and settings.
+
+What a method is stands in fedsplit/core/methods.py, how the methods differ in docs/explanation/methods.md.
+
+    python scripts/methods_reference.py           write the page
+    python scripts/methods_reference.py --check   exit 1 when the page is out of date
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedsplit.core.config import RunConfig
+from fedsplit.core.methods import METHODS, Method, Value
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "methods.md"
+
+HEAD = """\
+# Methods
+
+Generated from `fedsplit/core/methods.py` by `python scripts/methods_reference.py`; do not edit this page by hand.
+
+A method is a name for several [settings](config.md) at once: `fedsplit run --set method=NAME`, or a row of
+[a grid](grid.md). Two names do more than that: `centralised` gives one simulated site the samples of all, and
+`local-only` ends after the sites have trained alone. What trains where in each, what is averaged how, and what is left
+out of the papers: [methods compared](../explanation/methods.md).
+
+- *means*: settings that make the method what it is. Another value given is a fault.
+- *prefers*: in place of the setting's default. Another value given is taken.
+- *takes*: the only values that fit.
+
+All other settings are free. A setting given at its general default counts as not given, for Flower hands over every
+key. What contradicts each other beyond that is told before a run starts.
+"""
+
+WHERE = {
+    "any": "any cut",
+    "split": "a split: some block runs on the server",
+    "device": "the whole model on the device; leave `cut` out",
+}
+
+
+def page() -> str:
+    """The whole page."""
+    lines = [HEAD, "| method | | runs |", "|---|---|---|"]
+    for name, method in METHODS.items():
+        lines.append(f"| [`{name}`](#{name}) | {method.summary} | {WHERE[method.placement]} |")
+    for name, method in METHODS.items():
+        lines += ["", *section(name, method)]
+    return "\n".join(lines) + "\n"
+
+
+def section(name: str, method: Method) -> list[str]:
+    """One method: its sentence and a table."""
+    rows = [("source", method.source), ("runs", WHERE[method.placement])]
+    rows += [
+        ("means", pairs(method.fixes)),
+        ("prefers", pairs(method.prefers)),
+        ("takes", choices(method.one_of)),
+    ]
+    table = [f"| {title} | {text} |" for title, text in rows if text]
+    return [f"## `{name}`", "", method.summary, "", "| | |", "|---|---|", *table]
+
+
+def pairs(settings: Mapping[str, Value]) -> str:
+    """Settings as they are written after --set; those that are the default anyway are said to be."""
+    defaults = RunConfig.defaults()
+    return ", ".join(
+        f"`{key}={text(value)}`{' (the default)' if defaults[key] == value else ''}"
+        for key, value in settings.items()
+    )
+
+
+def choices(one_of: Mapping[str, tuple[Value, ...]]) -> str:
+    """Keys with the values that fit."""
+    return "; ".join(
+        f"`{key}`: {' or '.join(f'`{text(value)}`' for value in values)}"
+        for key, values in one_of.items()
+    )
+
+
+def text(value: Value) -> str:
+    """A value as --set takes it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Write docs/reference/methods.md from METHODS.")
+    parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    args = parser.parse_args()
+    wanted = page()
+    if args.check:
+        now = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+        return 0 if now == wanted else 1
+    PAGE.parent.mkdir(parents=True, exist_ok=True)
+    PAGE.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -137,9 +137,9 @@ def test_momentum_at_the_server_survives_a_resume(tmp_path: Path) -> None:
     runs = tmp_path / "b"
     config = settings(runs, **(SMALL | same))
     object.__setattr__(config, "deadline_s", 1.0)
-    with prepared(config, simulated(2), silent=lambda _, m: m.metadata.group_id == "3") as (run, _):
-        with pytest.raises(FederationError):
-            run.go()
+    away = prepared(config, simulated(2), silent=lambda _, m: m.metadata.group_id == "3")
+    with away as (run, _), pytest.raises(FederationError):
+        run.go()
     again = settle(settings(runs, run_name="", resume="run"))
     with prepared(again, simulated(2)) as (run, _):
         run.go()

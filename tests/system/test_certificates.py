@@ -39,7 +39,9 @@ def run_once(tmp_path: Path, pki: Path, nodes: list[dict[str, Any]]) -> Summary:
     host = BackboneHost(Backbone.find(config.backbone))
     with EncoderServer(host, key=key, tls=tls) as server:
         ca = str(pki / "ca.pem")
-        endpoint = Endpoint(server.address, key, tls=True, ca_file=ca, publish=host.publish, collect=host.collect)
+        endpoint = Endpoint(
+            server.address, key, tls=True, ca_file=ca, publish=host.publish, collect=host.collect
+        )
         grid = InProcessGrid(nodes)
         try:
             return Run(grid, config, endpoint, simulated=True).go()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.app import Message, RecordDict
 
@@ -15,6 +15,7 @@ from fedsplit.core.lora_rules import Rule
 from fedsplit.federation import messages
 from fedsplit.federation.endpoint import Endpoint
 from fedsplit.federation.messages import Kind, Order, RollCall
+from fedsplit.federation.plan import Plan, plan
 from fedsplit.federation.replay_log import ReplayLog
 from fedsplit.federation.zeroth_order import direction_seed
 from fedsplit.model import module
@@ -64,6 +65,16 @@ class Orders:
         """What a site receives of the module: the tensors of its device, at its rank."""
         held = module.device_names(self.backbone, self.spec, site.cut)
         return self.rule.for_site({n: tensors[n] for n in sorted(held)}, site.rank)
+
+    def plan(self, site: Site, round_: int) -> Plan:
+        """What a site trains and sends in a round."""
+        spec = replace(self.spec, rank=site.rank)
+        return plan(self.config, self.backbone, spec, site.cut, round_)
+
+    @property
+    def all_local(self) -> bool:
+        """Does no site need the encoder?"""
+        return all(site.cut.local(self.backbone.blocks) for site in self.sites)
 
     def messages(
         self, kind: Kind, round_: int, tensors: ModuleTensors, sites: Sequence[Site] | None = None

@@ -8,7 +8,6 @@ receives before it trains it, so the curve costs no message of its own; one more
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -19,7 +18,6 @@ from fedsplit.core.aggregation import Update, check_update
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import (
     ConfigError,
-    EncoderError,
     FederationError,
     FedsplitError,
     UpdateError,
@@ -29,15 +27,14 @@ from fedsplit.core.records import Phase, RoundMetrics, Status
 from fedsplit.federation import messages
 from fedsplit.federation.best import Best
 from fedsplit.federation.closed_form_start import ClosedFormStart
+from fedsplit.federation.combiner import Combiner
 from fedsplit.federation.endpoint import Endpoint
 from fedsplit.federation.exchange import WINDOW, WINDOW_SIMULATED, exchange
 from fedsplit.federation.ledger import Ledger
 from fedsplit.federation.messages import Answer, Calibration, Kind, LocalOnly
 from fedsplit.federation.orders import Orders, Site
-from fedsplit.federation.plan import plan
 from fedsplit.federation.replay_log import ReplayLog, replayable
 from fedsplit.federation.run_dir import Checkpoint, RunDir
-from fedsplit.federation.server_rules import ServerRule
 from fedsplit.federation.zeroth_order import replayed
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
@@ -76,14 +73,6 @@ class SplitStrategy(Strategy):
         rule = rule_of(
             config.lora_aggregation, scale=config.lora_alpha / config.lora_rank, seed=config.seed
         )
-        self.server_rule = ServerRule(
-            rule,
-            optimizer=config.server_optimizer,
-            learning_rate=config.server_learning_rate,
-            momentum=config.server_momentum,
-            robust_rule=config.robust_rule,
-            byzantine_sites=config.byzantine_sites,
-        )
         self._log = ReplayLog(
             replayable(
                 config,
@@ -102,7 +91,8 @@ class SplitStrategy(Strategy):
             endpoint=endpoint,
             state_dir=str(run_dir.path / "sites") if simulated else "",
         )
-        self._check_sites()
+        self._combiner = Combiner(config, rule, self._orders, on_update=on_update)
+        self._combiner.check()
 
     # What Flower's Strategy asks for.
 
@@ -129,7 +119,7 @@ class SplitStrategy(Strategy):
             raise FederationError(self._too_few(server_round, len(good)))
         if self._best.improved(self.ledger.accuracy_of_round(server_round)):
             self._best.keep(self.module)
-        self.module = self._combined(server_round, good)
+        self.module = self._combiner.combine(server_round, self.module, good)
         accuracy = self.ledger.accuracy_of_round(server_round)
         numbers = MetricRecord({"updates": len(good), "accuracy-received": accuracy or 0.0})
         return messages.to_arrays(self.module), numbers
@@ -264,14 +254,14 @@ class SplitStrategy(Strategy):
             "wall_s": ledger.wall_s(),
             "best": self._best.state(),
         }
-        extra = {f"server/{n}": t for n, t in self.server_rule.state().items()}
+        extra = {f"server/{n}": t for n, t in self._combiner.rule.state().items()}
         extra |= {f"best/{n}": t for n, t in self._best.module.items()}
         self.run_dir.save_checkpoint(Checkpoint(self.rounds_done, self.module, state, extra))
 
     def restore(self, saved: Checkpoint) -> None:
         """Go on from what `checkpoint` saved, but for the module itself, which `start` is given."""
         server = "server/"
-        self.server_rule.restore(
+        self._combiner.rule.restore(
             {n.removeprefix(server): t for n, t in saved.extra.items() if n.startswith(server)}
         )
         best = {n.removeprefix("best/"): t for n, t in saved.extra.items() if n.startswith("best/")}
@@ -280,7 +270,7 @@ class SplitStrategy(Strategy):
     # The steps.
 
     def _publish(self, round_: int) -> None:
-        if self._all_local:
+        if self._orders.all_local:
             return
         names = module.server_names(self.backbone, self.spec)
         packed = module.pack(self.spec, {n: self.module[n] for n in names})
@@ -364,7 +354,7 @@ class SplitStrategy(Strategy):
             return None
         site, answer = found
         received = self._orders.received(site, self.module)
-        names = plan(self.config, self.backbone, self._spec_of(site), site.cut, round_)
+        names = self._orders.plan(site, round_)
         try:
             if self.config.gradient == "zeroth-order":
                 delta = self._replayed(round_, site, reply, {n: received[n] for n in names.trained})
@@ -393,57 +383,6 @@ class SplitStrategy(Strategy):
             start=start,
         )
 
-    def _spec_of(self, site: Site) -> ModuleSpec:
-        return replace(self.spec, rank=site.rank)
-
-    def _combined(self, round_: int, updates: list[Update]) -> ModuleTensors:
-        """The next module, from what the devices sent and what the encoder trained."""
-        received = {
-            site.name: self._orders.received(site, self.module) for site in self.sites.values()
-        }
-        hosted = self._hosted(round_)
-        if hosted:
-            updates = [self._with_hosted(u, hosted.get(u.site, {})) for u in updates]
-            received = {name: {**self.module, **own} for name, own in received.items()}
-            for name, delta in hosted.get("", {}).items():
-                self.module[name] = self.module[name] + delta
-        if not any(u.delta for u in updates):
-            return self.module
-        combined = self.server_rule.combine(self.module, updates, received, round_)
-        if self.server_rule.held_back:
-            self._say(
-                f"round {round_}: {len(self.server_rule.held_back)} tensors stay as they were, too few sites "
-                f"trained them for robust-rule={self.config.robust_rule}"
-            )
-        return combined
-
-    def _hosted(self, round_: int) -> dict[str, ModuleTensors]:
-        """What the encoder trained in a round: site -> deltas, under "" those of a shared copy."""
-        if self.config.encoder_training == "frozen" or self._all_local:
-            return {}
-        try:
-            return self.endpoint.collect(self._orders.version(round_))
-        except EncoderError as err:
-            # What the devices trained is not to be lost with it.
-            self._say(f"round {round_}: what the encoder trained could not be collected: {err}")
-            return {}
-
-    def _with_hosted(self, update: Update, delta: ModuleTensors) -> Update:
-        """A site's update with what the encoder trained on its behalf; that alone is dropped where it is bad."""
-        on_behalf = Update(site=update.site, samples=update.samples, delta=delta)
-        try:
-            check_update(
-                on_behalf, module=self.module, trained=delta.keys(), samples=update.samples
-            )
-        except UpdateError as err:
-            self._say(f"what the encoder trained: {err}")
-            return update
-        return replace(update, delta={**update.delta, **delta})
-
-    @property
-    def _all_local(self) -> bool:
-        return all(site.cut.local(self.backbone.blocks) for site in self.sites.values())
-
     def _selected(self, round_: int) -> list[Site]:
         """The sites that train in a round: all, or a draw by seed and round."""
         sites = list(self.sites.values())
@@ -456,24 +395,6 @@ class SplitStrategy(Strategy):
             len(sites), size=count, replace=False
         )
         return [sites[i] for i in sorted(draw)]
-
-    def _check_sites(self) -> None:
-        """Raise ConfigError now where a setting could never work with these sites and their cuts."""
-        if (
-            self.config.encoder_training == "shared"
-            and len({s.cut for s in self.sites.values()}) > 1
-        ):
-            raise ConfigError(
-                "encoder-training=shared wants one cut for all sites; change the sites' own cuts, or use "
-                "encoder-training=hosted"
-            )
-        names = {
-            s.name: plan(
-                self.config, self.backbone, self._spec_of(s), s.cut, self.config.rounds
-            ).sent
-            for s in self.sites.values()
-        }
-        self.server_rule.check(names)
 
     def _too_few(self, round_: int, useful: int) -> str:
         lost = "; ".join(f"{s}: {why}" for r, s, why in self.ledger.absences if r == round_)

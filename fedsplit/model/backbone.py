@@ -167,6 +167,7 @@ class Part:
         # What the module makes of this part; `module.attach` sets them.
         self.prompt_tokens = 0
         self.full = False
+        self.module_parameters: dict[str, nn.Parameter] | None = None
         paths = [f"{self.family.base}.{self.family.blocks}.{i}" for i in self.held]
         if embeddings:
             paths.append(f"{self.family.base}.{self.family.embeddings}")

@@ -37,7 +37,9 @@ def twin(part: Part) -> Part:
     kept = (part.backbone, part.family, part.model.config)
     tensors = (*part.model.parameters(), *part.model.buffers())
     # What the memo names is not copied.
-    return copy.deepcopy(part, {id(x): x for x in (*kept, *tensors)})
+    copied = copy.deepcopy(part, {id(x): x for x in (*kept, *tensors)})
+    copied.module_parameters = None
+    return copied
 
 
 def trained_at(part: Part, cut: Cut, lora: str = "both") -> Weights:

@@ -33,6 +33,7 @@ def attach(part: Part, spec: ModuleSpec) -> None:
     elif spec.kind == "full":
         part.full = True
         _own_all(part)
+    part.module_parameters = None
     # PEFT marks LoRA alone as trainable; the classifier trains with it.
     train_only(part)
 
@@ -51,11 +52,14 @@ def parameters(part: Part) -> dict[str, nn.Parameter]:
 
     Merged deltas are among them, and never require a gradient.
     """
-    return {
-        lora.public_name(name): parameter
-        for name, parameter in part.model.named_parameters()
-        if not parameter.is_meta and _in_module(part, name)
-    }
+    if part.module_parameters is None:
+        # Kept, for a walk over a whole skeleton takes milliseconds and a site asks several times a round.
+        part.module_parameters = {
+            lora.public_name(name): parameter
+            for name, parameter in part.model.named_parameters()
+            if not parameter.is_meta and _in_module(part, name)
+        }
+    return dict(part.module_parameters)
 
 
 def _in_module(part: Part, name: str) -> bool:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from fedsplit.core import directions
 from fedsplit.core.encoder import Estimator
@@ -112,36 +112,50 @@ def _measure(model: SplitModel, first: Batch, *, server_trains: bool) -> Flops:
     )
 
 
-class _Counting:
-    """Counts the operations inside."""
+class _Counting(TorchDispatchMode):
+    """Counts the operations inside, by torch's own formulas.
+
+    Not torch's FlopCounterMode: it follows modules by hooks that every thread of the process runs into, and has no
+    formula for the CPU's fused attention. Switching that off would do so for other threads, too, whose training
+    then rounds otherwise.
+    """
 
     def __init__(self) -> None:
-        self._counter = FlopCounterMode(display=False)
-        # As plain products: torch has no count for its CPU's fused attention.
-        self._plain = sdpa_kernel(SDPBackend.MATH)
-
-    def __enter__(self) -> _Counting:
-        self._plain.__enter__()
-        self._counter.__enter__()  # type: ignore[no-untyped-call]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._counter.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        self._plain.__exit__(None, None, None)
-
-    @property
-    def total(self) -> int:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
         """Operations so far."""
-        return int(self._counter.get_total_flops())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and add what it costs."""
+        del types
+        out = func(*args, **(kwargs or {}))
+        formula = _FORMULAS.get(func._overloadpacket)
+        if formula is not None:
+            self.total += int(formula(*args, **(kwargs or {}), out_val=out))
+        return out
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))  # type: ignore[no-untyped-call]
+
+
+def _attention_backward(
+    gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> int:
+    shapes = (gradient.shape, query.shape, key.shape, value.shape)
+    return int(sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
+
+
+_aten = torch.ops.aten
+_FORMULAS: dict[Any, Any] = {
+    **flop_registry,
+    _aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
 
 
 def _backward(model: SplitModel, output: Tensor, also: list[Tensor]) -> None:
     """Gradients for all that trains and `also`, without leaving them anywhere."""
     wanted = [*trained(model.part).values(), *also]
-    if not wanted or not output.requires_grad:
-        return
-    before = [p.grad for p in wanted]
-    # Not autograd.grad: the counter follows modules by hooks that only `backward` allows.
-    output.backward(torch.ones_like(output))  # type: ignore[no-untyped-call]
-    for parameter, gradient in zip(wanted, before, strict=True):
-        parameter.grad = gradient
+    if wanted and output.requires_grad:
+        torch.autograd.grad(output, wanted, torch.ones_like(output), allow_unused=True)

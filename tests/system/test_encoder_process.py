@@ -19,7 +19,7 @@ from safetensors.numpy import load_file
 
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import FederationError, FedsplitError, UnreachableError
-from fedsplit.federation import site
+from fedsplit.federation import dial
 from fedsplit.federation.server import Run, settle
 from fedsplit.transport.client import StreamEncoder
 from server_app.app import _endpoint
@@ -163,7 +163,7 @@ def test_encoder_dies_in_a_round(
     how: signal.Signals, reference: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The round ends with a reason that names site and encoder; a new encoder lets the run go on from there."""
-    monkeypatch.setattr(site, "StreamEncoder", Killing)
+    monkeypatch.setattr(dial, "StreamEncoder", Killing)
     with served(tmp_path) as encoder:
         config = settings(tmp_path, rounds=3, cut="0,6;2,4", **of(encoder))
 
@@ -207,7 +207,7 @@ def test_run_goes_on_with_the_sites_that_need_no_encoder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """min-sites=1: the site that runs all blocks carries the round in which the encoder dies."""
-    monkeypatch.setattr(site, "StreamEncoder", Killing)
+    monkeypatch.setattr(dial, "StreamEncoder", Killing)
     with served(tmp_path) as encoder:
         config = settings(tmp_path, rounds=3, cut="2,4;6,6", min_sites=1, **of(encoder))
 

@@ -131,16 +131,6 @@ def test_device_rss_at_its_smallest(tiny: dict[str, Path]) -> None:
     assert not multiprocessing.active_children()
 
 
-@pytest.mark.slow
-def test_rss_1000_sites_at_its_smallest() -> None:
-    from benchmarks import rss_1000_sites
-
-    result = rss_1000_sites.run(repetitions=1, few=2, many=4, samples=40, rounds=1)
-    assert set(result["extra"]["peak_mib"]) == {"2 sites", "4 sites"}
-    assert 0.5 < result["ratio"] < 2
-    assert not multiprocessing.active_children()
-
-
 def test_rss_images_are_the_same_each_time() -> None:
     from benchmarks import rss_1000_sites
 

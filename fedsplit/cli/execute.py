@@ -24,6 +24,7 @@ from fedsplit.cli.follow import Progress, RunFiles, Snapshot, follow
 from fedsplit.cli.request import RunRequest, to_toml
 from fedsplit.core.errors import FederationError, RunDirError
 from fedsplit.core.records import Summary, TasksSummary
+from fedsplit.federation.run_dir import RunDir
 from fedsplit.report.read import read_summary, read_tasks
 
 SUMMARY_MARK = "FEDSPLIT_SUMMARY "
@@ -49,6 +50,9 @@ def execute(request: RunRequest, progress: Progress) -> Ended:
                 request, link.commands, files, progress, simulating=lambda: link.simulating
             )
     except KeyboardInterrupt as err:
+        if request.superlink is None:
+            # All that this run had started has ended, maybe in the middle of a file.
+            RunDir(request.run_dir).clear_unfinished()
         raise Interrupted(
             _what_is_left(request, files), terminated=isinstance(err, Terminated)
         ) from err

@@ -108,6 +108,14 @@ class RunDir:
         except (OSError, ValueError):
             return None
 
+    def clear_unfinished(self) -> None:
+        """Remove what a writer that was stopped left half done; only when nobody writes here any more."""
+        for part in list(self.path.rglob(".*.part")):
+            if part.is_dir():
+                shutil.rmtree(part, ignore_errors=True)
+            else:
+                part.unlink(missing_ok=True)
+
     def write_json(self, name: str, value: Mapping[str, Any] | BaseModel) -> None:
         """Write a JSON file in one piece."""
         if isinstance(value, BaseModel):

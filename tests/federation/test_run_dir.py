@@ -361,3 +361,13 @@ def test_a_full_disk_keeps_the_old_files_whole(small_disk: Path) -> None:
     assert run.read_metrics() == [metrics(1)]
     with pytest.raises(RunDirError, match=NO_SPACE):
         RunDir.create(small_disk, "other", task="t").write_json("config.json", {"x": "y" * 9000})
+
+
+def test_what_a_stopped_writer_left_can_be_cleared(tmp_path: Path) -> None:
+    folder = RunDir(tmp_path)
+    folder.write_json("config.json", {"config": {}})
+    (tmp_path / ".module.part").mkdir()
+    (tmp_path / ".module.part" / "half").write_text("x")
+    (tmp_path / ".status.json.part").write_text("{")
+    folder.clear_unfinished()
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]

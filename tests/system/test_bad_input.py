@@ -559,13 +559,9 @@ def wait_for(path: Path, process: subprocess.Popen[str], timeout_s: float = 200.
         time.sleep(0.05)
 
 
-def assert_whole(folder: Path, *, ended: bool = False) -> int:
-    """The run's folder can be read; its last round. Only a run that `ended` by itself has cleared up.
-
-    Who is stopped while it writes leaves the part behind, beside what was there before and under another name.
-    """
-    if ended:
-        assert_nothing_half_written(folder)
+def assert_whole(folder: Path) -> int:
+    """The run's folder can be read; its last round."""
+    assert_nothing_half_written(folder)
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         RoundMetrics.model_validate_json(line)
     json.loads((folder / "config.json").read_text())
@@ -620,7 +616,7 @@ def test_ctrl_c_then_sigterm_then_the_run_completes(tmp_path: Path) -> None:
     assert len(summary["accuracy_by_round"]) == 31
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2 * 31
-    assert_whole(folder, ended=True)
+    assert_whole(folder)
 
 
 @pytest.mark.slow

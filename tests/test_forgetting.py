@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from experiments.forgetting import chain as chains
 from experiments.forgetting import table, tasks
@@ -27,7 +26,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(runs: Path) -> list[Row]:
-    torch.set_num_threads(1)
     chosen, bench = tasks.small(runs), Bench()
     return [
         row

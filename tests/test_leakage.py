@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from experiments.leakage import inputs, labels, measure, steps, table
 from experiments.leakage import scene as scenes
@@ -22,7 +21,6 @@ CUT = Cut(1, 5)
 
 @pytest.fixture(scope="module")
 def digits() -> Scene:
-    torch.set_num_threads(1)
     return scenes.digits(160, 200)
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from fedsplit.experiment.cells import Cell, Faults, expand
 from fedsplit.experiment.grid import Grid, parse_grid
@@ -37,14 +36,6 @@ method = "fedv"
 name = "Probe"
 method = "linear-probe"
 """
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -7,9 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-
 from fedsplit.core.config import RunConfig
 from fedsplit.federation.endpoint import Endpoint
 from fedsplit.federation.server import Run
@@ -17,15 +14,6 @@ from fedsplit.serving.process import hosting
 from tests.federation.grid import InProcessGrid
 
 Federate = Callable[..., Run]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Small matrices on a small machine: one thread is fastest, and the order of sums is fixed."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def settings(runs: Path, **other: Any) -> RunConfig:

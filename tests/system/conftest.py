@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from fedsplit.cli.console import Output, print_error
 from fedsplit.cli.execute import error_in_log
@@ -34,15 +33,6 @@ BASE: dict[str, Any] = {
     "max-samples": 80, "rounds": 1, "cut": "0,6", "run-name": "run", "partition": "iid", "deadline-s": 60.0,
 }  # fmt: skip
 Nodes = list[dict[str, Any]]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As many threads as the processes that a test starts: then the sums have one order everywhere."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def assert_one_screen(text: str) -> None:

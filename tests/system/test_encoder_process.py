@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
 
 from fedsplit.core.config import RunConfig
@@ -90,7 +89,6 @@ def assert_same_module(one: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of three rounds with the app's own encoder."""
-    torch.set_num_threads(1)
     runs = tmp_path_factory.mktemp("reference")
     with prepared(settings(runs, rounds=3, cut="0,6;2,4")) as run:
         assert run.go().outcome == "complete"

@@ -34,7 +34,6 @@ from tests.training.small import (
     texts,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SHUFFLED = regrouped(BATCHES, list(np.random.default_rng(3).permutation(27)), 6)
 
 

@@ -36,7 +36,6 @@ from fedsplit.training.last_linear import last_linear
 from fedsplit.training.round import evaluate
 from tests.training.small import BARE, BATCHES, local, text_batches
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 CLASSES, FEATURES = 4, 9
 
 

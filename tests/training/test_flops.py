@@ -11,7 +11,6 @@ from fedsplit.training import flops
 from fedsplit.training.flops import device_flops, of_sample
 from tests.training.small import BARE, BATCHES, LORA, local, same_bits, text_batches
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 # Tiny ViT: 16 patches and one more token, width 24, mlp 48, patches of 4 x 4 x 3.
 T, D, M = 17, 24, 48
 EMBED = 2 * 16 * D * 48

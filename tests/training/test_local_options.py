@@ -29,7 +29,6 @@ from tests.training.small import (
     settings,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ALL: dict[str, Any] = {
     "loss": "balanced-softmax",
     "class_counts": (14, 13),
@@ -58,7 +57,6 @@ def trained(
 @pytest.fixture(scope="module")
 def plain(tiny_vit: Backbone) -> ModuleTensors:
     """What the defaults come to."""
-    torch.set_num_threads(1)
     return trained(tiny_vit)
 
 

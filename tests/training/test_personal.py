@@ -38,7 +38,6 @@ from tests.training.small import (
     text_batches,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 BALANCED = {"loss": "balanced-softmax", "class_counts": (14, 13)}
 # A site that calls dark what the others call light.
 CONTRARY = [Batch(b.inputs, 1 - b.labels, None, b.keys) for b in BATCHES]

@@ -19,7 +19,6 @@ from fedsplit.training.pipeline import Flow
 from fedsplit.training.pruning import el2n, hardest
 from tests.training.small import BATCHES, Wrapped, text_batches
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LORA = ModuleSpec(classes=("dark", "grey", "light"), rank=2, alpha=4)
 PROMPT = ModuleSpec(classes=("dark", "grey", "light"), kind="prompt", prompt_tokens=3)
 

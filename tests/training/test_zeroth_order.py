@@ -40,7 +40,6 @@ from tests.training.small import (
     settings,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 SEED = 2**40 + 5
 CHOSEN = {"learning_rate": 0.02, "lora_learning_rate": 0.003}
 

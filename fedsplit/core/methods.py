@@ -124,7 +124,10 @@ METHODS: dict[str, Method] = {
         fixes={"personalisation": "ditto", "gradient": "exact"},
     ),
     "fed-rod": Method(
-        summary="A generic classifier trained by balanced softmax and a personal one beside it, kept at the site.",
+        summary=(
+            "A generic classifier trained by balanced softmax (a fixed one: plain) and a personal one beside it, "
+            "kept at the site."
+        ),
         source="Fed-RoD, arXiv 2107.00778",
         fixes={"personalisation": "fed-rod", "gradient": "exact"},
     ),

@@ -101,8 +101,11 @@ def _ditto(
 def _fed_rod(
     work: SiteWork, run: OpenModel, settings: TrainSettings, mine: ModuleTensors
 ) -> Learnt:
-    balanced = replace(settings, loss="balanced-softmax")
-    loss, state = train_fed_rod(run.model, work.epoch, balanced, saved=mine, **run.training)
+    # Balanced softmax keeps the generic classifier from the site's mix of classes. A fixed one needs no such care, and
+    # a site of one class would teach the blocks in front of it nothing.
+    fixed = work.config.classifier_training == "fixed"
+    generic = settings if fixed else replace(settings, loss="balanced-softmax")
+    loss, state = train_fed_rod(run.model, work.epoch, generic, saved=mine, **run.training)
     with PersonalClassifier(run.model.part, state.tensors, None) as personal:
         score = work.score(run, work.own.test, adjust=personal.logits)
     return Learnt(loss, score, state.tensors)

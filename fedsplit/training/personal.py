@@ -88,8 +88,8 @@ def train_fed_rod(
 ) -> tuple[float, PersonalState]:
     """Train the generic model in place and, on the same batches, the site's own classifier beside it.
 
-    Fed-RoD (arXiv 2107.00778, eq. 8 and 9): the generic part learns by balanced softmax, `settings.loss` and
-    `class_counts` say so, and goes to the server; the personal classifier sees detached features and generic
+    Fed-RoD (arXiv 2107.00778, eq. 8 and 9): the generic part learns by `settings.loss` (the paper: balanced softmax,
+    with `class_counts`) and goes to the server; the personal classifier sees detached features and generic
     logits, learns by the plain loss and stays. Returns the generic loss and the state. Raises UpdateError
     where `saved` does not fit.
     """

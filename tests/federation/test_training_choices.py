@@ -128,6 +128,20 @@ def test_personal_models_go_on_from_round_to_round(tmp_path: Path, method: str) 
     assert summary.accuracy_personal >= summary.accuracy_global
 
 
+@pytest.mark.parametrize("encoder", ["frozen", "shared"])
+def test_beside_a_fixed_classifier_a_personal_one_costs_the_common_model_nothing(
+    tmp_path: Path, encoder: str
+) -> None:
+    """Fed-RoD's balanced softmax guards a generic classifier that learns; a fixed one needs no guard."""
+    same = {"classifier_init": "ridge", "classifier_training": "fixed", "encoder_training": encoder}
+    same |= {"cut": "0,4", "partition": "pathological:2"}
+    alone, common, _ = trained(tmp_path / "a", method="fedv", **same)
+    beside, generic, _ = trained(tmp_path / "b", method="fed-rod", **same)
+    close(common, generic, 0)
+    assert any(np.abs(generic[n]).max() > 0 for n in generic if "lora_B" in n)
+    assert beside.accuracy_personal >= alone.accuracy_personal
+
+
 def test_momentum_at_the_server_survives_a_resume(tmp_path: Path) -> None:
     same = {"server_optimizer": "momentum", "server_learning_rate": 0.5, "rounds": 3}
     _, straight, _ = trained(tmp_path / "a", **same)

@@ -92,13 +92,16 @@ def make_plan(path: Path, *, out: Path | None = None, only: tuple[str, ...] = ()
 
 def run_plan(plan: Plan, output: Output, *, jobs: int) -> int:
     """Tune, run, write everything, tell how it ended; the exit code."""
+    from fedsplit.experiment.bench import Way
     from fedsplit.experiment.cells import Faults, expand
     from fedsplit.experiment.schedule import Schedule
 
+    said = plan.grid.experiment
+    way = Way(wire=said.wire, sites_at_once=said.sites_at_once)
     book = _Book(plan, output)
     try:
         with (
-            Schedule(jobs=jobs, wire=plan.grid.experiment.wire) as schedule,
+            Schedule(jobs=jobs, way=way) as schedule,
             _Bar(output, len(plan.trials) + len(plan.cells)) as bar,
         ):
             tuned = _tune(plan, schedule, bar, book)

@@ -13,7 +13,9 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import FedsplitError
@@ -34,12 +36,23 @@ from fedsplit.serving.process import hosting
 _MAX_HOSTS = 2
 
 
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How a run reaches its encoder (grpc: the real stream on loopback), and how many of its sites work at a time."""
+
+    wire: Literal["near", "grpc"] = "near"
+    sites_at_once: int = 1
+
+
+NEAR = Way()
+
+
 class Bench:
     """Does runs one after the other."""
 
-    def __init__(self, *, wire: str = "near", memo_bytes: int = MEMO_BYTES) -> None:
-        """`wire`: near, or grpc for the real stream on loopback."""
-        self._wire = wire
+    def __init__(self, way: Way = NEAR, *, memo_bytes: int = MEMO_BYTES) -> None:
+        """`memo_bytes`: what answers of frozen blocks may take."""
+        self._way = way
         self.memo = Memo(memo_bytes)
         self._hosts: OrderedDict[str, NearHost] = OrderedDict()
         # Flower's log tells each run's start and its whole summary.
@@ -55,7 +68,10 @@ class Bench:
             mark(cell)
             with self._encoder(cell.config) as (endpoint, dial):
                 site = functools.partial(answer, dial=dial)
-                with InProcessGrid(cell.nodes, site) as grid:
+                sites = InProcessGrid(
+                    cell.nodes, site, workers=self._way.sites_at_once, torch_threads=1
+                )
+                with sites as grid:
                     Run(grid, cell.config, endpoint, simulated=True).go()
             return row_of(cell)
         except FedsplitError as err:
@@ -68,7 +84,7 @@ class Bench:
 
     @contextmanager
     def _encoder(self, config: RunConfig) -> Iterator[tuple[Endpoint, Dial]]:
-        if self._wire == "grpc":
+        if self._way.wire == "grpc":
             with hosting(config, None) as (server, host, key):
                 yield _endpoint(server.address, key, host), dial_stream
             return

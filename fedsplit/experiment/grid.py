@@ -66,6 +66,16 @@ class Experiment(_Table):
     """Each run is done once a seed; the table tells mean and deviation over them."""
     wire: Literal["near", "grpc"] = "near"
     """near: the encoder in the run's process, its answers shared between runs; grpc: the real stream."""
+    sites_at_once: int = Field(1, ge=1, le=64)
+    """Sites of a run that work at the same time, with wire = "grpc"; one after the other, runs repeat bit for bit."""
+
+    @model_validator(mode="after")
+    def _wire_for_several(self) -> Experiment:
+        if self.sites_at_once > 1 and self.wire != "grpc":
+            raise ValueError(
+                f'sites-at-once = {self.sites_at_once} is for wire = "grpc"; the short way takes one site at a time'
+            )
+        return self
 
 
 class Problem(_WithSettings):

@@ -24,6 +24,7 @@ from fedsplit.model import module
 from fedsplit.model.backbone import Part
 from fedsplit.model.encoder import LocalEncoder
 from fedsplit.model.seam import as_tensor
+from fedsplit.model.turns import Turns
 
 Weights = dict[str, nn.Parameter]
 Slots = dict[str, tuple[nn.Module, str]]
@@ -143,7 +144,7 @@ class TrainingEncoder(LocalEncoder):
 
     `weight` multiplies the learning rate of this session's steps. Shared: with weights n_i / sum n, one step of every
     site moves the tensors by  lr * sum_i (n_i / sum n) * step_i , which for SGD is  w <- w - lr * mean_i g_i  by samples;
-    gradients are applied as they come, each that of the weights of its own forward.
+    sessions take `turns`, so each gradient is that of the weights which it steps.
     """
 
     trains = True
@@ -155,13 +156,15 @@ class TrainingEncoder(LocalEncoder):
         tensors: TrainedTensors,
         *,
         weight: float = 1.0,
+        turns: Turns | None = None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        """`part` is this session's own (`twin`)."""
+        """`part` is this session's own (`twin`); `turns` those of all sessions on a shared copy."""
         super().__init__(part, cut)
         self._on_close = on_close
         self._tensors = tensors
         self._weight = weight
+        self._turns = turns or Turns()
         self._here = tuple(trained_at(part, cut, tensors.training.lora))
         self._weights: dict[int, Weights] = {}
         self._slots = _slots(part)
@@ -170,7 +173,9 @@ class TrainingEncoder(LocalEncoder):
     def encode(
         self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
     ) -> Array:
-        """See core.encoder.Encoder."""
+        """See core.encoder.Encoder. A forward that is kept waits for this session's turn."""
+        if keep:
+            self._turns.take(self)
         with self._forwards:  # the twin holds one set of weights at a time
             snapshot = self._tensors.snapshot()
             weights = {n: snapshot[n] for n in self._here}
@@ -193,6 +198,7 @@ class TrainingEncoder(LocalEncoder):
         """Free all held graphs and the weights that they were made with."""
         super().close()
         self._weights.clear()
+        self._turns.give(self)
         self._on_close()
 
     def _backward(self, step: int, dz: Array, *, wants_dh: bool) -> Tensor | None:
@@ -202,6 +208,8 @@ class TrainingEncoder(LocalEncoder):
         found = torch.autograd.grad(z, inputs, as_tensor(dz), allow_unused=True)
         grads = {n: g for n, g in zip(weights, found, strict=False) if g is not None}
         self._tensors.step(grads, weight=self._weight)
+        if not self._weights:
+            self._turns.give(self)
         return found[-1] if wants_dh else None
 
 

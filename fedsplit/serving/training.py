@@ -24,6 +24,7 @@ from fedsplit.model.training_encoder import (
     trained_at,
     twin,
 )
+from fedsplit.model.turns import Turns
 
 TRAINING_BYTES = 4 << 30
 SHARED = ""
@@ -43,6 +44,7 @@ class _Copy:
     def __init__(self, start: Start, training: Training) -> None:
         self.held_bytes = copy_bytes(start, training)
         self.tensors: TrainedTensors | None = TrainedTensors(start, training)
+        self.turns = Turns()
         self._delta: Delta = {}
 
     def finish(self) -> None:
@@ -89,8 +91,8 @@ class Trainees:
             )
         own = twin(part)
         if training.mode == "shared":
-            tensors = self._shared(part, grant.version, training)
-            return TrainingEncoder(own, grant.cut, tensors, weight=training.weight)
+            tensors, turns = self._shared(part, grant.version, training)
+            return TrainingEncoder(own, grant.cut, tensors, weight=training.weight, turns=turns)
         copy = self._begin(start, grant, training)
         assert copy.tensors is not None, "a copy that has just begun is in training"
         kind = TrainingEncoder if training.mode == "hosted" else ProbingEncoder
@@ -126,7 +128,7 @@ class Trainees:
             if self._latest.get(version, {}).get(site) is copy:
                 copy.finish()
 
-    def _shared(self, part: Part, version: str, training: Training) -> TrainedTensors:
+    def _shared(self, part: Part, version: str, training: Training) -> tuple[TrainedTensors, Turns]:
         # The copy has the tensors of all blocks, for sites of every cut; a session steps those of its own.
         start = trained_at(part, Cut(0, part.backbone.blocks), training.lora)
         agreed = training.model_copy(update={"weight": 1.0})
@@ -134,14 +136,15 @@ class Trainees:
             of_version = self._latest.setdefault(version, {})
             if SHARED not in of_version:
                 of_version[SHARED] = self._make(start, agreed)
-            tensors = of_version[SHARED].tensors
+            copy = of_version[SHARED]
+        tensors = copy.tensors
         assert tensors is not None, "a shared copy is not finished, only collected"
         if tensors.training != agreed:
             raise RefusedError(
                 f"version {version!r} is trained with {tensors.training}, the token asks for {agreed}: sites that "
                 "share a copy train it alike"
             )
-        return tensors
+        return tensors, copy.turns
 
     def _make(self, start: Start, training: Training) -> _Copy:
         wanted, held = copy_bytes(start, training), self._held_bytes()

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from fedsplit.core.errors import ConfigError
 from fedsplit.experiment import schedule
-from fedsplit.experiment.bench import Bench
+from fedsplit.experiment.bench import NEAR, Bench, Way
 from fedsplit.experiment.cells import Cell
 from fedsplit.experiment.results import Row, finished, folder_of, row_of, write_csv
 from fedsplit.experiment.schedule import Schedule
@@ -20,9 +21,9 @@ from tests.experiment.conftest import METHODS, Parse, cells_of
 Done = list[tuple[Cell, Row, bool]]
 
 
-def go(cells: list[Cell], *, jobs: int = 1, wire: str = "near") -> Done:
+def go(cells: list[Cell], *, jobs: int = 1, way: Way = NEAR) -> Done:
     done: Done = []
-    with Schedule(jobs=jobs, wire=wire) as runs:
+    with Schedule(jobs=jobs, way=way) as runs:
         runs.go(cells, lambda *what: done.append(what))
     return done
 
@@ -130,15 +131,24 @@ def test_equal_settings_share_a_run(parse: Parse, tmp_path: Path) -> None:
 
 
 def test_near_and_grpc_give_the_same_row(parse: Parse, tmp_path: Path) -> None:
-    rows = {}
-    for wire in ("near", "grpc"):
-        [(_, rows[wire], _)] = go(cells_of(parse(), tmp_path / wire)[:1], wire=wire)
-    near, far = rows["near"], rows["grpc"]
+    [(_, near, _)] = go(cells_of(parse(), tmp_path / "near")[:1])
+    [(_, far, _)] = go(cells_of(parse(), tmp_path / "grpc")[:1], way=Way(wire="grpc"))
     assert near.accuracy_by_round == far.accuracy_by_round
     assert near.bytes_activation_up == far.bytes_activation_up
     # A welcome names its session in decimal: a few bytes more or less, six sessions.
     assert abs(near.bytes_activation_down - far.bytes_activation_down) < 20
     assert near.bytes_module_up == far.bytes_module_up
+
+
+def test_sites_may_work_at_once(parse: Parse, tmp_path: Path) -> None:
+    [(_, one, _)] = go(cells_of(parse(), tmp_path / "one")[:1])
+    [(_, two, _)] = go(
+        cells_of(parse(), tmp_path / "two")[:1], way=Way(wire="grpc", sites_at_once=2)
+    )
+    assert two.outcome == "complete"
+    assert two.accuracy_by_round == one.accuracy_by_round
+    with pytest.raises(ConfigError, match="sites-at-once = 2 is for wire"):
+        parse(seeds="[0]\nsites-at-once = 2")
 
 
 def test_frozen_answers_are_shared_between_runs(parse: Parse, tmp_path: Path) -> None:

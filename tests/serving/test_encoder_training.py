@@ -1,4 +1,4 @@
-"""Training at the encoder over the real stream: hosted equals the whole model, shared is the mean of the sites."""
+"""Training at the encoder over the real stream: hosted equals the whole model, shared is one model."""
 
 from __future__ import annotations
 
@@ -208,49 +208,54 @@ def open_site(
     return host.open(grant(host.backbone, Cut.parse(cut), site=site, training=training))
 
 
-def test_shared_steps_by_the_weighted_mean_and_each_backward_is_of_its_own_forward(
+def shared(weight: float) -> Training:
+    return SGD.model_copy(update={"mode": "shared", "weight": weight})
+
+
+def one_model(weight: float) -> Training:
+    """How a copy of one's own takes the steps that a share of `weight` takes on a shared one."""
+    return SGD.model_copy(update={"learning_rate": weight * SGD.learning_rate})
+
+
+def test_shared_is_one_model_that_the_sites_step_in_turn(host: BackboneHost) -> None:
+    alone = open_site(host, one_model(0.5), "alone")
+    sites = [open_site(host, shared(0.5), site) for site in "xyxy"]
+    for step, site in enumerate(sites):
+        h, dz = make_h(step), make_h(10 + step)
+        np.testing.assert_array_equal(
+            site.encode(0, h, keep=True), alone.encode(step, h, keep=True)
+        )
+        np.testing.assert_array_equal(site.backprop(0, dz), alone.backprop(step, dz))
+    found = host.collect("v")
+    assert found[""].keys() == found["alone"].keys()
+    for name, delta in found["alone"].items():
+        np.testing.assert_array_equal(found[""][name], delta)
+
+
+def test_a_turn_that_ran_out_still_steps_by_the_gradient_of_its_own_forward(
     host: BackboneHost,
 ) -> None:
-    weights, h, dz = {"x": 0.25, "y": 0.75}, make_h(), {"x": make_h(1), "y": make_h(2)}
     frozen = open_site(host, None)
-    wanted_dh, mean = {}, {}
-    for i, (site, weight) in enumerate(weights.items()):
-        frozen.encode(i, h, keep=True)
-        wanted_dh[site] = frozen.backprop(i, dz[site])
-        alone = open_site(host, SGD, site)
-        alone.encode(0, h, keep=True)
-        alone.learn(0, dz[site])
-        for name, delta in host.collect("v")[site].items():
-            mean[name] = mean.get(name, 0) + weight * delta
-
-    shared = SGD.model_copy(update={"mode": "shared"})
-    sites = {
-        s: open_site(host, shared.model_copy(update={"weight": w}), s) for s, w in weights.items()
-    }
-    for site in sites.values():
-        site.encode(0, h, keep=True)
-    for name, site in sites.items():
-        np.testing.assert_array_equal(site.backprop(0, dz[name]), wanted_dh[name])
-    seen = [site.encode(1, h) for site in sites.values()]
-    np.testing.assert_array_equal(*seen)
-    assert np.abs(seen[0] - frozen.encode(9, h)).max() > 1e-4
-    total = host.collect("v")[""]
-    for name, delta in mean.items():
-        np.testing.assert_allclose(total[name], delta, rtol=1e-4, atol=1e-7)
+    slow, quick = open_site(host, shared(0.5), "slow"), open_site(host, shared(0.5), "quick")
+    slow._turns._wait_s = 0.05
+    slow.encode(0, make_h(), keep=True)
+    frozen.encode(0, make_h(), keep=True)
+    quick.encode(0, make_h(), keep=True)
+    quick.backprop(0, make_h(1))
+    np.testing.assert_array_equal(slow.backprop(0, make_h(2)), frozen.backprop(0, make_h(2)))
 
 
 def test_shared_takes_sites_of_several_cuts(host: BackboneHost) -> None:
-    shared = SGD.model_copy(update={"mode": "shared", "weight": 0.5})
-    open_site(host, shared, "z", "0,4")
+    open_site(host, shared(0.5), "z", "0,4")
     for site, cut in (("x", "0,2"), ("y", "2,4")):
-        session = open_site(host, shared, site, cut)
+        session = open_site(host, shared(0.5), site, cut)
         z = session.encode(0, make_h(), keep=True)
         session.backprop(0, np.ones_like(z))
     delta = host.collect("v")[""]
     assert delta.keys() == module.server_names(host.backbone, SPEC)
-    open_site(host, shared)
+    open_site(host, shared(0.5))
     with pytest.raises(RefusedError, match="train it alike"):
-        open_site(host, shared.model_copy(update={"learning_rate": 1.0}))
+        open_site(host, shared(0.5).model_copy(update={"learning_rate": 1.0}))
 
 
 def test_a_session_may_have_several_steps_under_way(host: BackboneHost) -> None:
@@ -267,36 +272,57 @@ def test_a_session_may_have_several_steps_under_way(host: BackboneHost) -> None:
     assert session.kept_steps == 0
 
 
-@pytest.mark.parametrize("mode", ["hosted", "shared"])
-def test_sessions_at_once_do_not_disturb_each_other(host: BackboneHost, mode: Any) -> None:
-    training = SGD.model_copy(update={"mode": mode, "weight": 0.25})
+def test_sessions_at_once_do_not_disturb_each_other(host: BackboneHost) -> None:
     frozen = open_site(host, None)
     frozen.encode(0, make_h(), keep=True)
     dh = frozen.backprop(0, make_h(1))
     start = threading.Barrier(4)
 
     def run(site: str) -> np.ndarray:
-        session = open_site(host, training, site)
+        session = open_site(host, SGD, site)
         session.encode(0, make_h(), keep=True)
         start.wait(20)
         first = session.backprop(0, make_h(1))
-        for step in range(1, 6):
-            session.encode(step, make_h(), keep=True)
-            session.backprop(step, make_h(1))
-        session.close()
+        five_steps(session)
         return first
 
     with ThreadPoolExecutor(4) as pool:
         for first in pool.map(run, "wxyz"):
             np.testing.assert_array_equal(first, dh)
     deltas = host.collect("v")
-    if mode == "shared":
-        assert deltas.keys() == {""}
-        return
     assert deltas.keys() == set("wxyz")
     for delta in deltas.values():
         for name, value in delta.items():
             np.testing.assert_array_equal(value, deltas["w"][name])
+
+
+def test_sites_at_once_on_a_shared_copy_lose_no_step_and_take_no_old_one(
+    host: BackboneHost,
+) -> None:
+    """All sites send the same, so the order of their turns makes no difference, and twenty steps are those of one model."""
+    start = threading.Barrier(4)
+
+    def run(site: str) -> None:
+        session = open_site(host, shared(0.25), site)
+        start.wait(20)
+        five_steps(session)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(run, "wxyz"))
+    alone = open_site(host, one_model(0.25), "alone")
+    for _ in range(4):
+        five_steps(alone, close=False)
+    found = host.collect("v")
+    for name, delta in found["alone"].items():
+        np.testing.assert_array_equal(found[""][name], delta)
+
+
+def five_steps(session: Any, *, close: bool = True) -> None:
+    for step in range(1, 6):
+        session.encode(step, make_h(), keep=True)
+        session.backprop(step, make_h(1))
+    if close:
+        session.close()
 
 
 def one_step(session: Any, seed: int = 1) -> None:
@@ -326,7 +352,7 @@ def test_who_took_no_step_has_no_delta(host: BackboneHost) -> None:
     session.close()
     session.close()
     assert host.collect("v") == {}
-    open_site(host, SGD.model_copy(update={"mode": "shared"})).close()
+    open_site(host, shared(1.0)).close()
     assert host.collect("v") == {}
 
 

@@ -216,6 +216,14 @@ class RawClient:
         options = {"codec": CodecId.FP32, "flags": flags, "session": self.session, "step": step}
         return list(frames_of(kind, body, **options | changes))
 
+    def mask(self, *dims: int, fill: int = 1, step: int = 0, **changes: Any) -> list[bytes]:
+        raw = {"dtype": Dtype.BOOL, "codec": CodecId.RAW}
+        return self.tensor(Kind.MASK, np.full(dims, fill, np.uint8), step, **raw | changes)
+
+
+Sends = Callable[[RawClient], list[bytes]]
+"""What a test sends."""
+
 
 @pytest.fixture
 def host() -> FakeHost:

@@ -68,7 +68,7 @@ class RunConfig(BaseModel):
     device_training: Literal["tail", "head+tail"] = "tail"
     """tail freezes a split's head, so that no gradient crosses the wire; a device without a split trains all."""
     encoder_training: Literal["frozen", "hosted", "shared", "zeroth-order"] = "frozen"
-    """What trains on the server: nothing, a copy a site, one copy for all, or a copy a site without gradients."""
+    """What trains on the server: nothing, a copy a site, one copy that sites step in turn, a copy without gradients."""
     gradient: Literal["exact", "zeroth-order"] = "exact"
     """How the device's gradient is found: by backpropagation, or from differences of losses alone."""
     zo_estimator: Literal["forward", "central", "one-point"] = "central"
@@ -116,7 +116,7 @@ class RunConfig(BaseModel):
     learning_rate: float = Field(0.01, gt=0, allow_inf_nan=False)
     """Learning rate of the classifier, and of the rest where lora-learning-rate is 0."""
     lora_learning_rate: float = Field(0.0005, ge=0, allow_inf_nan=False)
-    """Learning rate of all that trains but the classifier; 0: the same as the classifier's."""
+    """Learning rate of all that trains but the classifier; 0: the classifier's. Shared encoder: of all sites' steps together."""
     lr_schedule: Literal["constant", "cosine"] = "cosine"
     """How the learning rates go over the rounds: cosine falls from the full rate towards 0."""
     warmup_rounds: int = Field(0, ge=0, le=100_000)

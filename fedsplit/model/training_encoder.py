@@ -83,11 +83,11 @@ class TrainedTensors:
     """
 
     def __init__(self, start: Mapping[str, nn.Parameter], training: Training) -> None:
-        """`start` is kept, not copied: a published version does not change."""
+        """`start` is kept, not copied, and never written: a published version does not change."""
         self.training = training
         self.steps = 0
-        self._start = {n: p.detach() for n, p in start.items()}
-        self._values = {n: nn.Parameter(p.clone()) for n, p in self._start.items()}
+        self.start = dict(start)
+        self._values = {n: nn.Parameter(p.detach().clone()) for n, p in start.items()}
         self._snapshot: Weights | None = None
         self._stepped: set[str] = set()
         self._lock = threading.Lock()
@@ -99,7 +99,7 @@ class TrainedTensors:
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Names and shapes."""
-        return {n: tuple(p.shape) for n, p in self._start.items()}
+        return {n: tuple(p.shape) for n, p in self.start.items()}
 
     def snapshot(self) -> Weights:
         """The values of now, as leaves that a graph may hold."""
@@ -136,7 +136,7 @@ class TrainedTensors:
     def delta(self) -> dict[str, Array]:
         """What training has changed so far, as arrays of their own: of the tensors that a step has had."""
         with self._lock:
-            return {n: (self._values[n].detach() - self._start[n]).numpy() for n in self._stepped}
+            return {n: (self._values[n] - self.start[n]).detach().numpy() for n in self._stepped}
 
 
 class TrainingEncoder(LocalEncoder):
@@ -165,6 +165,7 @@ class TrainingEncoder(LocalEncoder):
         self._tensors = tensors
         self._weight = weight
         self._turns = turns or Turns()
+        self._began = False
         self._here = tuple(trained_at(part, cut, tensors.training.lora))
         self._weights: dict[int, Weights] = {}
         self._slots = _slots(part)
@@ -173,11 +174,16 @@ class TrainingEncoder(LocalEncoder):
     def encode(
         self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
     ) -> Array:
-        """See core.encoder.Encoder. A forward that is kept waits for this session's turn."""
+        """See core.encoder.Encoder. A forward that is kept waits for this session's turn.
+
+        Those before the first one that is kept are of the version as it was published: a site tests what it received, however
+        far others have moved a shared copy meanwhile.
+        """
         if keep:
             self._turns.take(self)
+            self._began = True
         with self._forwards:  # the twin holds one set of weights at a time
-            snapshot = self._tensors.snapshot()
+            snapshot = self._tensors.snapshot() if self._began else self._tensors.start
             weights = {n: snapshot[n] for n in self._here}
             _place(self._slots, weights)
             if keep:

@@ -77,8 +77,11 @@ def _curves(rows: Sequence[Row], methods: Sequence[str], *, against_bytes: bool)
     problems = list(dict.fromkeys(row.problem for row in rows))
     names = columns.names(rows)
     known = [m for m in methods if any(row.method == m for row in rows)]
-    legend_rows = -(-len(known) // 4)
-    width, height = max(6.4, 3.3 * len(names) + 0.8), 3.0 * len(problems) + 0.7 + 0.26 * legend_rows
+    entry = _legend_entry(known)
+    width = max(6.4, 3.3 * len(names) + 0.8, entry)
+    legend_columns = max(1, min(4, len(known), int(width / entry)))
+    legend_rows = -(-len(known) // legend_columns)
+    height = 3.0 * len(problems) + 0.7 + 0.26 * legend_rows
     figure = Figure(figsize=(width, height), layout="constrained")
     grid: Any = figure.subplots(len(problems), len(names), squeeze=False, sharey="row")
     for i, problem in enumerate(problems):
@@ -95,12 +98,20 @@ def _curves(rows: Sequence[Row], methods: Sequence[str], *, against_bytes: bool)
     figure.legend(
         handles=handles,
         loc="outside lower center",
-        ncols=min(4, len(known)),
+        ncols=legend_columns,
         frameon=False,
         fontsize=9,
         handlelength=3,
     )
     return figure
+
+
+def _legend_entry(labels: Sequence[str]) -> float:
+    """Inches that the widest entry of a legend takes: a line, its gaps and the text at 9 points."""
+    from matplotlib.textpath import TextPath
+
+    widest = max((TextPath((0, 0), x, size=9).get_extents().width for x in labels), default=0.0)
+    return 0.85 + float(widest) / 72
 
 
 def _look(place: int) -> dict[str, Any]:

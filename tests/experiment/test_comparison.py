@@ -102,6 +102,16 @@ def test_human_count() -> None:
     ]
 
 
+@pytest.mark.parametrize("length", [10, 25, 40, 60])
+def test_a_legend_of_long_names_is_within_the_figure(tmp_path: Path, length: int) -> None:
+    methods = [f"{i} " + "m" * (length - 2) for i in range(6)]
+    write_figures(tmp_path, [row(m, "iid", 0, 0.5) for m in methods], methods=methods)
+    with Image.open(tmp_path / "accuracy-rounds.png") as image:
+        ink = np.asarray(image.convert("L")) < 250
+    assert not ink[:, [0, 1, -2, -1]].any()
+    assert ink[-60:].any()
+
+
 def test_figures_are_drawn(rows: list[Row], tmp_path: Path) -> None:
     failed = rows[0].model_copy(update={"outcome": "failed", "accuracy_by_round": ()})
     written = write_figures(tmp_path, [*rows, failed], methods=METHODS)

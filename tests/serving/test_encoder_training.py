@@ -232,6 +232,17 @@ def test_shared_is_one_model_that_the_sites_step_in_turn(host: BackboneHost) -> 
         np.testing.assert_array_equal(found[""][name], delta)
 
 
+def test_a_site_tests_what_it_received_until_it_trains(host: BackboneHost) -> None:
+    received = open_site(host, None).encode(0, make_h())
+    first, second = open_site(host, shared(0.5), "first"), open_site(host, shared(0.5), "second")
+    one_step(first)
+    np.testing.assert_array_equal(second.encode(0, make_h()), received)
+    moved = first.encode(1, make_h())
+    assert np.abs(moved - received).max() > 1e-4
+    np.testing.assert_array_equal(second.encode(1, make_h(), keep=True), moved)
+    np.testing.assert_array_equal(second.encode(2, make_h()), moved)
+
+
 def test_a_turn_that_ran_out_still_steps_by_the_gradient_of_its_own_forward(
     host: BackboneHost,
 ) -> None:

@@ -128,7 +128,7 @@ def test_personal_models_go_on_from_round_to_round(tmp_path: Path, method: str) 
     assert summary.accuracy_personal >= summary.accuracy_global
 
 
-@pytest.mark.parametrize("encoder", ["frozen", "shared"])
+@pytest.mark.parametrize("encoder", ["frozen", "hosted"])
 def test_beside_a_fixed_classifier_a_personal_one_costs_the_common_model_nothing(
     tmp_path: Path, encoder: str
 ) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
+
+log = logging.getLogger(__name__)
 
 WAIT_S = 60.0
 """What a session waits at the most, well below the time that a site waits for the answer to a step."""
@@ -40,6 +43,11 @@ class Turns:
                 if left_s > 0:
                     self._changed.wait(left_s)
                 else:
+                    waited_s, waiting = time.monotonic() - self._began, len(self._queue) - 1
+                    log.warning(
+                        "a turn on the shared encoder ran out after %.1f s, for %d sessions wait; its gradient will be old",
+                        waited_s, waiting,
+                    )  # fmt: skip
                     self._pass_on()
 
     def give(self, who: object) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
+import pytest
+
 from fedsplit.model.turns import Turns
 
 
@@ -39,7 +41,7 @@ def test_turns_come_in_the_order_of_asking() -> None:
     turns.take("e")
 
 
-def test_nobody_waits_longer_for_others_than_it_should() -> None:
+def test_nobody_waits_longer_for_others_than_it_should(caplog: pytest.LogCaptureFixture) -> None:
     turns, got = Turns(wait_s=0.3), list[str]()
     turns.take("dead")
     began = time.monotonic()
@@ -47,6 +49,7 @@ def test_nobody_waits_longer_for_others_than_it_should() -> None:
     for thread in threads:
         thread.join(10)
     assert got == ["a", "b", "c"]
+    assert caplog.text.count("ran out") == 3
     assert time.monotonic() - began >= 0.1
     turns.give("dead")  # it comes back late, when the turn is another's
     assert turns._queue[0] == "c"

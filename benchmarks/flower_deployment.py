@@ -7,7 +7,6 @@ All of it ends with the `with`: every process is known by its id (fedsplit/cli/p
 from __future__ import annotations
 
 import shutil
-import socket
 import subprocess
 import tempfile
 import time
@@ -18,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsplit.cli.flower import FlowerCommands, flower_environment
+from fedsplit.cli.flower import FlowerCommands, flower_environment, free_port
 from fedsplit.cli.processes import ProcessTree
 from fedsplit.core.errors import FederationError
 
@@ -42,7 +41,7 @@ def deployment(nodes: int) -> Iterator[Deployment]:
     env = flower_environment(home)
     tree = ProcessTree()
     try:
-        port = _free_port()
+        port = free_port()
         (home / "config.toml").write_text(
             f'[superlink]\ndefault = "{_CONNECTION}"\n\n[superlink.{_CONNECTION}]\n'
             f'address = "127.0.0.1:{port}"\ninsecure = true\n',
@@ -54,7 +53,7 @@ def deployment(nodes: int) -> Iterator[Deployment]:
         _wait_healthy(port, home)
         for _ in range(nodes):
             node = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
-            _start([*node, "--port", str(_free_port())], env, home, tree)
+            _start([*node, "--port", str(free_port())], env, home, tree)
         yield Deployment(home, FlowerCommands(_CONNECTION, env), tree)
     finally:
         left = tree.end()
@@ -91,9 +90,3 @@ def _wait_healthy(port: int, home: Path) -> None:
             time.sleep(0.2)
     log = (home / "flower-superlink.log").read_text(encoding="utf-8", errors="replace")
     raise FederationError(f"the SuperLink did not start within {_START_S:g} s:\n{log[-2000:]}")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

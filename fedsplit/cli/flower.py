@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -28,6 +29,8 @@ from fedsplit.core.errors import FederationError
 
 CONNECTION = "fedsplit"
 _START_TIMEOUT_S = 60.0
+_PORTS = range(20_000, 32_768)
+_PORT_TRIES = 100
 _RAY_SOCKET_CHARS = 72
 """What Ray adds to its folder for the path of a socket ..."""
 _SOCKET_PATH_CHARS = 103
@@ -210,7 +213,7 @@ class LocalSuperLink:
             shutil.rmtree(self.home, ignore_errors=True)
 
     def _start(self) -> None:
-        port = _free_port()
+        port = free_port()
         toml = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         (self.home / "config.toml").write_text(toml, encoding="utf-8")
         command = [_program("flower-superlink", self.env), "--insecure", "--simulation"]
@@ -239,7 +242,15 @@ def _healthy(port: int) -> bool:
         return False
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def free_port() -> int:
+    """A free TCP port of loopback, for a program that has to be told its port.
+
+    Below the ports that systems hand out (from 32768 on Linux, 49152 elsewhere): one of those may be another
+    program's by the time that ours binds it.
+    """
+    for _ in range(_PORT_TRIES):
+        port = secrets.choice(_PORTS)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise FederationError(f"no free port on 127.0.0.1 in {_PORT_TRIES} tries")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsplit.cli.flower import flower_environment
+from fedsplit.cli.flower import flower_environment, free_port
 from fedsplit.cli.processes import ProcessTree
 from fedsplit.core.records import Summary
 from fedsplit.federation.server import SUMMARY_MARK
@@ -21,12 +20,6 @@ from fedsplit.federation.server import SUMMARY_MARK
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
 CONNECTION = "deployment"
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 def toml_value(value: Any) -> str:

@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
-from fedsplit.cli.flower import flower_environment
+from fedsplit.cli.flower import flower_environment, free_port
 from fedsplit.core.config import RunConfig
 from fedsplit.core.records import SiteSummary, Status, Summary
 from fedsplit.federation.endpoint import hosted
@@ -30,7 +30,7 @@ from fedsplit.federation.server import Run
 from fedsplit.federation.site import answer
 from fedsplit.serving.process import hosting
 from tests.federation.conftest import simulated
-from tests.system.flower import BIN, ROOT, fedsplit, free_port
+from tests.system.flower import BIN, ROOT, fedsplit
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
+from fedsplit.cli.flower import free_port
 from fedsplit.core.errors import ConfigError, UnreachableError
 from fedsplit.transport.client import capabilities
 from fedsplit.transport.codec import Dtype
@@ -42,15 +43,9 @@ with EncoderServer(host, key=KEY) as server:
 """
 
 
-def free_address() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{probe.getsockname()[1]}"
-
-
 def test_nobody_listens() -> None:
     started = time.monotonic()
-    address = free_address()
+    address = f"127.0.0.1:{free_port()}"
     with pytest.raises(
         UnreachableError, match=f"no encoder answers at {address} .*fedsplit encoder serve"
     ):

@@ -19,9 +19,11 @@ from fedsplit.model import module, seam
 from fedsplit.model.backbone import Part
 from fedsplit.model.encoder import LocalEncoder
 from fedsplit.model.module import ModuleSpec, ModuleTensors
+from fedsplit.model.probing_encoder import ProbingEncoder
 from fedsplit.model.split import SplitModel, device_part, server_part
-from fedsplit.model.training_encoder import ProbingEncoder, TrainedTensors, TrainingEncoder
-from fedsplit.model.training_encoder import trained_at as tensors_at
+from fedsplit.model.trained_tensors import TrainedTensors
+from fedsplit.model.trained_tensors import trained_at as tensors_at
+from fedsplit.model.training_encoder import TrainingEncoder
 from fedsplit.training.data import Batch, CachedTransform, batches
 
 Mode = Literal["head+tail", "hosted", "frozen", "zeroth-order"]

@@ -1,6 +1,6 @@
 """Zeroth-order estimates: random directions from seeds, where to measure the loss, and what the losses say.
 
-The encoder (model/training_encoder.py) and a device that trains by forwards alone share this. A direction is never stored or
+The encoder (model/probing_encoder.py) and a device that trains by forwards alone share this. A direction is never stored or
 sent: whoever knows (seed, step, query) and the tensors' names and shapes makes the same one. numpy only.
 
 With q directions u_j the estimate of the gradient is  sum_j c_j u_j / q , c = `coefficients(...)`:

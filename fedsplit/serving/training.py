@@ -17,13 +17,9 @@ from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array, Encoder, Grant, Training
 from fedsplit.core.errors import OverloadedError, RefusedError
 from fedsplit.model.backbone import Part
-from fedsplit.model.training_encoder import (
-    ProbingEncoder,
-    TrainedTensors,
-    TrainingEncoder,
-    trained_at,
-    twin,
-)
+from fedsplit.model.probing_encoder import ProbingEncoder
+from fedsplit.model.trained_tensors import TrainedTensors, trained_at, twin
+from fedsplit.model.training_encoder import TrainingEncoder
 from fedsplit.model.turns import Turns
 
 TRAINING_BYTES = 4 << 30

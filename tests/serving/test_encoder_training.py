@@ -20,7 +20,7 @@ from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.split import SplitModel
-from fedsplit.model.training_encoder import trained_at
+from fedsplit.model.trained_tensors import trained_at
 from fedsplit.serving.host import MAX_VERSIONS, BackboneHost
 from fedsplit.serving.training import copy_bytes
 from fedsplit.transport.client import StreamEncoder, collect

@@ -14,13 +14,10 @@ from fedsplit.core.encoder import Training
 from fedsplit.core.errors import ConfigError, FederationError, ProtocolError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
+from fedsplit.model.probing_encoder import ProbingEncoder
 from fedsplit.model.split import SplitModel, device_part, server_part
-from fedsplit.model.training_encoder import (
-    ProbingEncoder,
-    TrainedTensors,
-    TrainingEncoder,
-    trained_at,
-)
+from fedsplit.model.trained_tensors import TrainedTensors, trained_at
+from fedsplit.model.training_encoder import TrainingEncoder
 from fedsplit.training.activation_cache import ActivationCache
 from fedsplit.training.data import Batch
 from fedsplit.training.optimise import learning_rates

@@ -1,0 +1,132 @@
+"""The module's tensors in training at an encoder: which they are, their values, optimiser and snapshots.
+
+Sessions put them into a twin of the part, so frozen weights are shared by all sessions and never written. Used by
+training_encoder.py and probing_encoder.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from fedsplit.core.cut import Cut
+from fedsplit.core.encoder import Array, Training
+from fedsplit.core.errors import EncoderError
+from fedsplit.model import module
+from fedsplit.model.backbone import Part
+
+Weights = dict[str, nn.Parameter]
+Slots = dict[str, tuple[nn.Module, str]]
+
+
+def twin(part: Part) -> Part:
+    """The same part with module objects of its own over the same tensors: 0.1 s, and next to no memory.
+
+    A session that trains puts its own tensors into its twin, so sessions run at once without seeing each other's.
+    """
+    kept = (part.backbone, part.family, part.model.config)
+    tensors = (*part.model.parameters(), *part.model.buffers())
+    # What the memo names is not copied.
+    copied = copy.deepcopy(part, {id(x): x for x in (*kept, *tensors)})
+    copied.module_parameters = None
+    return copied
+
+
+def trained_at(part: Part, cut: Cut, lora: str = "both") -> Weights:
+    """The module's tensors that a session at this cut trains: those on blocks[a:b], and on the pooling where b = L."""
+    backbone = part.backbone
+    last = backbone.blocks if cut.pooled(backbone.blocks) else cut.b - 1
+    still = {"both": (), "A": (".lora_B.",), "B": (".lora_A.",)}[lora]
+    return {
+        name: parameter
+        for name, parameter in module.parameters(part).items()
+        if cut.a <= module.depth(backbone, name) <= last
+        and module.trains(name)
+        and not any(half in name for half in still)
+    }
+
+
+def slots_of(part: Part) -> Slots:
+    """name -> the module object and attribute that hold the module's tensor of that name."""
+    owners = {
+        id(parameter): (owner, leaf)
+        for owner in part.model.modules()
+        for leaf, parameter in owner.named_parameters(recurse=False)
+    }
+    return {name: owners[id(p)] for name, p in module.parameters(part).items()}
+
+
+def place(slots: Slots, weights: Mapping[str, nn.Parameter]) -> None:
+    """Put other parameter objects into the slots of these names."""
+    for name, value in weights.items():
+        owner, leaf = slots[name]
+        setattr(owner, leaf, value)
+
+
+class TrainedTensors:
+    """Some tensors in training: start, current values, optimiser. Safe to use from several sessions at once.
+
+    The optimiser steps in place what no graph has seen; forwards get a snapshot, which is never written again, so a step's
+    backward is with the weights of its own forward however many steps came between. Memory, in multiples of the tensors:
+    values, one snapshot, AdamW's two moments and a gradient, and an older snapshot for each kept step.
+    """
+
+    def __init__(self, start: Mapping[str, nn.Parameter], training: Training) -> None:
+        """`start` is kept, not copied, and never written: a published version does not change."""
+        self.training = training
+        self.steps = 0
+        self.start = dict(start)
+        self._values = {n: nn.Parameter(p.detach().clone()) for n, p in start.items()}
+        self._snapshot: Weights | None = None
+        self._stepped: set[str] = set()
+        self._lock = threading.Lock()
+        kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.SGD
+        self._optimizer = kind(
+            self._values.values(), lr=training.learning_rate, weight_decay=training.weight_decay
+        )
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes."""
+        return {n: tuple(p.shape) for n, p in self.start.items()}
+
+    def snapshot(self) -> Weights:
+        """The values of now, as leaves that a graph may hold."""
+        with self._lock:
+            if self._snapshot is None:
+                self._snapshot = {
+                    n: nn.Parameter(p.detach().clone()) for n, p in self._values.items()
+                }
+            return self._snapshot
+
+    def step(self, grads: Mapping[str, Tensor], *, weight: float = 1.0) -> None:
+        """One step of the optimiser on the tensors that have a gradient, with `weight` times the learning rate.
+
+        Raises EncoderError, and changes nothing, when a gradient is not finite.
+        """
+        if bad := [n for n, g in grads.items() if not bool(torch.isfinite(g).all())]:
+            raise EncoderError(
+                f"the gradient of {bad[0]} at the encoder is not finite; nothing was trained with it. Lower the "
+                f"learning rate (now {self.training.learning_rate:g}) or set clip-norm"
+            )
+        with self._lock:
+            for name, parameter in self._values.items():
+                parameter.grad = grads.get(name)
+            if self.training.clip_norm:
+                nn.utils.clip_grad_norm_(self._values.values(), self.training.clip_norm)
+            for group in self._optimizer.param_groups:
+                group["lr"] = self.training.learning_rate * weight
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+            self._snapshot = None
+            self._stepped |= grads.keys()
+            self.steps += 1
+
+    def delta(self) -> dict[str, Array]:
+        """What training has changed so far, as arrays of their own: of the tensors that a step has had."""
+        with self._lock:
+            return {n: (self._values[n] - self.start[n]).detach().numpy() for n in self._stepped}

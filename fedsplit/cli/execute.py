@@ -35,6 +35,7 @@ Ended = Summary | TasksSummary
 _Record = TypeVar("_Record", Summary, TasksSummary)
 _TYPED_ERROR = re.compile(r"^(?:\x1b\[\d+m)?fedsplit\.core\.errors\.(\w+): (.*)$", re.MULTILINE)
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
+_RAY_WAS_LATE = "The current node timed out during startup"
 
 
 def execute(request: RunRequest, progress: Progress) -> Ended:
@@ -226,6 +227,11 @@ def error_in_log(log: str, lines: int = 15) -> tuple[str, str]:
                 break
             more.append(line)
         return hits[-1].group(1), "\n".join([hits[-1].group(2), *more])
+    if _RAY_WAS_LATE in log:
+        return "FederationError", (
+            "Ray, which runs the simulated sites, was not up within the time that it gives itself, so nothing was "
+            "trained: the machine has too much else to do. Run the same command when a core is free"
+        )
     useful = [
         line.rstrip() for line in log.splitlines() if line.strip() and "Exit Code" not in line
     ]

@@ -84,7 +84,7 @@ class RunConfig(BaseModel):
     lora_alpha: int = Field(16, ge=1, le=2**20)
     """LoRA's output is scaled by lora-alpha / lora-rank."""
     lora_targets: str = ""
-    """Comma-separated names of the linear layers that get LoRA; empty: query and value."""
+    """Comma-separated names of the linear layers that get LoRA, or all-linear; empty: query and value."""
     lora_ranks: str = ""
     """Ranks "4;8;16" dealt to the sites in turn, at most lora-rank; empty: lora-rank for all."""
     lora_aggregation: Literal[

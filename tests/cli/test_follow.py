@@ -134,6 +134,17 @@ def test_typed_error_is_found_in_the_log() -> None:
     )
 
 
+def test_a_machine_too_busy_for_ray_is_told() -> None:
+    """Ray gives itself 15 and 30 s and says so in the midst of a long log."""
+    log = LOG.replace(
+        "fedsplit.core.errors.ConfigError",
+        "Exception: The current node timed out during startup. This could happen because",
+    )
+    kind, message = error_in_log(log)
+    assert kind == "FederationError"
+    assert message.startswith("Ray, which runs the simulated sites")
+
+
 def test_last_lines_stand_in_for_an_untyped_error() -> None:
     kind, message = error_in_log(
         LOG.replace("fedsplit.core.errors.ConfigError", "ValueError"), lines=3

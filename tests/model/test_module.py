@@ -240,7 +240,7 @@ def test_a_bad_target_lists_what_is_offered(targets: tuple[str, ...], vit: Backb
         with pytest.raises(ConfigError, match=r"lora-targets: no linear layer .*'vit'") as caught:
             call()
         assert repr(targets[-1]) in str(caught.value)
-        offered = str(caught.value).split("there are ")[1].split(", ")
+        offered = str(caught.value).split("there are ")[1].split(", or all-linear")[0].split(", ")
         assert set(offered) == {"q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"}
 
 
@@ -249,10 +249,14 @@ def test_what_is_offered_is_accepted(tiny: dict[str, Path]) -> None:
         backbone = Backbone.find(str(tiny[family]))
         with pytest.raises(ConfigError) as caught:
             module.shapes(backbone, ModuleSpec(classes=CLASSES, targets=("bogus",)))
-        offered = tuple(str(caught.value).split("there are ")[1].split(", "))
+        offered = tuple(
+            str(caught.value).split("there are ")[1].split(", or all-linear")[0].split(", ")
+        )
         spec = ModuleSpec(classes=CLASSES, targets=offered)
         part = device_part(backbone, Cut(4, 4), spec)
         assert module.parameters(part).keys() == module.shapes(backbone, spec).keys()
+        every = ModuleSpec(classes=CLASSES, targets=("all-linear",))
+        assert module.shapes(backbone, every) == module.shapes(backbone, spec)
 
 
 def test_a_spec_is_read_from_the_settings() -> None:

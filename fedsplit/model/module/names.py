@@ -18,6 +18,9 @@ from fedsplit.model.families import Family
 from fedsplit.model.layers import DOWN, MERGED, PROMPT, UP
 from fedsplit.model.module.spec import MAX_TOKENS, ModuleSpec
 
+ALL_LINEAR = "all-linear"
+"""PEFT's word for every linear layer; here of the blocks alone."""
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -146,12 +149,14 @@ def _targets(
     linear = {
         n: m for n, m in model.named_modules() if n.startswith(root) and isinstance(m, nn.Linear)
     }
+    if spec.targets == (ALL_LINEAR,):
+        return linear, ""
     targets = spec.targets or family.lora_targets
     if missing := [t for t in targets if not any(n.endswith(f".{t}") for n in linear)]:
         offered = sorted({n.rsplit(".", 1)[1] for n in linear})
         return {}, (
             f"lora-targets: no linear layer {missing[0][:100]!r} in the blocks of family "
-            f"{family.model_type!r}; there are {', '.join(offered)}"
+            f"{family.model_type!r}; there are {', '.join(offered)}, or {ALL_LINEAR} by itself for all of them"
         )
     return {n: m for n, m in linear.items() if any(n.endswith(f".{t}") for t in targets)}, ""
 

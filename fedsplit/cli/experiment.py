@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +12,7 @@ from rich.text import Text
 
 from fedsplit.cli.console import Output
 from fedsplit.cli.endings import Interrupted, Terminated
+from fedsplit.cli.experiment_files import Book
 from fedsplit.cli.run import JsonFlag
 from fedsplit.core.errors import ConfigError
 
@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from fedsplit.experiment.grid import Grid
     from fedsplit.experiment.results import Row
     from fedsplit.experiment.tuning import Trial
-
-FIGURES_EVERY_S = 60.0
-"""Drawing takes a second or two: it must not take more than the runs."""
 
 
 def experiment(
@@ -98,7 +95,7 @@ def run_plan(plan: Plan, output: Output, *, jobs: int) -> int:
 
     said = plan.grid.experiment
     way = Way(wire=said.wire, sites_at_once=said.sites_at_once)
-    book = _Book(plan, output)
+    book = Book(plan.grid, plan.out, runs=len(plan.cells))
     try:
         with (
             Schedule(jobs=jobs, way=way) as schedule,
@@ -125,7 +122,7 @@ def run_plan(plan: Plan, output: Output, *, jobs: int) -> int:
     return _finish(plan, book.sorted(), output)
 
 
-def _tune(plan: Plan, schedule: Any, bar: _Bar, book: _Book) -> Any:
+def _tune(plan: Plan, schedule: Any, bar: _Bar, book: Book) -> Any:
     from fedsplit.experiment.tuning import choose, write_tuning
 
     if not plan.trials:
@@ -150,67 +147,6 @@ def _tune(plan: Plan, schedule: Any, bar: _Bar, book: _Book) -> Any:
             f"{method}{where}: {words}, the best of {tried[method, problem]} candidates"
         )
     return chosen
-
-
-@dataclass
-class _Book:
-    """The rows so far, and the files that tell of them."""
-
-    plan: Plan
-    output: Output
-    rows: list[tuple[Cell, Row]] = field(default_factory=list)
-    order: dict[int, int] = field(default_factory=dict)
-    tuned: list[str] = field(default_factory=list)
-    _drawn: float = 0.0
-
-    def add(self, cell: Cell, row: Row) -> None:
-        """Note a run and write everything anew."""
-        self.rows.append((cell, row))
-        self.write(figures=time.monotonic() - self._drawn > FIGURES_EVERY_S)
-
-    def sorted(self) -> list[Row]:
-        """The rows in the grid's order."""
-        return [row for _, row in sorted(self.rows, key=lambda pair: self.order[id(pair[0])])]
-
-    def write(self, *, figures: bool) -> None:
-        """results.csv, table.md and, where wanted, the figures."""
-        from fedsplit.experiment.files import write_whole
-        from fedsplit.experiment.results import write_csv
-        from fedsplit.report.comparison import write_figures
-        from fedsplit.report.comparison_table import comparison_table
-
-        rows = self.sorted()
-        if not rows:
-            return
-        grid, out = self.plan.grid, self.plan.out
-        methods = [m.name for m in grid.methods]
-        write_csv(out / "results.csv", rows)
-        text = comparison_table(
-            rows,
-            name=grid.experiment.name,
-            description=grid.experiment.description,
-            methods=methods,
-            runs=len(self.plan.cells),
-            tuned=self.tuned,
-        )
-        write_whole(out / "table.md", text)
-        if figures:
-            write_figures(out, rows, methods=methods)
-            self._drawn = time.monotonic()
-
-    def draw_labels(self, cells: list[Cell]) -> None:
-        """How the labels fall to the sites, for the first seed."""
-        from fedsplit.experiment.check import dealt
-        from fedsplit.report.comparison import write_labels
-
-        found: dict[str, dict[str, Any]] = {}
-        for cell in cells:
-            if cell.seed == self.plan.grid.experiment.seeds[0]:
-                name = f"{cell.config.partition}, {cell.config.sites} sites"
-                counts = found.setdefault(cell.problem, {})
-                if name not in counts:
-                    counts[name] = dealt(cell.config).counts
-        write_labels(self.plan.out, found)
 
 
 class _Bar:

@@ -64,7 +64,7 @@ class RunConfig(BaseModel):
     module: Literal["lora", "prompt", "adapter", "classifier", "full"] = "lora"
     """What is trained beside the classifier: LoRA, prompt tokens, adapters, nothing, or all weights."""
     module_blocks: int = Field(0, ge=0)
-    """LoRA and adapters sit on the last so many blocks; 0: on all."""
+    """LoRA, adapters or all weights of the last so many blocks; 0: of all, and all weights with the embeddings'."""
     device_training: Literal["tail", "head+tail"] = "tail"
     """tail freezes a split's head, so that no gradient crosses the wire; a device without a split trains all."""
     encoder_training: Literal["frozen", "hosted", "shared", "zeroth-order"] = "frozen"

@@ -162,8 +162,8 @@ def _module(c: RunConfig) -> list[_Check]:
             f"use one of them",
         ),
         (
-            c.module_blocks > 0 and c.module not in ("lora", "adapter"),
-            f"module-blocks={c.module_blocks} is for module=lora or adapter, not module={c.module}",
+            c.module_blocks > 0 and c.module not in ("lora", "adapter", "full"),
+            f"module-blocks={c.module_blocks} is for module=lora, adapter or full, not module={c.module}",
         ),
     ]
 

@@ -166,7 +166,7 @@ class Part:
         self.embeddings = embeddings
         # What the module makes of this part; `module.attach` sets them.
         self.prompt_tokens = 0
-        self.full = False
+        self.full_from: int | None = None
         self.module_parameters: dict[str, nn.Parameter] | None = None
         paths = [f"{self.family.base}.{self.family.blocks}.{i}" for i in self.held]
         if embeddings:

@@ -63,7 +63,7 @@ def test_a_device_method_runs_every_block_on_the_device() -> None:
         ({"method": "fedprox", "gradient": "zeroth-order"}, "steps by SGD, optimizer=adamw"),
         ({"cache-activations": True, "augmentation": "flip"}, "use one of them"),
         ({"method": "fedvz-device", "keep-hardest": 0.5}, "keep-hardest=0.5: gradient=zeroth-order is replayed"),
-        ({"module": "full", "module-blocks": 2}, "module-blocks=2 is for module=lora or adapter"),
+        ({"module": "prompt", "module-blocks": 2}, "module-blocks=2 is for module=lora, adapter or full"),
         ({"site-local": "classifier", "lora-aggregation": "flora"}, "use plain"),
         ({"encoder-training": "hosted", "cut": "3,3"}, "nothing runs on the server"),
     ],

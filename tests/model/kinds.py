@@ -32,6 +32,8 @@ SPECS = {
     "last adapters": ModuleSpec(classes=CLASSES, kind="adapter", adapter_width=5, last_blocks=1),
     "classifier": ModuleSpec(classes=CLASSES, kind="classifier"),
     "full": ModuleSpec(classes=CLASSES, kind="full"),
+    "full blocks": ModuleSpec(classes=CLASSES, kind="full", last_blocks=4),
+    "last full block": ModuleSpec(classes=CLASSES, kind="full", last_blocks=1),
 }
 
 

@@ -95,6 +95,8 @@ def test_where_each_kind_lives(vit: Backbone) -> None:
     assert depths("prompt") == {-1, 5}
     assert depths("classifier") == {5}
     assert depths("full") == {-1, 0, 1, 2, 3, 4, 5}
+    assert depths("full blocks") == {0, 1, 2, 3, 4, 5}
+    assert depths("last full block") == {3, 4, 5}
     # With the pooling on the server, the last norm is the server's.
     assert "vit.layernorm.weight" in module.server_names(vit, SPECS["full"], Cut(1, 4))
     assert "vit.layernorm.weight" in module.device_names(vit, SPECS["full"], Cut(1, 3))
@@ -279,8 +281,7 @@ def test_a_prompt_does_not_see_padding(tiny: dict[str, Path]) -> None:
         (replace(LORA, last_blocks=5), r"module-blocks=5 .*it has 4 blocks, so 0 \(all\) to 4"),
         (replace(LORA, last_blocks=-1), r"module-blocks=-1"),
         (replace(LORA, targets=("bogus",)), r"lora-targets: no linear layer 'bogus'"),
-        (replace(SPECS["prompt"], last_blocks=1), r"for module=lora or adapter, not for module=prompt"),
-        (replace(SPECS["full"], last_blocks=1), r"not for module=full; leave it 0"),
+        (replace(SPECS["prompt"], last_blocks=1), r"for module=lora, adapter or full, not for module=prompt"),
         (replace(SPECS["prompt"], prompt_tokens=0), r"prompt-tokens=0 .*1 to 1024 is wanted"),
         (replace(SPECS["adapter"], adapter_width=0), r"adapter-width=0 .*raise adapter-width"),
     ],

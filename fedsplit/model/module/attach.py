@@ -13,7 +13,7 @@ from fedsplit.core.errors import BackboneError
 from fedsplit.model.backbone import Part
 from fedsplit.model.layers import DOWN, MERGED, PROMPT, UP, Merged, Prompt, add_adapter
 from fedsplit.model.module import lora
-from fedsplit.model.module.names import check_spec, depth, module_blocks, trains
+from fedsplit.model.module.names import check_spec, depth, full_from, module_blocks, trains
 from fedsplit.model.module.spec import ModuleSpec, ModuleTensors
 
 _MARKS = tuple(f".{part}." for part in ("lora_A", "lora_B", MERGED, PROMPT, DOWN, UP))
@@ -31,7 +31,7 @@ def attach(part: Part, spec: ModuleSpec) -> None:
         for i in set(part.held).intersection(module_blocks(part.backbone, spec)):
             add_adapter(part.blocks[i], spec.adapter_width, part.backbone.width)
     elif spec.kind == "full":
-        part.full = True
+        part.full_from = full_from(part.backbone, spec)
         _own_all(part)
     part.module_parameters = None
     # PEFT marks LoRA alone as trainable; the classifier trains with it.
@@ -39,12 +39,13 @@ def attach(part: Part, spec: ModuleSpec) -> None:
 
 
 def _own_all(part: Part) -> None:
-    """Give the part copies of all its tensors: what trains must not be shared with another part."""
-    for child in part.model.modules():
-        for name, parameter in child.named_parameters(recurse=False):
-            if not parameter.is_meta:
+    """Give the part copies of the module's tensors: what trains must not be shared with another part."""
+    for path, child in part.model.named_modules():
+        for name, parameter in child.named_parameters(path, recurse=False):
+            if not parameter.is_meta and _in_module(part, name):
                 own = parameter.detach().clone()
-                setattr(child, name, nn.Parameter(own, requires_grad=False))
+                leaf = name.rpartition(".")[2]
+                setattr(child, leaf, nn.Parameter(own, requires_grad=False))
 
 
 def parameters(part: Part) -> dict[str, nn.Parameter]:
@@ -65,8 +66,8 @@ def parameters(part: Part) -> dict[str, nn.Parameter]:
 def _in_module(part: Part, name: str) -> bool:
     if name.partition(".")[0] in part.family.classifier:
         return True
-    if part.full:
-        return name not in part.family.idle
+    if part.full_from is not None:
+        return name not in part.family.idle and depth(part.backbone, name) >= part.full_from
     return any(mark in name for mark in _MARKS)
 
 

@@ -121,10 +121,18 @@ def _adapter(backbone: Backbone, spec: ModuleSpec, _: nn.Module) -> Shapes:
     return found
 
 
-def _full(backbone: Backbone, _: ModuleSpec, skeleton: nn.Module) -> Shapes:
+def _full(backbone: Backbone, spec: ModuleSpec, skeleton: nn.Module) -> Shapes:
+    lowest = full_from(backbone, spec)
     return {
-        n: tuple(p.shape) for n, p in skeleton.named_parameters() if n not in backbone.family.idle
+        n: tuple(p.shape)
+        for n, p in skeleton.named_parameters()
+        if n not in backbone.family.idle and depth(backbone, n) >= lowest
     }
+
+
+def full_from(backbone: Backbone, spec: ModuleSpec) -> int:
+    """The depth at which a full module begins: with all of the last blocks, or with the embeddings."""
+    return backbone.blocks - spec.last_blocks if spec.last_blocks else -1
 
 
 def module_blocks(backbone: Backbone, spec: ModuleSpec) -> range:
@@ -183,9 +191,9 @@ def _block_faults(backbone: Backbone, spec: ModuleSpec) -> list[str]:
             f"module-blocks={spec.last_blocks} does not fit the backbone: it has {backbone.blocks} blocks, so "
             f"0 (all) to {backbone.blocks} is wanted"
         ]
-    if spec.last_blocks and spec.kind not in {"lora", "adapter"}:
+    if spec.last_blocks and spec.kind not in {"lora", "adapter", "full"}:
         return [
-            f"module-blocks={spec.last_blocks} is for module=lora or adapter, not for module={spec.kind}; "
+            f"module-blocks={spec.last_blocks} is for module=lora, adapter or full, not for module={spec.kind}; "
             f"leave it 0"
         ]
     return []

@@ -28,7 +28,7 @@ class ModuleSpec:
 
     classes: tuple[str, ...]
     kind: Kind = "lora"
-    """lora | prompt | adapter | classifier (that alone) | full (every weight of the backbone)."""
+    """lora | prompt | adapter | classifier (that alone) | full (every weight of the backbone, or of its last blocks)."""
     rank: int = 8
     """Rank of LoRA's pair: at a site its own, in what the server publishes the largest."""
     max_rank: int = 0
@@ -43,7 +43,7 @@ class ModuleSpec:
     adapter_width: int = 16
     """m, the width of an adapter's bottleneck."""
     last_blocks: int = 0
-    """LoRA or adapters on this many last blocks only; 0: on all."""
+    """LoRA, adapters or all weights of this many last blocks only, and what follows them; 0: of all, a full module with the embeddings."""
 
     def __post_init__(self) -> None:
         if not self.max_rank:

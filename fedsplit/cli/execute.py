@@ -230,7 +230,7 @@ def error_in_log(log: str, lines: int = 15) -> tuple[str, str]:
     if _RAY_WAS_LATE in log:
         return "FederationError", (
             "Ray, which runs the simulated sites, was not up within the time that it gives itself, so nothing was "
-            "trained: the machine has too much else to do. Run the same command when a core is free"
+            "trained. Most often the machine has too much else to do: run the same command when a core is free"
         )
     useful = [
         line.rstrip() for line in log.splitlines() if line.strip() and "Exit Code" not in line

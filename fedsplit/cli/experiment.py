@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,13 +13,11 @@ from fedsplit.cli.console import Output
 from fedsplit.cli.endings import Interrupted, Terminated
 from fedsplit.cli.experiment_files import Book
 from fedsplit.cli.run import JsonFlag
-from fedsplit.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedsplit.experiment.cells import Cell
-    from fedsplit.experiment.grid import Grid
+    from fedsplit.experiment.plan import Plan
     from fedsplit.experiment.results import Row
-    from fedsplit.experiment.tuning import Trial
 
 
 def experiment(
@@ -30,7 +27,7 @@ def experiment(
     ] = 1,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="LABEL", help="Only this method of the grid; may be repeated."),
+        typer.Option(metavar="LABEL", help="Run only this method of the grid; may be repeated."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the results; else the grid's.")
@@ -44,6 +41,8 @@ def experiment(
 
     Exit codes: 0 all complete, 3 some runs failed or are partial, 1 all failed, 2 wrong grid, 130 interrupted.
     """
+    from fedsplit.experiment.plan import make_plan
+
     output = Output(as_json=as_json)
     output.note("checking the grid ...")
     plan = make_plan(grid, out=out, only=tuple(only or ()))
@@ -54,43 +53,9 @@ def experiment(
     raise typer.Exit(code)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A checked grid."""
-
-    grid: Grid
-    out: Path
-    only: tuple[str, ...]
-    trials: list[Trial]
-    cells: list[Cell]
-    """The reported runs; where something is tuned, with the first candidate in the place of the best."""
-
-
-def make_plan(path: Path, *, out: Path | None = None, only: tuple[str, ...] = ()) -> Plan:
-    """Read and check a grid. Raises one ConfigError that lists all its faults."""
-    from fedsplit.experiment.cells import Faults, expand
-    from fedsplit.experiment.check import check_cells
-    from fedsplit.experiment.grid import faulty, read_grid
-    from fedsplit.experiment.tuning import first_candidates, trials
-
-    grid = read_grid(path)
-    if unknown := [label for label in only if label not in {m.name for m in grid.methods}]:
-        names = ", ".join(m.name for m in grid.methods)
-        raise ConfigError(f"--only {unknown[0]!r} is no method of {path}; it has {names}")
-    folder = (out or grid.out).absolute()
-    faults = Faults()
-    tried = trials(grid, folder, faults, only=only)
-    cells = expand(grid, folder, faults, tuned=first_candidates(grid), only=only)
-    check_cells([*(trial.cell for trial in tried), *cells], faults)
-    if faults:
-        raise faulty(str(path), faults.lines())
-    return Plan(grid, folder, only, tried, cells)
-
-
 def run_plan(plan: Plan, output: Output, *, jobs: int) -> int:
     """Tune, run, write everything, tell how it ended; the exit code."""
     from fedsplit.experiment.bench import Way
-    from fedsplit.experiment.cells import Faults, expand
     from fedsplit.experiment.schedule import Schedule
 
     said = plan.grid.experiment
@@ -99,18 +64,17 @@ def run_plan(plan: Plan, output: Output, *, jobs: int) -> int:
     try:
         with (
             Schedule(jobs=jobs, way=way) as schedule,
-            _Bar(output, len(plan.trials) + len(plan.cells)) as bar,
+            _Bar(output, plan) as bar,
         ):
-            tuned = _tune(plan, schedule, bar, book)
-            cells = expand(plan.grid, plan.out, Faults(), tuned=tuned, only=plan.only)
-            book.order = {id(cell): i for i, cell in enumerate(cells)}
-            book.draw_labels(cells)
+            plan = plan.tuned(_tune(plan, schedule, bar, book))
+            book.order = {id(cell): i for i, cell in enumerate(plan.cells)}
+            book.draw_labels(plan.cells)
 
             def done(cell: Cell, row: Row, before: bool) -> None:
                 book.add(cell, row)
                 bar.step(cell, row, before=before)
 
-            schedule.go(cells, done)
+            schedule.go(plan.cells, done)
     except KeyboardInterrupt as err:
         book.write(figures=True)
         raise Interrupted(
@@ -152,7 +116,7 @@ def _tune(plan: Plan, schedule: Any, bar: _Bar, book: Book) -> Any:
 class _Bar:
     """Rich's bar over all runs, with a line a run above it."""
 
-    def __init__(self, output: Output, runs: int) -> None:
+    def __init__(self, output: Output, plan: Plan) -> None:
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -163,13 +127,14 @@ class _Bar:
         )
 
         self._output = output
+        self._plan = plan
         self._progress = Progress(
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=True), console=output.stderr,
             # The ETA of a grid is of hours: rich's default looks at the last 30 s alone.
             speed_estimate_period=3600,
         )  # fmt: skip
-        self._task = self._progress.add_task("runs", total=runs)
+        self._task = self._progress.add_task("runs", total=len(plan.to_run))
 
     def __enter__(self) -> _Bar:
         self._progress.start()
@@ -179,7 +144,9 @@ class _Bar:
         self._progress.stop()
 
     def step(self, cell: Cell, row: Row, *, before: bool, tuning: bool = False) -> None:
-        """A run is done: say so in a line."""
+        """A run is done: say so in a line, unless it is of a method that was not asked for."""
+        if not self._plan.runs(cell.method):
+            return
         line = line_of(cell, row, before=before, tuning=tuning)
         # One line a run, also where no terminal says how wide it is.
         self._output.stderr.print(Text(line), soft_wrap=True)
@@ -208,25 +175,25 @@ def line_of(cell: Cell, row: Row, *, before: bool = False, tuning: bool = False)
 def _show_plan(plan: Plan, output: Output) -> None:
     from fedsplit.experiment.results import finished
 
-    cells = [*(trial.cell for trial in plan.trials), *plan.cells]
+    cells = plan.to_run
     done = {cell.run for cell in cells if finished(cell)}
     for cell in cells:
         output.note(f"{cell}{' (done)' if cell.run in done else ''}")
     runs = len({(cell.config.runs_dir, cell.run) for cell in cells})
-    output.note(
-        f"{runs} runs, {len(plan.trials)} of them to tune; the grid has no faults that can be seen"
-    )
+    tuning = sum(plan.runs(trial.method) for trial in plan.trials)
+    output.note(f"{runs} runs, {tuning} of them to tune; the grid has no faults that can be seen")
     output.result(
         {
             "experiment": plan.grid.experiment.name, "out": str(plan.out), "runs": runs,
-            "tuning_runs": len(plan.trials), "done": sorted(done), "cells": [str(c) for c in cells],
+            "tuning_runs": tuning, "done": sorted(done), "cells": [str(c) for c in cells],
         }
     )  # fmt: skip
 
 
 def _finish(plan: Plan, rows: list[Row], output: Output) -> int:
-    counts = {o: sum(r.outcome == o for r in rows) for o in ("complete", "partial", "failed")}
-    code = 0 if counts["complete"] == len(rows) else 1 if counts["failed"] == len(rows) else 3
+    ours = [row for row in rows if plan.runs(row.method)]
+    counts = {o: sum(r.outcome == o for r in ours) for o in ("complete", "partial", "failed")}
+    code = 0 if counts["complete"] == len(ours) else 1 if counts["failed"] == len(ours) else 3
     text = (plan.out / "table.md").read_text(encoding="utf-8")
     # Not through rich, which would fold the table's rows.
     print(f"\n{text}\nFiles: {plan.out}", file=sys.stderr if output.as_json else sys.stdout)
@@ -236,7 +203,7 @@ def _finish(plan: Plan, rows: list[Row], output: Output) -> int:
         )
     output.result(
         {
-            "experiment": plan.grid.experiment.name, "out": str(plan.out), "runs": len(rows), **counts,
+            "experiment": plan.grid.experiment.name, "out": str(plan.out), "runs": len(ours), **counts,
             "exit_code": code, "results": [row.model_dump(mode="json") for row in rows],
         }
     )  # fmt: skip

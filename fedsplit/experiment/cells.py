@@ -75,11 +75,14 @@ class Cell:
 class Faults:
     """What is wrong with a grid, each fault once, with the first place where it shows."""
 
+    only: tuple[str, ...] = ()
+    """The methods whose faults count; all of them when empty."""
     _found: dict[tuple[str, str], list[str]] = field(default_factory=dict)
 
     def add(self, method: str, place: str, text: str) -> None:
         """Note a fault of a method's cell."""
-        self._found.setdefault((method, text), []).append(place)
+        if not self.only or method in self.only:
+            self._found.setdefault((method, text), []).append(place)
 
     def __bool__(self) -> bool:
         return bool(self._found)
@@ -123,17 +126,14 @@ def places(grid: Grid) -> Iterator[Place]:
                 )
 
 
-def expand(
-    grid: Grid, out: Path, faults: Faults, *, tuned: Tuned | None = None, only: tuple[str, ...] = ()
-) -> list[Cell]:
+def expand(grid: Grid, out: Path, faults: Faults, *, tuned: Tuned | None = None) -> list[Cell]:
     """The reported runs, as far as their settings can be read; the rest is in `faults`."""
     makers = CellMaker(out / "runs", faults)
     chosen = tuned or {}
-    methods = [m for m in grid.methods if not only or m.name in only]
     cells = [
         makers.cell(grid, method, place, extra=chosen.get((method.name, place.problem.name), {}))
         for place in places(grid)
-        for method in methods
+        for method in grid.methods
         if method.runs_at(place.axes)
     ]
     return [cell for cell in cells if cell is not None]

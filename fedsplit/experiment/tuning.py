@@ -16,7 +16,7 @@ from pathlib import Path
 from fedsplit.experiment.cells import Cell, CellMaker, Faults, Place, Tuned
 from fedsplit.experiment.files import write_whole
 from fedsplit.experiment.grid import Grid, Method, Problem, Settings
-from fedsplit.experiment.results import Row
+from fedsplit.experiment.results import Row, finished
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,12 @@ class Trial:
     cell: Cell
 
 
-def trials(grid: Grid, out: Path, faults: Faults, *, only: tuple[str, ...] = ()) -> list[Trial]:
+def trials(grid: Grid, out: Path, faults: Faults) -> list[Trial]:
     """All runs of the search; candidates whose settings have faults are in `faults` instead."""
     maker = CellMaker(out / "tuning", faults)
     found = []
     for problem in grid.problems or [Problem.model_construct(name="", settings={})]:
         for method in grid.methods:
-            if only and method.name not in only:
-                continue
             for candidate in candidates(grid, method):
                 place = Place(problem=problem, axes=_first(grid), seed=grid.tuning.seed)
                 general = {k: v for k, v in grid.tuning.settings.items() if k not in method.drop}
@@ -70,6 +68,14 @@ def _first(grid: Grid) -> tuple[tuple[str, bool | int | float | str], ...]:
     return tuple(
         (key, grid.tuning.settings.get(key, values[0])) for key, values in grid.axes.items()
     )
+
+
+def settled(trials_: Sequence[Trial]) -> tuple[list[Trial], list[Row]]:
+    """Those of searches that have ended, and their rows: of a method on a problem all candidates or none."""
+    found = [(trial, finished(trial.cell)) for trial in trials_]
+    open_ = {(trial.method, trial.problem) for trial, row in found if row is None}
+    ended = [(t, row) for t, row in found if row and (t.method, t.problem) not in open_]
+    return [trial for trial, _ in ended], [row for _, row in ended]
 
 
 def choose(trials_: Sequence[Trial], rows: Sequence[Row]) -> Tuned:

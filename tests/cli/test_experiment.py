@@ -110,7 +110,18 @@ def test_a_grid_from_dry_run_to_results_and_again(cli: Cli, grid: Path, tmp_path
     again = cli("experiment", str(grid), "--only", "FedV")
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("(done before)") == 2
+    # What is done of the others stays in the files.
     assert "| FedV |" in again.stdout
+    assert "| Probe |" in again.stdout
+    with (out / "results.csv").open(encoding="utf-8") as file:
+        assert list(csv.DictReader(file)) == rows
+    with (out / "tuning.csv").open(encoding="utf-8") as file:
+        assert list(csv.DictReader(file)) == tuned
+    assert "the best of 2 candidates" in (out / "table.md").read_text(encoding="utf-8")
+
+    # A search that has ended says what it chose, so that its runs are known to be done.
+    dry = cli("experiment", str(grid), "--dry-run", "--json")
+    assert len(json.loads(dry.stdout)["done"]) == 6
 
 
 @pytest.mark.slow

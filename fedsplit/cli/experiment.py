@@ -55,15 +55,12 @@ def experiment(
 
 def run_plan(plan: Plan, output: Output, *, jobs: int) -> int:
     """Tune, run, write everything, tell how it ended; the exit code."""
-    from fedsplit.experiment.bench import Way
     from fedsplit.experiment.schedule import Schedule
 
-    said = plan.grid.experiment
-    way = Way(wire=said.wire, sites_at_once=said.sites_at_once)
     book = Book(plan.grid, plan.out, runs=len(plan.cells))
     try:
         with (
-            Schedule(jobs=jobs, way=way) as schedule,
+            Schedule(jobs=jobs) as schedule,
             _Bar(output, plan) as bar,
         ):
             plan = plan.tuned(_tune(plan, schedule, bar, book))

@@ -13,11 +13,9 @@ import shutil
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
-from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import FedsplitError
 from fedsplit.experiment.cells import Cell
 from fedsplit.experiment.memo import MEMO_BYTES, Memo
@@ -26,6 +24,7 @@ from fedsplit.experiment.results import Row, failed_row, folder_of, mark, row_of
 from fedsplit.federation.dial import Dial, dial_stream
 from fedsplit.federation.endpoint import Endpoint
 from fedsplit.federation.in_process import InProcessGrid
+from fedsplit.federation.in_step import InStep
 from fedsplit.federation.server import Run
 from fedsplit.federation.site import answer
 from fedsplit.model.backbone import Backbone
@@ -36,23 +35,11 @@ from fedsplit.serving.process import hosting
 _MAX_HOSTS = 2
 
 
-@dataclass(frozen=True, kw_only=True)
-class Way:
-    """How a run reaches its encoder (grpc: the real stream on loopback), and how many of its sites work at a time."""
-
-    wire: Literal["near", "grpc"] = "near"
-    sites_at_once: int = 1
-
-
-NEAR = Way()
-
-
 class Bench:
     """Does runs one after the other."""
 
-    def __init__(self, way: Way = NEAR, *, memo_bytes: int = MEMO_BYTES) -> None:
+    def __init__(self, *, memo_bytes: int = MEMO_BYTES) -> None:
         """`memo_bytes`: what answers of frozen blocks may take."""
-        self._way = way
         self.memo = Memo(memo_bytes)
         self._hosts: OrderedDict[str, NearHost] = OrderedDict()
         # Flower's log tells each run's start and its whole summary.
@@ -66,12 +53,13 @@ class Bench:
         _forget_peak_rss()
         try:
             mark(cell)
-            with self._encoder(cell.config) as (endpoint, dial):
+            in_step = InStep[Any]() if cell.way.by_turns else None
+            with self._encoder(cell, in_step) as (endpoint, dial):
                 site = functools.partial(answer, dial=dial)
-                sites = InProcessGrid(
-                    cell.nodes, site, workers=self._way.sites_at_once, torch_threads=1
-                )
-                with sites as grid:
+                workers = cell.way.sites_at_once
+                with InProcessGrid(
+                    cell.nodes, site, workers=workers, torch_threads=1, in_step=in_step
+                ) as grid:
                     Run(grid, cell.config, endpoint, simulated=True).go()
             return row_of(cell)
         except FedsplitError as err:
@@ -83,13 +71,18 @@ class Bench:
             return failed_row(cell, f"internal error: {type(err).__name__}: {str(err)[:500]}")
 
     @contextmanager
-    def _encoder(self, config: RunConfig) -> Iterator[tuple[Endpoint, Dial]]:
-        if self._way.wire == "grpc":
-            with hosting(config, None) as (server, host, key):
+    def _encoder(self, cell: Cell, in_step: InStep[Any] | None) -> Iterator[tuple[Endpoint, Dial]]:
+        if cell.way.wire == "grpc":
+            with hosting(cell.config, None) as (server, host, key):
                 yield _endpoint(server.address, key, host), dial_stream
             return
-        near = self._host(config.backbone)
-        yield _endpoint("in this process", secrets.token_bytes(32), near), near.dial
+        near = self._host(cell.config.backbone)
+        dial = (
+            functools.partial(near.dial, after_step=in_step.pause)
+            if in_step is not None
+            else near.dial
+        )
+        yield _endpoint("in this process", secrets.token_bytes(32), near), dial
 
     def _host(self, name: str) -> NearHost:
         """The backbone's host, read from disk if no run before had it."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from fedsplit import __version__
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import ConfigError, FedsplitError
-from fedsplit.experiment.grid import Grid, Method, Problem, Scalar, Settings
+from fedsplit.experiment.grid import Grid, Method, Problem, Scalar, Settings, Wire
 
 # What the experiment sets itself.
 OWN_KEYS = (
@@ -28,6 +28,20 @@ OWN_KEYS = (
 _NO_MATTER = ("run-name", "runs-dir", "resume", "deadline-s")
 # No site of a simulation is late: what a grid reports must not depend on the machine's speed.
 _PATIENT_S = 10.0**7
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How a run reaches its encoder (grpc: the real stream on loopback), and how many of its sites work at a time."""
+
+    wire: Wire = "near"
+    sites_at_once: int = 1
+
+    @property
+    def by_turns(self) -> bool:
+        """Where no wire is between, sites that work at once do so by turns: a run repeats bit for bit."""
+        return self.wire == "near" and self.sites_at_once > 1
+
 
 Tuned = Mapping[tuple[str, str], Settings]
 """(method, problem) -> the settings that a search chose."""
@@ -42,6 +56,7 @@ class Cell:
     axes: tuple[tuple[str, Scalar], ...]
     seed: int
     config: RunConfig
+    way: Way = Way()
 
     @property
     def nodes(self) -> list[dict[str, int]]:
@@ -58,8 +73,8 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """Digest of what decides the run's result: settings and version."""
-        return config_key(self.config)
+        """Digest of what decides the run's result: settings, version, and how many sites work at once."""
+        return config_key(self.config, self.way.sites_at_once)
 
     @property
     def column(self) -> str:
@@ -169,6 +184,8 @@ class CellMaker:
             self._faults.add(method.name, str(place), fault)
         if config is None or faults:
             return None
+        said = grid.experiment
+        way = Way(wire=said.wire, sites_at_once=said.sites_at_once)
         name = self._name(method, place, config_key(config))
         return Cell(
             method=method.name,
@@ -176,6 +193,7 @@ class CellMaker:
             axes=place.axes,
             seed=place.seed,
             config=config.model_copy(update={"run_name": name}),
+            way=way,
         )
 
     def _flat(self, grid: Grid, method: Method, place: Place, extra: Settings) -> Settings:
@@ -220,14 +238,15 @@ def faults_of(error: FedsplitError) -> list[str]:
     return faults if faults and head.endswith(":") else [head, *faults]
 
 
-def config_key(config: RunConfig) -> str:
+def config_key(config: RunConfig, sites_at_once: int = 1) -> str:
     """Digest of the settings that decide a run's result, and of fedsplit's version.
 
     Those at their defaults are left out: a setting that is new does not make finished runs others.
     """
     defaults = RunConfig.defaults()
     flat = {k: v for k, v in config.flat().items() if k not in _NO_MATTER and v != defaults.get(k)}
-    text = json.dumps([__version__, flat], sort_keys=True)
+    several = [sites_at_once] if sites_at_once > 1 else []
+    text = json.dumps([__version__, flat, *several], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

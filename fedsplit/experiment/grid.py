@@ -23,6 +23,7 @@ MAX_CANDIDATES = 256
 Scalar = bool | int | float | Annotated[str, Field(max_length=4096)]
 _SCALARS = {"bool", "int", "float", "str", "constrained-str"}
 Settings = dict[str, Scalar]
+Wire = Literal["near", "grpc"]
 Choices = dict[str, Annotated[list[Scalar], Field(min_length=1, max_length=256)]]
 Label = Annotated[str, Field(pattern=r"^[^\x00-\x1f\x7f|*`\\]{1,60}$")]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -64,18 +65,10 @@ class Experiment(_Table):
     """Folder of the results; empty: results/NAME."""
     seeds: list[Seed] = Field(default=[0], min_length=1, max_length=100)
     """Each run is done once a seed; the table tells mean and deviation over them."""
-    wire: Literal["near", "grpc"] = "near"
+    wire: Wire = "near"
     """near: the encoder in the run's process, its answers shared between runs; grpc: the real stream."""
-    sites_at_once: int = Field(1, ge=1, le=64)
-    """Sites of a run that work at the same time, with wire = "grpc"; one after the other, runs repeat bit for bit."""
-
-    @model_validator(mode="after")
-    def _wire_for_several(self) -> Experiment:
-        if self.sites_at_once > 1 and self.wire != "grpc":
-            raise ValueError(
-                f'sites-at-once = {self.sites_at_once} is for wire = "grpc"; the short way takes one site at a time'
-            )
-        return self
+    sites_at_once: int = Field(1, ge=1, le=32)
+    """Sites of a run that work at the same time: near, a training step each by turns; over grpc as fast as each can."""
 
 
 class Problem(_WithSettings):

@@ -13,7 +13,7 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
@@ -73,10 +73,17 @@ class NearHost:
         """See core.encoder.EncoderHost."""
         return self.host.collect(version)
 
-    def dial(self, how: Stream, config: RunConfig, site: SiteSettings) -> NearEncoder:
-        """Open a round's encoder. Raises RefusedError as the encoder's port would."""
+    def dial(
+        self,
+        how: Stream,
+        config: RunConfig,
+        site: SiteSettings,
+        *,
+        after_step: Callable[[], None] = lambda: None,
+    ) -> NearEncoder:
+        """Open a round's encoder. Raises RefusedError as the encoder's port would. `after_step`: see NearEncoder."""
         del site  # its TLS settings are for a wire
-        return NearEncoder(self, how, find_codec(config.codec))
+        return NearEncoder(self, how, find_codec(config.codec), after_step)
 
     def open(self, grant: Grant) -> Encoder:
         """The host's session; what its blocks in front of the module's first one answer is kept, and a frozen one's answers."""
@@ -159,7 +166,10 @@ def _closes(name: str, tensor: Array) -> bool:
 class NearEncoder:
     """One session: a core.encoder.Encoder that counts what the stream would have moved. Use it in a `with`."""
 
-    def __init__(self, near: NearHost, how: Stream, codec: Codec) -> None:
+    def __init__(
+        self, near: NearHost, how: Stream, codec: Codec, after_step: Callable[[], None]
+    ) -> None:
+        """`after_step` is called when a gradient has arrived: other sites may have their turn."""
         grant = how.grant
         hello = Hello(
             protocol=VERSION,
@@ -172,7 +182,7 @@ class NearEncoder:
         )
         self.welcome = agree(hello, grant, near.host.capabilities(), Limits(), _SESSION)
         self._inner = near.open(grant)
-        self._codec = codec
+        self._codec, self._after_step = codec, after_step
         self._lock = threading.Lock()
         self._closed = False
         self.payload_up = self.payload_down = self.steps = 0
@@ -216,13 +226,16 @@ class NearEncoder:
         """See core.encoder.Encoder."""
         with self._timed():
             dh = self._inner.backprop(step, self._up(self._codec, dz, f"BACKPROP step {step}"))
-            return self._answer(dh, f"BACKPROP step {step}")
+            answer = self._answer(dh, f"BACKPROP step {step}")
+        self._after_step()
+        return answer
 
     def learn(self, step: int, dz: Array) -> None:
         """See core.encoder.Encoder."""
         with self._timed():
             self._inner.learn(step, self._up(self._codec, dz, f"BACKPROP step {step}"))
             self._count(down=len(ACK.data))
+        self._after_step()
 
     def score(self, step: int, losses_K: Array) -> None:
         """See core.encoder.Encoder."""

@@ -21,7 +21,7 @@ from types import TracebackType
 
 import torch
 
-from fedsplit.experiment.bench import NEAR, Bench, Way
+from fedsplit.experiment.bench import Bench
 from fedsplit.experiment.cells import Cell
 from fedsplit.experiment.memo import MEMO_BYTES
 from fedsplit.experiment.results import Row, failed_row, finished
@@ -34,9 +34,8 @@ _GRACE_S = 5.0
 class Schedule:
     """Where runs are done. Use it in a `with`; `jobs` processes, or this one."""
 
-    def __init__(self, *, jobs: int = 1, way: Way = NEAR) -> None:
+    def __init__(self, *, jobs: int = 1) -> None:
         self.jobs = jobs
-        self._way = way
         self._workers: list[_Worker] = []
         self._bench: Bench | None = None
 
@@ -75,21 +74,19 @@ class Schedule:
             tell(cell, row, False)
 
     def _here(self, cells: deque[Cell]) -> Iterator[tuple[Cell, Row]]:
-        self._bench = self._bench or Bench(self._way)
+        self._bench = self._bench or Bench()
         while cells:
             cell = cells.popleft()
             yield cell, self._bench.run(cell)
 
     def _in_processes(self, cells: deque[Cell]) -> Iterator[tuple[Cell, Row]]:
         while len(self._workers) < min(self.jobs, len(cells)):
-            self._workers.append(_Worker.start(self._way, MEMO_BYTES // self.jobs))
+            self._workers.append(_Worker.start(MEMO_BYTES // self.jobs))
         while cells or any(worker.cell for worker in self._workers):
             for i, worker in enumerate(self._workers):
                 if cells and worker.cell is None:
                     if not worker.give(cells[0]):  # it died while it had nothing to do
-                        self._workers[i] = worker = _Worker.start(
-                            self._way, MEMO_BYTES // self.jobs
-                        )
+                        self._workers[i] = worker = _Worker.start(MEMO_BYTES // self.jobs)
                         worker.give(cells[0])
                     cells.popleft()
             busy = {worker.pipe: i for i, worker in enumerate(self._workers) if worker.cell}
@@ -101,7 +98,7 @@ class Schedule:
                 row = worker.take()
                 if row is None:
                     row = failed_row(cell, worker.why_dead())
-                    self._workers[at] = _Worker.start(self._way, MEMO_BYTES // self.jobs)
+                    self._workers[at] = _Worker.start(MEMO_BYTES // self.jobs)
                 yield cell, row
 
 
@@ -114,10 +111,10 @@ class _Worker:
     cell: Cell | None = None
 
     @classmethod
-    def start(cls, way: Way, memo_bytes: int) -> _Worker:
+    def start(cls, memo_bytes: int) -> _Worker:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=_work, args=(theirs, way, memo_bytes), daemon=True)
+        process = context.Process(target=_work, args=(theirs, memo_bytes), daemon=True)
         with _one_thread_each():
             process.start()
         theirs.close()
@@ -180,13 +177,13 @@ def _one_thread_each() -> Iterator[None]:
             os.environ["OMP_NUM_THREADS"] = before
 
 
-def _work(pipe: Connection, way: Way, memo_bytes: int) -> None:
+def _work(pipe: Connection, memo_bytes: int) -> None:
     """A worker's main: rows for cells, until the pipe ends."""
     # Ctrl-C goes to all processes of the terminal; the parent ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    bench = Bench(way, memo_bytes=memo_bytes)
+    bench = Bench(memo_bytes=memo_bytes)
     while True:
         try:
             cell = pipe.recv()

@@ -11,6 +11,7 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -19,6 +20,8 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from fedsplit.federation.in_step import InStep
 
 NodeConfig = Mapping[str, str | int | float | bool]
 Answer = Callable[[Message, Context], Message]
@@ -31,7 +34,8 @@ class InProcessGrid(Grid):
     """Nodes 1..n, each with its node config. Use it in a `with`, or `close` it.
 
     A message waits as it was pushed, and its reply is computed when it is pulled: as many replies exist as
-    the caller keeps. With one worker the puller's own thread works; with more, a pool of that many.
+    the caller keeps. With one worker the puller's own thread works; with more, a pool of that many, or, `in_step`, as many
+    sites by turns, which repeats bit for bit.
     """
 
     def __init__(
@@ -41,15 +45,17 @@ class InProcessGrid(Grid):
         *,
         workers: int = 1,
         torch_threads: int = 0,
+        in_step: InStep[Message] | None = None,
     ) -> None:
-        """`torch_threads`: of each worker of a pool; 0 leaves torch's own choice."""
+        """`torch_threads`: of each worker of a pool; 0 leaves torch's own choice. Who gives `in_step` has the sites pause it."""
         self.nodes = {i + 1: dict(config) for i, config in enumerate(nodes)}
         self._answer = answer
         self._workers = workers
         self._waiting: OrderedDict[str, Message] = OrderedDict()
         self._running: dict[str, Future[Message]] = {}
         self._pool = None
-        if workers > 1:
+        self._in_step = in_step
+        if workers > 1 and in_step is None:
 
             def start() -> None:
                 if torch_threads:
@@ -80,6 +86,8 @@ class InProcessGrid(Grid):
         self._waiting.clear()
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
+        if self._in_step is not None:
+            self._in_step.close()
         TaskIdentity._run_id, TaskIdentity._task_id, TaskIdentity._node_id = self._before
 
     def set_run(self, run: Run) -> None:
@@ -115,13 +123,31 @@ class InProcessGrid(Grid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterator[Message]:
         """Replies as they are made, each computed when the caller asks for the next one."""
-        if self._pool is None:
+        if self._in_step is not None:
+            yield from self._pull_by_turns(list(message_ids), self._in_step)
+        elif self._pool is None:
             for message_id in message_ids:
                 message = self._waiting.pop(message_id, None)
                 if message is not None:
                     yield self._reply(message)
-            return
-        yield from self._pull_from_pool(list(message_ids), self._pool)
+        else:
+            yield from self._pull_from_pool(list(message_ids), self._pool)
+
+    def _pull_by_turns(self, ids: list[str], in_step: InStep[Message]) -> Iterator[Message]:
+        """One reply, so that the caller may push the next message before the others go on."""
+        threads = torch.get_num_threads()
+
+        def reply(message: Message) -> Message:
+            torch.set_num_threads(threads)
+            return self._reply(message)
+
+        for message_id in ids:
+            if len(in_step) >= self._workers:
+                break
+            if (message := self._waiting.pop(message_id, None)) is not None:
+                in_step.start(partial(reply, message))
+        if len(in_step):
+            yield in_step.next_done()
 
     def _pull_from_pool(self, ids: list[str], pool: ThreadPoolExecutor) -> Iterator[Message]:
         while True:

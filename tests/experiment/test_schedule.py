@@ -7,23 +7,25 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedsplit.core.errors import ConfigError
-from fedsplit.experiment import schedule
-from fedsplit.experiment.bench import NEAR, Bench, Way
+from fedsplit.experiment import near_encoder, schedule
+from fedsplit.experiment.bench import Bench
 from fedsplit.experiment.cells import Cell
+from fedsplit.experiment.near_encoder import NearEncoder, NearHost
 from fedsplit.experiment.results import Row, finished, folder_of, row_of, write_csv
 from fedsplit.experiment.schedule import Schedule
+from fedsplit.federation.messages import Stream
 from tests.experiment.conftest import METHODS, Parse, cells_of
 
 Done = list[tuple[Cell, Row, bool]]
 
 
-def go(cells: list[Cell], *, jobs: int = 1, way: Way = NEAR) -> Done:
+def go(cells: list[Cell], *, jobs: int = 1) -> Done:
     done: Done = []
-    with Schedule(jobs=jobs, way=way) as runs:
+    with Schedule(jobs=jobs) as runs:
         runs.go(cells, lambda *what: done.append(what))
     return done
 
@@ -132,7 +134,7 @@ def test_equal_settings_share_a_run(parse: Parse, tmp_path: Path) -> None:
 
 def test_near_and_grpc_give_the_same_row(parse: Parse, tmp_path: Path) -> None:
     [(_, near, _)] = go(cells_of(parse(), tmp_path / "near")[:1])
-    [(_, far, _)] = go(cells_of(parse(), tmp_path / "grpc")[:1], way=Way(wire="grpc"))
+    [(_, far, _)] = go(cells_of(parse(seeds='[0]\nwire = "grpc"'), tmp_path / "grpc")[:1])
     assert near.accuracy_by_round == far.accuracy_by_round
     assert near.bytes_activation_up == far.bytes_activation_up
     # A welcome names its session in decimal: a few bytes more or less, six sessions.
@@ -143,12 +145,62 @@ def test_near_and_grpc_give_the_same_row(parse: Parse, tmp_path: Path) -> None:
 def test_sites_may_work_at_once(parse: Parse, tmp_path: Path) -> None:
     [(_, one, _)] = go(cells_of(parse(), tmp_path / "one")[:1])
     [(_, two, _)] = go(
-        cells_of(parse(), tmp_path / "two")[:1], way=Way(wire="grpc", sites_at_once=2)
+        cells_of(parse(seeds='[0]\nwire = "grpc"\nsites-at-once = 2'), tmp_path / "two")[:1]
     )
     assert two.outcome == "complete"
     assert two.accuracy_by_round == one.accuracy_by_round
-    with pytest.raises(ConfigError, match="sites-at-once = 2 is for wire"):
-        parse(seeds="[0]\nsites-at-once = 2")
+    [(_, turns, _)] = go(cells_of(parse(seeds="[0]\nsites-at-once = 2"), tmp_path / "turns")[:1])
+    assert turns.accuracy_by_round == one.accuracy_by_round
+    assert turns.bytes_activation_up == one.bytes_activation_up
+
+
+SHARED = """
+[[methods]]
+name = "shared"
+method = "fedv"
+encoder-training = "shared"
+sites = 3
+rounds = 2
+batch-size = 4
+lora-learning-rate = 0.05
+"""
+
+
+def test_turns_on_a_shared_encoder_go_round_and_repeat(
+    parse: Parse, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    class Noting(NearEncoder):
+        def __init__(self, near: NearHost, how: Stream, *args: Any) -> None:
+            super().__init__(near, how, *args)
+            self.site = how.grant.site
+
+        def learn(self, step: int, dz: Any) -> None:
+            order.append(self.site)
+            super().learn(step, dz)
+
+    def cell_of(name: str, at_once: int) -> Cell:
+        grid = parse(SHARED, seeds=f"[0]\nsites-at-once = {at_once}")
+        (cell,) = cells_of(grid, tmp_path / name)
+        return cell
+
+    def module_of(name: str, at_once: int) -> bytes:
+        order.clear()
+        cell = cell_of(name, at_once)
+        assert Bench().run(cell).outcome == "complete"
+        (weights,) = (folder_of(cell) / "module").rglob("adapter_model.safetensors")
+        return weights.read_bytes()
+
+    monkeypatch.setattr(near_encoder, "NearEncoder", Noting)
+    one = module_of("one", 1)
+    assert order[:2] == ["site-0", "site-0"]
+    three = module_of("three", 3)
+    assert order[:6] == ["site-0", "site-1", "site-2"] * 2
+    assert three != one
+    # In one folder, each would be done anew for the other.
+    assert cell_of("one", 1).key != cell_of("one", 3).key
+    assert module_of("again", 3) == three
 
 
 def test_frozen_answers_are_shared_between_runs(parse: Parse, tmp_path: Path) -> None:

@@ -21,10 +21,10 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from fedsplit.cli.processes import ProcessTree, held_signals
+from fedsplit.core.closing import Closing
 from fedsplit.core.errors import FederationError
 
 CONNECTION = "fedsplit"
@@ -157,7 +157,7 @@ class FlowerCommands:
         )
 
 
-class LocalSuperLink:
+class LocalSuperLink(Closing):
     """A SuperLink of our own in simulation mode, on loopback, with its state in memory.
 
     A context manager: on the way out everything it started has ended and its folder is gone.
@@ -181,14 +181,6 @@ class LocalSuperLink:
             self.close()
             raise
         return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        err: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def simulating(self) -> bool:

@@ -15,11 +15,10 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import TracebackType
 
 import numpy as np
 
-import fedsplit
+from fedsplit.core.closing import Closing
 from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array, Encoder, Grant, Mask
@@ -32,7 +31,7 @@ from fedsplit.serving.host import MAX_VERSIONS, BackboneHost
 from fedsplit.training.site_data import SiteSettings
 from fedsplit.transport.admission import Limits
 from fedsplit.transport.codec import Codec, check_finite, encode_mask, find_codec
-from fedsplit.transport.frames import CHUNK_BYTES, HEADER_BYTES, VERSION, Kind, json_frame
+from fedsplit.transport.frames import CHUNK_BYTES, HEADER_BYTES, Kind, json_frame
 from fedsplit.transport.messages import Hello
 from fedsplit.transport.rules import agree
 from fedsplit.transport.shapes import (
@@ -163,7 +162,7 @@ def _closes(name: str, tensor: Array) -> bool:
     return bool(_OUTER.search(name)) and not np.any(tensor)
 
 
-class NearEncoder:
+class NearEncoder(Closing):
     """One session: a core.encoder.Encoder that counts what the stream would have moved. Use it in a `with`."""
 
     def __init__(
@@ -171,15 +170,7 @@ class NearEncoder:
     ) -> None:
         """`after_step` is called when a gradient has arrived: other sites may have their turn."""
         grant = how.grant
-        hello = Hello(
-            protocol=VERSION,
-            fedsplit_version=fedsplit.__version__,
-            backbone_sha256=grant.backbone_sha256,
-            a=grant.a,
-            b=grant.b,
-            version=grant.version,
-            codec=codec.name,
-        )
+        hello = Hello.of(grant, codec.name)
         self.welcome = agree(hello, grant, near.host.capabilities(), Limits(), _SESSION)
         self._inner = near.open(grant)
         self._codec, self._after_step = codec, after_step
@@ -189,17 +180,6 @@ class NearEncoder:
         self.bytes_up = len(json_frame(Kind.HELLO, hello.model_dump_json()))
         self.bytes_down = len(json_frame(Kind.WELCOME, self.welcome.model_dump_json()))
         self.wait_s = 0.0
-
-    def __enter__(self) -> NearEncoder:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def trains(self) -> bool:

@@ -12,7 +12,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedsplit.core.closing import Closing
 from fedsplit.federation.in_step import InStep
 
 NodeConfig = Mapping[str, str | int | float | bool]
@@ -30,7 +30,7 @@ Answer = Callable[[Message, Context], Message]
 _LOOK_S = 0.5
 
 
-class InProcessGrid(Grid):
+class InProcessGrid(Closing, Grid):
     """Nodes 1..n, each with its node config. Use it in a `with`, or `close` it.
 
     A message waits as it was pushed, and its reply is computed when it is pulled: as many replies exist as
@@ -66,17 +66,6 @@ class InProcessGrid(Grid):
         # What Flower's own engines set before they call an app.
         self._before = (TaskIdentity._run_id, TaskIdentity._task_id, TaskIdentity._node_id)
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 0
-
-    def __enter__(self) -> InProcessGrid:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Wait for the sites that work and give Flower's identity back. Twice is harmless."""

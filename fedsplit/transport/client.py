@@ -11,13 +11,12 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
-from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-import fedsplit
+from fedsplit.core.closing import Closing
 from fedsplit.core.encoder import Array, Grant, Mask
 from fedsplit.core.errors import (
     ConfigError,
@@ -29,7 +28,7 @@ from fedsplit.core.errors import (
 from fedsplit.transport.calls import capabilities, collect, publish
 from fedsplit.transport.codec import Dims, Encoded, check_finite, encode_mask, find_codec
 from fedsplit.transport.duplex import Duplex, Reply
-from fedsplit.transport.frames import VERSION, Flag, Kind, frames_of
+from fedsplit.transport.frames import Flag, Kind, frames_of
 from fedsplit.transport.messages import Hello
 from fedsplit.transport.shapes import (
     ACK,
@@ -78,7 +77,7 @@ class _Kept(NamedTuple):
     z_dims: Dims
 
 
-class StreamEncoder:
+class StreamEncoder(Closing):
     """Encoder over one gRPC stream. Connects when made; `close` it, or use it in a `with`.
 
     Several threads may call it at once; `max_in_flight` of them have a step on the wire. Step ids are the callers' labels:
@@ -115,21 +114,10 @@ class StreamEncoder:
         self._channel = open_channel(address, tls, allow_insecure=allow_insecure)
         self._duplex = Duplex(self._channel, address, token, self._codec, tls=tls is not None)
         try:
-            self.welcome = self._duplex.greet(_hello(grant, codec), connect_timeout_s)
+            self.welcome = self._duplex.greet(Hello.of(grant, codec), connect_timeout_s)
         except EncoderError:
             self.close()
             raise
-
-    def __enter__(self) -> StreamEncoder:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def trains(self) -> bool:
@@ -344,15 +332,3 @@ class StreamEncoder:
 
     def _done(self, reply: Reply, what: str) -> None:
         self._duplex.wait(reply, what, self._step_timeout_s)
-
-
-def _hello(grant: Grant, codec: str) -> Hello:
-    return Hello(
-        protocol=VERSION,
-        fedsplit_version=fedsplit.__version__,
-        backbone_sha256=grant.backbone_sha256,
-        a=grant.a,
-        b=grant.b,
-        version=grant.version,
-        codec=codec,
-    )

@@ -9,6 +9,8 @@ from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+import fedsplit
+from fedsplit.core.encoder import Grant
 from fedsplit.core.errors import (
     EncoderError,
     OverloadedError,
@@ -16,7 +18,7 @@ from fedsplit.core.errors import (
     RefusedError,
     UnreachableError,
 )
-from fedsplit.transport.frames import MAX_JSON_BYTES, Kind, Message, json_frame
+from fedsplit.transport.frames import MAX_JSON_BYTES, VERSION, Kind, Message, json_frame
 
 Code = Literal["refused", "protocol", "overloaded", "unavailable", "internal"]
 
@@ -35,6 +37,19 @@ class Hello(_Body):
     b: int = Field(ge=0)
     version: str = Field(max_length=128)
     codec: str = Field(max_length=32)
+
+    @classmethod
+    def of(cls, grant: Grant, codec: str) -> Hello:
+        """What a site of this program says that has this grant."""
+        return cls(
+            protocol=VERSION,
+            fedsplit_version=fedsplit.__version__,
+            backbone_sha256=grant.backbone_sha256,
+            a=grant.a,
+            b=grant.b,
+            version=grant.version,
+            codec=codec,
+        )
 
 
 class Welcome(_Body):

@@ -10,11 +10,11 @@ import logging
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
 from typing import Any
 
 import grpc
 
+from fedsplit.core.closing import Closing
 from fedsplit.core.encoder import EncoderHost
 from fedsplit.core.errors import ConfigError, UnreachableError
 from fedsplit.transport.admission import Admission, Limits, Stats
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 _SPARE_CALLS = 8  # threads for the small calls and for refusing streams
 
 
-class EncoderServer:
+class EncoderServer(Closing):
     """Serves from construction until `close`. Raises ConfigError when it cannot: address, key, certificates."""
 
     def __init__(
@@ -68,17 +68,6 @@ class EncoderServer:
         )
         self._watch.start()
         log.info("the encoder listens on %s, %s", self.address, "TLS" if tls else "without TLS")
-
-    def __enter__(self) -> EncoderServer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def stats(self) -> Stats:
         """What is live, and counters since the start."""

@@ -1,10 +1,8 @@
-"""Training at the encoder over the real stream: hosted equals the whole model, shared is one model."""
+"""Training at the encoder over the real stream: hosted equals the whole model, shared with one site too."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +13,14 @@ import torch
 
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Training
-from fedsplit.core.errors import EncoderError, OverloadedError, ProtocolError, RefusedError
+from fedsplit.core.errors import RefusedError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
-from fedsplit.model.module import ModuleSpec
 from fedsplit.model.split import SplitModel
-from fedsplit.model.trained_tensors import trained_at
-from fedsplit.serving.host import MAX_VERSIONS, BackboneHost
-from fedsplit.serving.training import copy_bytes
 from fedsplit.transport.client import StreamEncoder, collect
 from fedsplit.transport.server import EncoderServer
 from tests.model.whole import SPEC, make_batch, split_model, trained_start, whole_model
-from tests.serving.wire import dial, grant, packed, publisher, serving
+from tests.serving.wire import dial, grant, publisher, serving
 
 FAMILIES = ["vit", "bert"]
 RATE = 0.01
@@ -187,285 +181,8 @@ def test_shared_with_one_site_equals_hosted(
         torch.testing.assert_close(hosted.weights[name], shared.weights[name], rtol=0, atol=0)
 
 
-# In-process from here on: the same host and encoders without the wire.
-
-
-@pytest.fixture
-def host(backbones: dict[str, Backbone]) -> BackboneHost:
-    """A host with the trained start as version "v"."""
-    host = BackboneHost(backbones["vit"])
-    host.publish("v", packed(host.backbone))
-    return host
-
-
 def make_h(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((2, 5, 24), dtype=np.float32)
-
-
-def open_site(
-    host: BackboneHost, training: Training | None, site: str = "s", cut: str = "1,3"
-) -> Any:
-    return host.open(grant(host.backbone, Cut.parse(cut), site=site, training=training))
-
-
-def shared(weight: float) -> Training:
-    return SGD.model_copy(update={"mode": "shared", "weight": weight})
-
-
-def one_model(weight: float) -> Training:
-    """How a copy of one's own takes the steps that a share of `weight` takes on a shared one."""
-    return SGD.model_copy(update={"learning_rate": weight * SGD.learning_rate})
-
-
-def test_shared_is_one_model_that_the_sites_step_in_turn(host: BackboneHost) -> None:
-    alone = open_site(host, one_model(0.5), "alone")
-    sites = [open_site(host, shared(0.5), site) for site in "xyxy"]
-    for step, site in enumerate(sites):
-        h, dz = make_h(step), make_h(10 + step)
-        np.testing.assert_array_equal(
-            site.encode(0, h, keep=True), alone.encode(step, h, keep=True)
-        )
-        np.testing.assert_array_equal(site.backprop(0, dz), alone.backprop(step, dz))
-    found = host.collect("v")
-    assert found[""].keys() == found["alone"].keys()
-    for name, delta in found["alone"].items():
-        np.testing.assert_array_equal(found[""][name], delta)
-
-
-def test_a_site_tests_what_it_received_until_it_trains(host: BackboneHost) -> None:
-    received = open_site(host, None).encode(0, make_h())
-    first, second = open_site(host, shared(0.5), "first"), open_site(host, shared(0.5), "second")
-    one_step(first)
-    np.testing.assert_array_equal(second.encode(0, make_h()), received)
-    moved = first.encode(1, make_h())
-    assert np.abs(moved - received).max() > 1e-4
-    np.testing.assert_array_equal(second.encode(1, make_h(), keep=True), moved)
-    np.testing.assert_array_equal(second.encode(2, make_h()), moved)
-
-
-def test_a_turn_that_ran_out_still_steps_by_the_gradient_of_its_own_forward(
-    host: BackboneHost,
-) -> None:
-    frozen = open_site(host, None)
-    slow, quick = open_site(host, shared(0.5), "slow"), open_site(host, shared(0.5), "quick")
-    slow._turns._wait_s = 0.05
-    slow.encode(0, make_h(), keep=True)
-    frozen.encode(0, make_h(), keep=True)
-    quick.encode(0, make_h(), keep=True)
-    quick.backprop(0, make_h(1))
-    np.testing.assert_array_equal(slow.backprop(0, make_h(2)), frozen.backprop(0, make_h(2)))
-
-
-def test_shared_takes_sites_of_several_cuts(host: BackboneHost) -> None:
-    open_site(host, shared(0.5), "z", "0,4")
-    for site, cut in (("x", "0,2"), ("y", "2,4")):
-        session = open_site(host, shared(0.5), site, cut)
-        z = session.encode(0, make_h(), keep=True)
-        session.backprop(0, np.ones_like(z))
-    delta = host.collect("v")[""]
-    assert delta.keys() == module.server_names(host.backbone, SPEC)
-    open_site(host, shared(0.5))
-    with pytest.raises(RefusedError, match="train it alike"):
-        open_site(host, shared(0.5).model_copy(update={"learning_rate": 1.0}))
-
-
-def test_a_session_may_have_several_steps_under_way(host: BackboneHost) -> None:
-    session, fresh = open_site(host, ADAMW), open_site(host, None)
-    for step in (0, 1):
-        session.encode(step, make_h(step), keep=True)
-        fresh.encode(step, make_h(step), keep=True)
-    for step in (0, 1):
-        np.testing.assert_array_equal(
-            session.backprop(step, make_h(7)), fresh.backprop(step, make_h(7))
-        )
-    with pytest.raises(ProtocolError, match="is not held"):
-        session.backprop(1, make_h())
-    assert session.kept_steps == 0
-
-
-def test_sessions_at_once_do_not_disturb_each_other(host: BackboneHost) -> None:
-    frozen = open_site(host, None)
-    frozen.encode(0, make_h(), keep=True)
-    dh = frozen.backprop(0, make_h(1))
-    start = threading.Barrier(4)
-
-    def run(site: str) -> np.ndarray:
-        session = open_site(host, SGD, site)
-        session.encode(0, make_h(), keep=True)
-        start.wait(20)
-        first = session.backprop(0, make_h(1))
-        five_steps(session)
-        return first
-
-    with ThreadPoolExecutor(4) as pool:
-        for first in pool.map(run, "wxyz"):
-            np.testing.assert_array_equal(first, dh)
-    deltas = host.collect("v")
-    assert deltas.keys() == set("wxyz")
-    for delta in deltas.values():
-        for name, value in delta.items():
-            np.testing.assert_array_equal(value, deltas["w"][name])
-
-
-def test_sites_at_once_on_a_shared_copy_lose_no_step_and_take_no_old_one(
-    host: BackboneHost,
-) -> None:
-    """All sites send the same, so the order of their turns makes no difference, and twenty steps are those of one model."""
-    start = threading.Barrier(4)
-
-    def run(site: str) -> None:
-        session = open_site(host, shared(0.25), site)
-        start.wait(20)
-        five_steps(session)
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(run, "wxyz"))
-    alone = open_site(host, one_model(0.25), "alone")
-    for _ in range(4):
-        five_steps(alone, close=False)
-    found = host.collect("v")
-    for name, delta in found["alone"].items():
-        np.testing.assert_array_equal(found[""][name], delta)
-
-
-def five_steps(session: Any, *, close: bool = True) -> None:
-    for step in range(1, 6):
-        session.encode(step, make_h(), keep=True)
-        session.backprop(step, make_h(1))
-    if close:
-        session.close()
-
-
-def one_step(session: Any, seed: int = 1) -> None:
-    z = session.encode(0, make_h(), keep=True)
-    session.learn(0, np.random.default_rng(seed).standard_normal(z.shape, dtype=np.float32))
-
-
-def test_the_last_session_of_a_site_counts(host: BackboneHost) -> None:
-    lost, again = open_site(host, SGD), open_site(host, SGD)
-    one_step(lost)
-    one_step(again, seed=2)
-    again.close()
-    lost.close()  # the server notices the lost one late
-    got = host.collect("v")["s"]
-    only = open_site(host, SGD)
-    one_step(only, seed=2)
-    for name, value in host.collect("v")["s"].items():  # also while the session is still open
-        np.testing.assert_array_equal(value, got[name])
-    only.close()
-    assert host.collect("v") == {}
-
-
-def test_who_took_no_step_has_no_delta(host: BackboneHost) -> None:
-    session = open_site(host, ADAMW)
-    session.encode(0, make_h())
-    session.encode(1, make_h(), keep=True)
-    session.close()
-    session.close()
-    assert host.collect("v") == {}
-    open_site(host, shared(1.0)).close()
-    assert host.collect("v") == {}
-
-
-def test_memory_is_bounded_and_freed(host: BackboneHost) -> None:
-    backbone = host.backbone
-    part = host._versions["v"]
-    one = copy_bytes(trained_at(part, Cut(1, 3)), ADAMW)
-    delta_bytes = one // 6
-    small = BackboneHost(backbone, training_bytes=2 * one)
-    small.publish("v", packed(backbone))
-    sites = [open_site(small, ADAMW, s) for s in "xy"]
-    with pytest.raises(OverloadedError, match="come back"):
-        open_site(small, ADAMW, "z")
-    open_site(small, None, "z")
-    for session in sites:
-        one_step(session)
-        session.close()
-    assert small._trainees.held_bytes == 2 * delta_bytes
-    open_site(small, ADAMW, "z").close()
-    assert small._trainees.held_bytes == 2 * delta_bytes
-    for i in range(MAX_VERSIONS):
-        small.publish(f"v{i}", packed(backbone))
-    assert small._trainees.held_bytes == 0
-    with pytest.raises(RefusedError, match="'v' is not here"):
-        small.collect("v")
-
-
-def test_publishing_a_version_again_drops_what_was_trained_on_it(host: BackboneHost) -> None:
-    one_step(open_site(host, SGD))
-    host.publish("v", packed(host.backbone))
-    assert host.collect("v") == {}
-
-
-def test_one_half_of_lora(host: BackboneHost) -> None:
-    for half, other in (("A", "B"), ("B", "A")):
-        one_step(open_site(host, SGD.model_copy(update={"lora": half})))
-        names = host.collect("v")["s"].keys()
-        assert names
-        assert not any(f".lora_{other}." in n for n in names)
-
-
-def test_a_gradient_that_is_not_finite_changes_nothing(host: BackboneHost) -> None:
-    session = open_site(host, SGD)
-    before = session.encode(0, make_h(), keep=True)
-    with pytest.raises(EncoderError, match="not finite"):
-        session.learn(0, np.full((2, 5, 24), 3e38, np.float32))
-    np.testing.assert_array_equal(session.encode(1, make_h()), before)
-    assert host.collect("v") == {}
-
-
-def test_clip_norm(host: BackboneHost) -> None:
-    one_step(open_site(host, SGD.model_copy(update={"clip_norm": 0.5})))
-    squares = sum(float((d**2).sum()) for d in host.collect("v")["s"].values())
-    assert squares**0.5 == pytest.approx(0.5 * RATE, rel=1e-4)
-
-
-@pytest.mark.parametrize("kind", ["full", "adapter"])
-def test_other_modules_train_and_the_backbone_stays(
-    kind: Any, backbones: dict[str, Backbone]
-) -> None:
-    backbone = backbones["vit"]
-    spec = ModuleSpec(classes=SPEC.classes, kind=kind)
-    start = module.initial(backbone, spec, seed=1)
-    bare = ModuleSpec(classes=SPEC.classes, kind="classifier")
-    host = BackboneHost(backbone)
-    host.publish("bare", packed(backbone, bare, {}))
-    host.publish("v", packed(backbone, spec, start))
-
-    def answers() -> list[np.ndarray]:
-        return [
-            host.open(grant(backbone, Cut(2, 4), version=v)).encode(0, make_h())
-            for v in ("bare", "v")
-        ]
-
-    before = answers()
-    session = open_site(host, ADAMW, cut="2,4")
-    for step in range(2):
-        z = session.encode(step, make_h(), keep=True)
-        session.backprop(step, np.ones_like(z))
-    assert np.abs(session.encode(9, make_h()) - before[1]).max() > 1e-3
-    delta = host.collect("v")["s"]
-    assert delta.keys() == module.server_names(backbone, spec, Cut(2, 4))
-    for got, wanted in zip(answers(), before, strict=True):
-        np.testing.assert_array_equal(got, wanted)
-
-
-def test_what_a_session_may_not_do(host: BackboneHost) -> None:
-    prompt = ModuleSpec(classes=("a", "b"), kind="prompt")
-    host.publish("p", packed(host.backbone, prompt, {}))
-    with pytest.raises(RefusedError, match="no tensors to train"):
-        host.open(grant(host.backbone, Cut(1, 3), version="p", training=SGD))
-    frozen, hosted = open_site(host, None), open_site(host, SGD)
-    assert (frozen.trains, hosted.trains) == (False, True)
-    for call in (
-        lambda: frozen.learn(0, make_h()),
-        lambda: frozen.probe(0, make_h()),
-        lambda: frozen.score(0, make_h()),
-        lambda: hosted.probe(0, make_h()),
-        lambda: hosted.score(0, make_h()),
-    ):
-        with pytest.raises(RefusedError):
-            call()
 
 
 def test_the_client_refuses_before_it_sends(

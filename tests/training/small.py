@@ -11,6 +11,7 @@ import torch
 
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array, Encoder, Mask
+from fedsplit.core.errors import UnreachableError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.encoder import LocalEncoder
@@ -22,6 +23,9 @@ from fedsplit.training.round import TrainSettings
 LORA = ModuleSpec(classes=("dark", "light"), rank=2, alpha=4)
 BARE = ModuleSpec(classes=("dark", "light"), kind="classifier")
 PLACE = Cut(1, 3)
+
+WAIT_S = 20.0
+"""What a call that waits for another one waits at the most."""
 
 
 def make_batches(sizes: Iterable[int] = (8, 8, 8, 3)) -> list[Batch]:
@@ -144,6 +148,25 @@ class Wrapped:
 
     def close(self) -> None:
         self.inner.close()
+
+
+class Failing(Wrapped):
+    """The peer dies at one step: that call fails, and the others in flight with it."""
+
+    def __init__(self, encoder: Encoder, at: int) -> None:
+        super().__init__(encoder)
+        self._at = at
+        self._dead = threading.Event()
+
+    def encode(
+        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
+    ) -> Array:
+        if step >= self._at:
+            if step == self._at:
+                self._dead.set()
+            assert self._dead.wait(WAIT_S)
+            raise UnreachableError(f"the encoder went away at step {step}")
+        return super().encode(step, h_BTD, mask_BT, keep=keep)
 
 
 def rewired(model: SplitModel, wrap: Callable[[Encoder], Any]) -> tuple[SplitModel, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -20,12 +19,14 @@ from fedsplit.model.encoder import LocalEncoder
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.split import SplitModel, device_part, server_part
 from fedsplit.training.data import Batch
-from fedsplit.training.round import Score, WaitMeter, evaluate, train
+from fedsplit.training.round import Score, evaluate, train
 from tests.training.small import (
     BARE,
     BATCHES,
     LORA,
     PLACE,
+    WAIT_S,
+    Failing,
     Wrapped,
     assert_same_bits,
     every_epoch,
@@ -34,8 +35,6 @@ from tests.training.small import (
     rewired,
     settings,
 )
-
-WAIT_S = 20.0
 
 
 @pytest.fixture(scope="module")
@@ -279,25 +278,6 @@ def test_batches_are_made_as_they_are_needed(vit: Backbone) -> None:
     assert (len(made), len(used)) == (6, 6)
 
 
-class Failing(Wrapped):
-    """The peer dies at one step: that call fails, and the others in flight with it."""
-
-    def __init__(self, encoder: Encoder, at: int) -> None:
-        super().__init__(encoder)
-        self._at = at
-        self._dead = threading.Event()
-
-    def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
-    ) -> Array:
-        if step >= self._at:
-            if step == self._at:
-                self._dead.set()
-            assert self._dead.wait(WAIT_S)
-            raise UnreachableError(f"the encoder went away at step {step}")
-        return super().encode(step, h_BTD, mask_BT, keep=keep)
-
-
 @pytest.mark.parametrize("at", [1, 3, 8])
 @pytest.mark.parametrize("frozen_head", [False, True])
 def test_an_encoders_error_comes_through(at: int, frozen_head: bool, vit: Backbone) -> None:
@@ -330,96 +310,3 @@ def test_a_round_that_fails_leaves_no_thread(vit: Backbone) -> None:
     with pytest.raises(FederationError, match="learning-rate"):
         train(model, lambda _: [broken, *BATCHES], settings(in_flight=4))
     assert threading.active_count() == threads
-
-
-# What waiting costs.
-
-
-class Slow(Wrapped):
-    """Takes its time, without working."""
-
-    def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
-    ) -> Array:
-        time.sleep(0.02)
-        return super().encode(step, h_BTD, mask_BT, keep=keep)
-
-
-def metered(model: SplitModel) -> tuple[SplitModel, WaitMeter]:
-    model, _ = rewired(model, Slow)
-    return rewired(model, WaitMeter)
-
-
-def test_waiting_in_turn_is_counted_in_full(vit: Backbone) -> None:
-    model, _ = local(vit, LORA)
-    model, meter = metered(model)
-    start = time.perf_counter()
-    train(model, every_epoch, settings(epochs=1), meter=meter)
-    assert 4 * 0.02 <= meter.wait_s <= time.perf_counter() - start
-
-
-def test_waiting_of_steps_in_flight_is_counted_once(vit: Backbone) -> None:
-    model, _ = local(vit, BARE)
-    model, meter = metered(model)
-    start = time.perf_counter()
-    evaluate(model, make_batches([2] * 8), in_flight=4, meter=meter)
-    wall = time.perf_counter() - start
-    assert 0 < meter.wait_s <= wall
-
-
-def test_the_meter_counts_its_own_thread_alone(vit: Backbone) -> None:
-    model, _ = local(vit, LORA)
-    assert model._encoder is not None
-    meter = WaitMeter(Slow(model._encoder))
-    h = np.zeros((1, 17, 24), dtype="f4")
-    other = threading.Thread(target=lambda: meter.encode(1, h))
-    other.start()
-    other.join(WAIT_S)
-    assert meter.wait_s == 0.0
-    meter.encode(2, h, keep=True)
-    after_encode = meter.wait_s
-    assert after_encode >= 0.02
-    meter.backprop(2, h)
-    assert meter.wait_s > after_encode
-    meter.close()
-
-
-def test_the_meter_counts_a_failed_wait_too(vit: Backbone) -> None:
-    model, _ = local(vit, LORA)
-    assert model._encoder is not None
-    meter = WaitMeter(Failing(model._encoder, 1))
-    with pytest.raises(UnreachableError):
-        meter.encode(1, np.zeros((1, 17, 24), dtype="f4"))
-    assert meter.wait_s > 0
-
-
-class Learning(Slow):
-    """Takes its time over a step of its own, too."""
-
-    trains = True
-
-    def learn(self, step: int, dz: Array) -> None:
-        time.sleep(0.02)
-
-    def probe(self, step: int, h_BTD: Array, mask_BT: Mask | None = None) -> Array:
-        time.sleep(0.02)
-        return np.stack([h_BTD, h_BTD])
-
-    def score(self, step: int, losses_K: Array) -> None:
-        time.sleep(0.02)
-
-
-def test_the_meter_counts_what_the_encoder_learns(vit: Backbone) -> None:
-    model, _ = local(vit, LORA)
-    assert model._encoder is not None
-    meter = WaitMeter(Learning(model._encoder))
-    assert meter.trains
-    h = np.zeros((1, 17, 24), dtype="f4")
-    for call in (
-        lambda: meter.learn(1, h),
-        lambda: meter.probe(2, h),
-        lambda: meter.score(2, np.zeros(2, dtype="f4")),
-    ):
-        before = meter.wait_s
-        call()
-        assert meter.wait_s >= before + 0.02

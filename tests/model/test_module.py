@@ -29,11 +29,6 @@ ALL_CUTS = [Cut(a, b) for a in range(5) for b in range(a, 5)]
 families = pytest.mark.parametrize("family", CONFIGS)
 
 
-@pytest.fixture
-def vit(tiny: dict[str, Path]) -> Backbone:
-    return Backbone.find(str(tiny["vit"]))
-
-
 def split_logits(backbone: Backbone, spec: ModuleSpec, tensors: ModuleTensors, cut: Cut) -> Any:
     device, server = device_part(backbone, cut, spec), server_part(backbone, spec)
     module.load(device, tensors)

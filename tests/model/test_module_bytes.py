@@ -7,7 +7,6 @@ import json
 import struct
 import tracemalloc
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,11 +19,6 @@ from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec
 from fedsplit.serving.host import BackboneHost
 from tests.model.kinds import CLASSES, LORA, SPECS, away_from_zero
-
-
-@pytest.fixture
-def vit(tiny: dict[str, Path]) -> Backbone:
-    return Backbone.find(str(tiny["vit"]))
 
 
 def test_pack_round_trip(vit: Backbone) -> None:

@@ -24,11 +24,6 @@ families = pytest.mark.parametrize("family", CONFIGS)
 kinds = pytest.mark.parametrize("kind", SPECS)
 
 
-@pytest.fixture
-def vit(tiny: dict[str, Path]) -> Backbone:
-    return Backbone.find(str(tiny["vit"]))
-
-
 def logits(backbone: Backbone, spec: ModuleSpec, tensors: ModuleTensors) -> torch.Tensor:
     inputs, mask, _ = make_batch(backbone.family.model_type)
     with torch.no_grad():

@@ -22,11 +22,6 @@ from tests.model.whole import make_batch, split_step
 HERE = Cut(4, 4)
 
 
-@pytest.fixture
-def vit(tiny: dict[str, Path]) -> Backbone:
-    return Backbone.find(str(tiny["vit"]))
-
-
 def one_step(part: Part, tensors: module.ModuleTensors) -> dict[str, Any]:
     module.load(part, tensors)
     inputs, mask, labels = make_batch("vit")

@@ -10,10 +10,10 @@ from fedsplit.model.backbone import Backbone
 
 
 @pytest.fixture(scope="session")
-def tiny_vit(tiny: dict[str, Path]) -> Backbone:
+def vit(tiny: dict[str, Path]) -> Backbone:
     return Backbone.find(str(tiny["vit"]))
 
 
 @pytest.fixture(scope="session")
-def tiny_bert(tiny: dict[str, Path]) -> Backbone:
+def bert(tiny: dict[str, Path]) -> Backbone:
     return Backbone.find(str(tiny["bert"]))

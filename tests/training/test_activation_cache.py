@@ -43,10 +43,8 @@ def counted(backbone: Backbone, cut: str = "1,3", spec: Any = LORA) -> tuple[Any
 
 
 @pytest.mark.parametrize("cut", ["1,3", "0,4", "0,2"])
-def test_a_second_epoch_and_a_second_evaluation_cost_no_traffic(
-    cut: str, tiny_vit: Backbone
-) -> None:
-    model, encoder = counted(tiny_vit, cut)
+def test_a_second_epoch_and_a_second_evaluation_cost_no_traffic(cut: str, vit: Backbone) -> None:
+    model, encoder = counted(vit, cut)
     cache = ActivationCache()
     place = cache.at(model.cut, "v1")
     train(model, lambda e: SHUFFLED if e else BATCHES, settings(epochs=3), cache=place)
@@ -60,11 +58,11 @@ def test_a_second_epoch_and_a_second_evaluation_cost_no_traffic(
 
 @pytest.mark.parametrize("in_flight", [1, 3])
 @pytest.mark.parametrize("cut", ["1,3", "0,4", "2,2"])
-def test_images_grouped_alike_are_bit_equal(cut: str, in_flight: int, tiny_vit: Backbone) -> None:
+def test_images_grouped_alike_are_bit_equal(cut: str, in_flight: int, vit: Backbone) -> None:
     """The same batches each epoch, whatever their order: not a bit differs from training without a cache."""
     results = []
     for cached in (False, True):
-        model, _ = counted(tiny_vit, cut)
+        model, _ = counted(vit, cut)
         place = ActivationCache().at(model.cut, "v") if cached else None
         chosen = settings(epochs=3, in_flight=in_flight)
         loss = train(model, lambda e: BATCHES[:: -1 if e else 1], chosen, cache=place)
@@ -74,10 +72,10 @@ def test_images_grouped_alike_are_bit_equal(cut: str, in_flight: int, tiny_vit: 
     assert_same_bits(results[0][1], results[1][1])
 
 
-def test_images_grouped_anew_are_equal_to_a_millionth(tiny_vit: Backbone) -> None:
+def test_images_grouped_anew_are_equal_to_a_millionth(vit: Backbone) -> None:
     results = []
     for cached in (False, True):
-        model, _ = counted(tiny_vit)
+        model, _ = counted(vit)
         place = ActivationCache().at(model.cut, "v") if cached else None
         chosen = settings(epochs=3, optimizer="sgd")
         train(model, lambda e: SHUFFLED if e else BATCHES, chosen, cache=place)
@@ -88,10 +86,10 @@ def test_images_grouped_anew_are_equal_to_a_millionth(tiny_vit: Backbone) -> Non
 
 @pytest.mark.parametrize("kind", ["prompt", "lora"])
 @pytest.mark.parametrize("cut", ["1,3", "0,4"])
-def test_padding_does_not_matter_to_texts(cut: str, kind: str, tiny_bert: Backbone) -> None:
+def test_padding_does_not_matter_to_texts(cut: str, kind: str, bert: Backbone) -> None:
     """Rows computed beside long texts serve beside short ones: equal within 1e-5, prompt or not."""
     spec = ModuleSpec(classes=("a", "b"), kind=kind, prompt_tokens=3)
-    model, encoder = counted(tiny_bert, cut, spec)
+    model, encoder = counted(bert, cut, spec)
     rng = np.random.default_rng(1)
     samples = [rng.integers(3, 50, length) for length in (11, 3, 5, 4, 9, 4)]
 
@@ -112,8 +110,8 @@ def test_padding_does_not_matter_to_texts(cut: str, kind: str, tiny_bert: Backbo
     assert encoder.samples - before == 1  # text 5, once
 
 
-def test_only_what_is_missing_goes_out(tiny_vit: Backbone) -> None:
-    model, encoder = counted(tiny_vit)
+def test_only_what_is_missing_goes_out(vit: Backbone) -> None:
+    model, encoder = counted(vit)
     place = ActivationCache().at(model.cut, "v")
     evaluate(model, BATCHES[:2], cache=place)
     assert encoder.samples == 16
@@ -121,8 +119,8 @@ def test_only_what_is_missing_goes_out(tiny_vit: Backbone) -> None:
     assert encoder.samples == 18
 
 
-def test_the_sub_batch_of_texts_is_no_longer_than_it_needs(tiny_bert: Backbone) -> None:
-    model, _ = counted(tiny_bert)
+def test_the_sub_batch_of_texts_is_no_longer_than_it_needs(bert: Backbone) -> None:
+    model, _ = counted(bert)
     place = ActivationCache().at(model.cut, "v")
     long, short = np.full(12, 7), np.full(4, 8)
     evaluate(model, [texts([long], keys=np.array([0]))], cache=place)
@@ -132,8 +130,8 @@ def test_the_sub_batch_of_texts_is_no_longer_than_it_needs(tiny_bert: Backbone) 
     assert found.missing.mask is None
 
 
-def test_another_version_or_cut_is_another_place(tiny_vit: Backbone) -> None:
-    model, encoder = counted(tiny_vit)
+def test_another_version_or_cut_is_another_place(vit: Backbone) -> None:
+    model, encoder = counted(vit)
     cache = ActivationCache()
     for cut, version in ((model.cut, "1"), (model.cut, "2"), (Cut(0, 3), "1"), (model.cut, "1")):
         evaluate(model, BATCHES, cache=cache.at(cut, version))
@@ -201,9 +199,9 @@ def test_what_is_kept_is_not_the_callers_memory() -> None:
     ],
 )
 def test_activations_that_change_are_refused(
-    frozen: bool, chosen: Any, fault: str, tiny_vit: Backbone
+    frozen: bool, chosen: Any, fault: str, vit: Backbone
 ) -> None:
-    model, _ = local(tiny_vit, LORA, frozen_head=frozen)
+    model, _ = local(vit, LORA, frozen_head=frozen)
     with pytest.raises(ConfigError, match=fault):
         train(model, every_epoch, settings(**chosen), cache=ActivationCache().at(model.cut, "v"))
 
@@ -221,8 +219,8 @@ def test_a_version_is_its_tensors() -> None:
     assert version not in {version_of(other()) for other in others}
 
 
-def test_bare_evaluation_needs_no_cache(tiny_bert: Backbone) -> None:
-    model, encoder = counted(tiny_bert, spec=BARE)
+def test_bare_evaluation_needs_no_cache(bert: Backbone) -> None:
+    model, encoder = counted(bert, spec=BARE)
     batches = text_batches()
     assert evaluate(model, batches) == evaluate(model, batches)
     assert encoder.samples == 22

@@ -83,7 +83,7 @@ def test_the_input_is_left_alone_and_small_images_do() -> None:
     assert torch.equal(pixels(batch), before)
 
 
-def test_texts_are_refused(tiny_bert: Backbone) -> None:
-    model, _ = local(tiny_bert, LORA, frozen_head=True)
+def test_texts_are_refused(bert: Backbone) -> None:
+    model, _ = local(bert, LORA, frozen_head=True)
     with pytest.raises(ConfigError, match=r"augmentation=flip is for images .* reads texts"):
         train(model, lambda _: text_batches(), settings(augmentation="flip"))

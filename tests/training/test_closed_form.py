@@ -222,8 +222,8 @@ def test_cooling_divides_the_logits() -> None:
 
 
 @pytest.mark.parametrize("cut", ["0,4", "1,3", "2,2"])
-def test_collected_statistics_solve_the_task(cut: str, tiny_vit: Backbone) -> None:
-    model, _ = local(tiny_vit, BARE, Cut.parse(cut))
+def test_collected_statistics_solve_the_task(cut: str, vit: Backbone) -> None:
+    model, _ = local(vit, BARE, Cut.parse(cut))
     statistics = collect(model, BATCHES)
     assert statistics.samples == 27
     assert list(statistics.counts) == [14, 13]
@@ -242,7 +242,7 @@ def test_collected_statistics_solve_the_task(cut: str, tiny_vit: Backbone) -> No
     found = ridge(statistics, scaled_alpha(statistics, 1.0))
     before = calibration(model, BATCHES)
     assert before == pytest.approx(27 * np.log(2))
-    names = module.final_linear(tiny_vit, BARE)
+    names = module.final_linear(vit, BARE)
     module.load(
         model.part,
         module.read(model.part) | dict(zip(names, (found.weight, found.bias), strict=True)),

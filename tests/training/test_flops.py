@@ -21,9 +21,9 @@ LORA_FORWARD = 2 * (2 * T * (D * 2 + 2 * D))
 
 
 @pytest.mark.parametrize("cut", ["0,4", "1,3", "2,2", "4,4"])
-def test_a_classifier_is_counted_as_by_hand(cut: str, tiny_vit: Backbone) -> None:
+def test_a_classifier_is_counted_as_by_hand(cut: str, vit: Backbone) -> None:
     place = Cut.parse(cut)
-    model, _ = local(tiny_vit, BARE, place)
+    model, _ = local(vit, BARE, place)
     found = of_sample(model, BATCHES[0])
     assert found.head == EMBED + place.a * BLOCK
     assert found.tail == (4 - place.b) * BLOCK + CLASSIFIER
@@ -32,17 +32,17 @@ def test_a_classifier_is_counted_as_by_hand(cut: str, tiny_vit: Backbone) -> Non
     assert found.tail_step == found.tail + CLASSIFIER
 
 
-def test_lora_is_counted_as_by_hand(tiny_vit: Backbone) -> None:
-    model, _ = local(tiny_vit, LORA, Cut(1, 3), frozen_head=True)
+def test_lora_is_counted_as_by_hand(vit: Backbone) -> None:
+    model, _ = local(vit, LORA, Cut(1, 3), frozen_head=True)
     found = of_sample(model, BATCHES[0])
     assert found.head == EMBED + BLOCK + LORA_FORWARD
     assert found.tail == BLOCK + LORA_FORWARD + CLASSIFIER
     assert 1.5 * found.tail < found.tail_step < 3 * found.tail
 
 
-def test_a_training_head_costs_its_backward(tiny_vit: Backbone) -> None:
-    model, _ = local(tiny_vit, LORA, Cut(1, 3))
-    frozen, _ = local(tiny_vit, LORA, Cut(1, 3), frozen_head=True)
+def test_a_training_head_costs_its_backward(vit: Backbone) -> None:
+    model, _ = local(vit, LORA, Cut(1, 3))
+    frozen, _ = local(vit, LORA, Cut(1, 3), frozen_head=True)
     trains, still = of_sample(model, BATCHES[0]), of_sample(frozen, BATCHES[0])
     assert still.head_step == still.head
     assert trains.head_step > 1.4 * trains.head
@@ -52,8 +52,8 @@ def test_a_training_head_costs_its_backward(tiny_vit: Backbone) -> None:
     assert sent_up.tail_step == trains.tail_step
 
 
-def test_a_round_adds_up(tiny_vit: Backbone) -> None:
-    model, _ = local(tiny_vit, LORA, Cut(1, 3))
+def test_a_round_adds_up(vit: Backbone) -> None:
+    model, _ = local(vit, LORA, Cut(1, 3))
     one = of_sample(model, BATCHES[0])
 
     def total(**how: object) -> int:
@@ -66,7 +66,7 @@ def test_a_round_adds_up(tiny_vit: Backbone) -> None:
     # Forwards alone: here the head trains, so every forward is one of the whole.
     assert total(estimator="central", queries=3) == 60 * (one.head + one.tail) + tests
     assert total(estimator="forward", queries=3) == 40 * (one.head + one.tail) + tests
-    frozen, _ = local(tiny_vit, LORA, Cut(1, 3), frozen_head=True)
+    frozen, _ = local(vit, LORA, Cut(1, 3), frozen_head=True)
     still = of_sample(frozen, BATCHES[0])
     found = device_flops(
         frozen, BATCHES[0], train_samples=10, eval_samples=0, estimator="central", queries=3
@@ -79,9 +79,9 @@ def test_a_round_adds_up(tiny_vit: Backbone) -> None:
 
 
 def test_measuring_leaves_no_trace_and_happens_once(
-    tiny_vit: Backbone, monkeypatch: pytest.MonkeyPatch
+    vit: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, encoder = local(tiny_vit, LORA)
+    model, encoder = local(vit, LORA)
     before = module.read(model.part)
     monkeypatch.setattr(flops, "_measured", {})
     first = of_sample(model, BATCHES[0])
@@ -90,11 +90,11 @@ def test_measuring_leaves_no_trace_and_happens_once(
     assert encoder.kept_steps == 0
     monkeypatch.setattr(flops, "_measure", None)
     assert of_sample(model, BATCHES[3]) == first
-    again, _ = local(tiny_vit, LORA)
+    again, _ = local(vit, LORA)
     assert of_sample(again, BATCHES[1]) == first
 
 
-def test_longer_texts_cost_more(tiny_bert: Backbone) -> None:
-    model, _ = local(tiny_bert, LORA)
+def test_longer_texts_cost_more(bert: Backbone) -> None:
+    model, _ = local(bert, LORA)
     batches = sorted(text_batches((1, 1, 1, 1)), key=lambda b: b.inputs["input_ids"].shape[1])
     assert of_sample(model, batches[-1]).head > of_sample(model, batches[0]).head

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,11 +25,6 @@ from tests.training.small import (
     rewired,
     settings,
 )
-
-
-@pytest.fixture(scope="module")
-def vit(tiny: dict[str, Path]) -> Backbone:
-    return Backbone.find(str(tiny["vit"]))
 
 
 class Slow(Wrapped):

@@ -55,8 +55,8 @@ def ditto(model: Any, received: Any, saved: Any = None, *, pull: float = 0.1, **
 
 
 @pytest.mark.parametrize("frozen_head", [False, True])
-def test_ditto_leaves_the_global_model_as_it_is(frozen_head: bool, tiny_vit: Backbone) -> None:
-    model, _ = local(tiny_vit, LORA, frozen_head=frozen_head)
+def test_ditto_leaves_the_global_model_as_it_is(frozen_head: bool, vit: Backbone) -> None:
+    model, _ = local(vit, LORA, frozen_head=frozen_head)
     received = module.read(model.part)
     train(model, every_epoch, settings())
     trained = module.read(model.part)
@@ -67,8 +67,8 @@ def test_ditto_leaves_the_global_model_as_it_is(frozen_head: bool, tiny_vit: Bac
     assert any(not np.array_equal(state.tensors[n], received[n]) for n in names)
 
 
-def test_ditto_without_a_pull_is_training_from_what_came(tiny_vit: Backbone) -> None:
-    model, _ = local(tiny_vit, LORA)
+def test_ditto_without_a_pull_is_training_from_what_came(vit: Backbone) -> None:
+    model, _ = local(vit, LORA)
     received = module.read(model.part)
     state = ditto(model, received, pull=0.0)
     loss = train(model, every_epoch, settings())
@@ -76,8 +76,8 @@ def test_ditto_without_a_pull_is_training_from_what_came(tiny_vit: Backbone) -> 
     assert state.loss == loss
 
 
-def test_ditto_goes_on_from_what_the_site_saved(tiny_vit: Backbone) -> None:
-    model, _ = local(tiny_vit, BARE)
+def test_ditto_goes_on_from_what_the_site_saved(vit: Backbone) -> None:
+    model, _ = local(vit, BARE)
     received = module.read(model.part)
     first = ditto(model, received)
     second = ditto(model, received, first.tensors)
@@ -85,9 +85,9 @@ def test_ditto_goes_on_from_what_the_site_saved(tiny_vit: Backbone) -> None:
     assert not same_bits(first.tensors, second.tensors)
 
 
-def test_dittos_pull_is_to_the_received_weights(tiny_vit: Backbone) -> None:
+def test_dittos_pull_is_to_the_received_weights(vit: Backbone) -> None:
     """One SGD step of v by autograd on the objective of the paper."""
-    model, _ = local(tiny_vit, BARE)
+    model, _ = local(vit, BARE)
     received = module.read(model.part)
     saved = {n: t + 0.3 for n, t in received.items()}
     state = ditto(
@@ -102,8 +102,8 @@ def test_dittos_pull_is_to_the_received_weights(tiny_vit: Backbone) -> None:
             np.testing.assert_allclose(state.tensors[name], wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_a_site_that_differs_is_right_by_its_own_copy(tiny_vit: Backbone) -> None:
-    model, _ = local(tiny_vit, BARE)
+def test_a_site_that_differs_is_right_by_its_own_copy(vit: Backbone) -> None:
+    model, _ = local(vit, BARE)
     train(model, every_epoch, settings(epochs=4))
     received = module.read(model.part)
     assert evaluate(model, CONTRARY).correct == 0
@@ -117,16 +117,16 @@ def test_a_site_that_differs_is_right_by_its_own_copy(tiny_vit: Backbone) -> Non
         assert evaluate(model, CONTRARY).correct == 0
 
 
-def test_ditto_is_reproduced_to_the_bit(tiny_vit: Backbone) -> None:
+def test_ditto_is_reproduced_to_the_bit(vit: Backbone) -> None:
     states = []
     for _ in range(2):
-        model, _ = local(tiny_vit, LORA)
+        model, _ = local(vit, LORA)
         states.append(ditto(model, module.read(model.part)))
     assert_same_bits(states[0].tensors, states[1].tensors)
 
 
-def test_the_cache_serves_the_personal_copy_too(tiny_vit: Backbone) -> None:
-    model, _ = local(tiny_vit, BARE, Cut(0, 4))
+def test_the_cache_serves_the_personal_copy_too(vit: Backbone) -> None:
+    model, _ = local(vit, BARE, Cut(0, 4))
     model, encoder = rewired(model, Wrapped)
     cache = ActivationCache().at(model.cut, "v")
     received = module.read(model.part)
@@ -140,14 +140,14 @@ def test_the_cache_serves_the_personal_copy_too(tiny_vit: Backbone) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"classifier.bias": np.zeros(3, "f4")}])
-def test_ditto_state_of_another_run_is_refused(wrong: Any, tiny_vit: Backbone) -> None:
-    model, _ = local(tiny_vit, BARE)
+def test_ditto_state_of_another_run_is_refused(wrong: Any, vit: Backbone) -> None:
+    model, _ = local(vit, BARE)
     with pytest.raises(UpdateError, match=r"classifier.bias has shape \(3,\), \(2,\) is wanted"):
         ditto(model, module.read(model.part), wrong)
 
 
-def test_an_error_gives_the_model_its_own_weights_back(tiny_vit: Backbone) -> None:
-    model, _ = local(tiny_vit, BARE)
+def test_an_error_gives_the_model_its_own_weights_back(vit: Backbone) -> None:
+    model, _ = local(vit, BARE)
     before = module.read(model.part)
 
     def train_badly() -> None:
@@ -169,10 +169,8 @@ def rod(model: Any, saved: Any = None, **chosen: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", ["vit", "bert"])
-def test_the_generic_model_trains_as_if_alone(
-    family: str, tiny_vit: Backbone, tiny_bert: Backbone
-) -> None:
-    backbone = {"vit": tiny_vit, "bert": tiny_bert}[family]
+def test_the_generic_model_trains_as_if_alone(family: str, vit: Backbone, bert: Backbone) -> None:
+    backbone = {"vit": vit, "bert": bert}[family]
     texts = text_batches()
     batches: Epoch = every_epoch if family == "vit" else lambda _: texts
     model, _ = local(backbone, LORA)
@@ -184,9 +182,9 @@ def test_the_generic_model_trains_as_if_alone(
     assert all(np.any(t) for t in state.tensors.values())
 
 
-def test_the_personal_classifier_sees_features_and_generic_logits(tiny_vit: Backbone) -> None:
+def test_the_personal_classifier_sees_features_and_generic_logits(vit: Backbone) -> None:
     """Two SGD steps written out, on a generic model that stands still."""
-    model, _ = local(tiny_vit, BARE)
+    model, _ = local(vit, BARE)
     train(model, every_epoch, settings(epochs=1))
     layer = torch.nn.Linear(24, 2)
     torch.nn.init.zeros_(layer.weight)
@@ -219,8 +217,8 @@ def test_the_personal_classifier_sees_features_and_generic_logits(tiny_vit: Back
         np.testing.assert_allclose(state.tensors[name], value.detach(), rtol=1e-5, atol=1e-7)
 
 
-def test_a_contrary_site_is_right_by_its_own_classifier(tiny_vit: Backbone) -> None:
-    model, _ = local(tiny_vit, BARE)
+def test_a_contrary_site_is_right_by_its_own_classifier(vit: Backbone) -> None:
+    model, _ = local(vit, BARE)
     train(model, every_epoch, settings(epochs=6))
     generic = module.read(model.part)
     _, state = rod(model, batches=lambda _: CONTRARY, learning_rate=0.05, epochs=6)
@@ -235,24 +233,24 @@ def test_a_contrary_site_is_right_by_its_own_classifier(tiny_vit: Backbone) -> N
         assert evaluate(model, BATCHES, adjust=own.logits) == evaluate(model, BATCHES)
 
 
-def test_no_hook_stays(tiny_vit: Backbone) -> None:
-    model, _ = local(tiny_vit, BARE)
+def test_no_hook_stays(vit: Backbone) -> None:
+    model, _ = local(vit, BARE)
     rod(model)
     with PersonalClassifier(model.part, {}, None) as own:
         evaluate(model, BATCHES, adjust=own.logits)
     assert not model.part.model.classifier._forward_pre_hooks
 
 
-def test_the_personal_classifier_draws_nothing_at_random(tiny_vit: Backbone) -> None:
-    model, _ = local(tiny_vit, BARE)
+def test_the_personal_classifier_draws_nothing_at_random(vit: Backbone) -> None:
+    model, _ = local(vit, BARE)
     torch.manual_seed(0)
     before = torch.get_rng_state()
     rod(model, epochs=1)
     assert torch.equal(before, torch.get_rng_state())
 
 
-def test_rod_state_of_another_run_is_refused(tiny_vit: Backbone) -> None:
-    model, _ = local(tiny_vit, BARE)
+def test_rod_state_of_another_run_is_refused(vit: Backbone) -> None:
+    model, _ = local(vit, BARE)
     for wrong in ({ROD_BIAS: np.zeros(5, "f4")}, {"classifier.bias": np.zeros(2, "f4")}):
         with pytest.raises(UpdateError, match="remove the saved state"):
             rod(model, wrong)

@@ -57,11 +57,11 @@ def by_hand(
 
 @pytest.mark.parametrize("cut", ["1,3", "0,4", "2,2"])
 @pytest.mark.parametrize("spec", [LORA, PROMPT], ids=["lora", "prompt"])
-def test_scores_are_the_whole_models(cut: str, spec: ModuleSpec, tiny_vit: Backbone) -> None:
-    tensors = learnt(tiny_vit, spec)
-    model, encoder = split(tiny_vit, spec, Cut.parse(cut), tensors)
+def test_scores_are_the_whole_models(cut: str, spec: ModuleSpec, vit: Backbone) -> None:
+    tensors = learnt(vit, spec)
+    model, encoder = split(vit, spec, Cut.parse(cut), tensors)
     found = el2n(model, BATCHES, Flow())
-    wanted = by_hand(tiny_vit, spec, tensors, BATCHES)
+    wanted = by_hand(vit, spec, tensors, BATCHES)
     np.testing.assert_allclose(found, wanted, atol=1e-6)
     assert wanted.std() > 0.01
     np.testing.assert_array_equal(hardest(found, 1.0), np.argsort(-wanted, kind="stable"))
@@ -71,11 +71,11 @@ def test_scores_are_the_whole_models(cut: str, spec: ModuleSpec, tiny_vit: Backb
     assert all(p.grad is None for p in module.parameters(model.part).values())
 
 
-def test_padding_changes_no_score(tiny_bert: Backbone) -> None:
-    batches, tensors = text_batches(), learnt(tiny_bert, LORA)
-    model, _ = split(tiny_bert, LORA, Cut(1, 3), tensors)
+def test_padding_changes_no_score(bert: Backbone) -> None:
+    batches, tensors = text_batches(), learnt(bert, LORA)
+    model, _ = split(bert, LORA, Cut(1, 3), tensors)
     found = el2n(model, batches, Flow())
-    np.testing.assert_allclose(found, by_hand(tiny_bert, LORA, tensors, batches), atol=1e-6)
+    np.testing.assert_allclose(found, by_hand(bert, LORA, tensors, batches), atol=1e-6)
 
 
 def test_a_share_of_the_largest_is_kept_and_ties_keep_their_order() -> None:

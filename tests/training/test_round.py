@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -35,12 +34,6 @@ from tests.training.small import (
     rewired,
     settings,
 )
-
-
-@pytest.fixture(scope="module")
-def vit(tiny: dict[str, Path]) -> Backbone:
-    return Backbone.find(str(tiny["vit"]))
-
 
 # Evaluation.
 

@@ -27,11 +27,6 @@ def forget() -> None:
     site_data.forget()
 
 
-@pytest.fixture(scope="module")
-def vit(tiny: dict[str, Path]) -> Backbone:
-    return Backbone.find(str(tiny["vit"]))
-
-
 def settings(**node: Any) -> SiteSettings:
     given = {key.replace("_", "-"): value for key, value in node.items()}
     return SiteSettings.from_node(given, node_id=77)

@@ -54,10 +54,8 @@ def zeroth(**other: Any) -> ZerothOrder:
         ("one-point", 8, 1e-4, "gaussian"),
     ],
 )
-def test_it_learns(
-    estimator: str, queries: int, rate: float, kind: str, tiny_vit: Backbone
-) -> None:
-    model, _ = local(tiny_vit, BARE, Cut(0, 4))
+def test_it_learns(estimator: str, queries: int, rate: float, kind: str, vit: Backbone) -> None:
+    model, _ = local(vit, BARE, Cut(0, 4))
     zo = zeroth(estimator=estimator, queries=queries, directions=kind)
     cache = ActivationCache().at(model.cut, "v")
     chosen = settings(epochs=12, learning_rate=rate)
@@ -80,9 +78,9 @@ def test_it_learns(
 @pytest.mark.parametrize("frozen_head", [False, True])
 @pytest.mark.parametrize("kind", ["gaussian", "sphere"])
 def test_seed_and_scalars_retell_a_round_to_the_bit(
-    estimator: str, frozen_head: bool, kind: str, tiny_vit: Backbone
+    estimator: str, frozen_head: bool, kind: str, vit: Backbone
 ) -> None:
-    model, _ = local(tiny_vit, LORA, frozen_head=frozen_head)
+    model, _ = local(vit, LORA, frozen_head=frozen_head)
     start, rates = module.read(model.part), {}
     chosen = settings(**CHOSEN, weight_decay=0.1, schedule=(1.0, 0.3), optimizer="sgd")
     zo = zeroth(estimator=estimator, queries=2, directions=kind)
@@ -94,10 +92,10 @@ def test_seed_and_scalars_retell_a_round_to_the_bit(
     assert {n for n in start if np.array_equal(start[n], again[n])} == start.keys() - rates.keys()
 
 
-def test_two_runs_are_one(tiny_vit: Backbone) -> None:
+def test_two_runs_are_one(vit: Backbone) -> None:
     results = []
     for _ in range(2):
-        model, _ = local(tiny_vit, LORA)
+        model, _ = local(vit, LORA)
         results.append((train_zeroth_order(model, every_epoch, settings(), zeroth()), model))
     (loss, scalars), (loss_again, scalars_again) = results[0][0], results[1][0]
     assert loss == loss_again
@@ -105,8 +103,8 @@ def test_two_runs_are_one(tiny_vit: Backbone) -> None:
     assert_same_bits(*(module.read(m.part) for _, m in results))
 
 
-def test_moving_leaves_no_trace(tiny_vit: Backbone) -> None:
-    model, _ = local(tiny_vit, LORA)
+def test_moving_leaves_no_trace(vit: Backbone) -> None:
+    model, _ = local(vit, LORA)
     start = module.read(model.part)
     none = settings(learning_rate=0.0, lora_learning_rate=0.0)
     train_zeroth_order(model, every_epoch, none, zeroth(epsilon=0.3, queries=3))
@@ -114,9 +112,9 @@ def test_moving_leaves_no_trace(tiny_vit: Backbone) -> None:
     assert all(p.grad is None for p in model.part.model.parameters())
 
 
-def test_the_estimate_is_the_gradient_on_average(tiny_vit: Backbone) -> None:
+def test_the_estimate_is_the_gradient_on_average(vit: Backbone) -> None:
     """A classifier of few numbers and many queries: the step points where autograd's does."""
-    model, _ = local(tiny_vit, BARE, Cut(0, 4))
+    model, _ = local(vit, BARE, Cut(0, 4))
     own = module.parameters(model.part)
     batch = BATCHES[0]
     loss = torch.nn.functional.cross_entropy(model(batch.inputs, None), batch.labels)
@@ -133,9 +131,9 @@ def test_the_estimate_is_the_gradient_on_average(tiny_vit: Backbone) -> None:
 
 @pytest.mark.parametrize(("frozen_head", "times"), [(True, 1), (False, 3)])
 def test_activations_are_fetched_once_where_only_the_tail_trains(
-    frozen_head: bool, times: int, tiny_vit: Backbone
+    frozen_head: bool, times: int, vit: Backbone
 ) -> None:
-    model, _ = local(tiny_vit, LORA, frozen_head=frozen_head)
+    model, _ = local(vit, LORA, frozen_head=frozen_head)
     model, encoder = rewired(model, Wrapped)
     zo = zeroth(estimator="forward", queries=2)
     train_zeroth_order(model, every_epoch, settings(epochs=1), zo)
@@ -144,8 +142,8 @@ def test_activations_are_fetched_once_where_only_the_tail_trains(
     assert {keep for _, keep in encoder.encoded} == {False}
 
 
-def test_a_loss_that_is_no_number_ends_it_with_the_weights_unmoved(tiny_vit: Backbone) -> None:
-    model, _ = local(tiny_vit, BARE)
+def test_a_loss_that_is_no_number_ends_it_with_the_weights_unmoved(vit: Backbone) -> None:
+    model, _ = local(vit, BARE)
     pixels = torch.full((2, 3, 16, 16), float("nan"))
     broken = Batch({"pixel_values": pixels}, torch.tensor([0, 1]), None, np.arange(2))
     start = module.read(model.part)
@@ -154,16 +152,16 @@ def test_a_loss_that_is_no_number_ends_it_with_the_weights_unmoved(tiny_vit: Bac
     assert_same_bits(start, module.read(model.part))
 
 
-def test_nothing_to_train_on(tiny_vit: Backbone) -> None:
-    model, _ = local(tiny_vit, BARE)
+def test_nothing_to_train_on(vit: Backbone) -> None:
+    model, _ = local(vit, BARE)
     loss, scalars = train_zeroth_order(model, lambda _: [], settings(), zeroth(queries=3))
     assert (loss, scalars.shape) == (0.0, (0, 3))
     start = module.read(model.part)
     assert_same_bits(replay(start, scalars, zeroth(queries=3), {"classifier.bias": 1.0}), start)
 
 
-def test_settings_that_need_a_gradient_are_all_named(tiny_vit: Backbone) -> None:
-    model, _ = local(tiny_vit, BARE)
+def test_settings_that_need_a_gradient_are_all_named(vit: Backbone) -> None:
+    model, _ = local(vit, BARE)
     wrong = settings(clip_norm=1.0, accumulate=2, proximal_mu=0.1, server_mode="hosted")
     with pytest.raises(ConfigError, match=r"clip_norm.*accumulate.*proximal_mu.*hosted"):
         train_zeroth_order(model, every_epoch, wrong, zeroth())
@@ -203,9 +201,9 @@ def device_and_tensors(
     return SplitModel(device, PLACE, encoder), encoder, tensors
 
 
-def test_the_server_learns_from_losses_and_the_tail_from_their_mean(tiny_vit: Backbone) -> None:
+def test_the_server_learns_from_losses_and_the_tail_from_their_mean(vit: Backbone) -> None:
     training = Training(mode="zeroth-order", optimizer="sgd", learning_rate=1e-3, queries=2, seed=3)
-    model, encoder, tensors = device_and_tensors(tiny_vit, training)
+    model, encoder, tensors = device_and_tensors(vit, training)
     chosen = settings(epochs=1, server_mode="zeroth-order", optimizer="sgd", learning_rate=0.3)
     start = module.read(model.part)
     losses = [train(model, every_epoch, chosen) for _ in range(5)]
@@ -216,25 +214,25 @@ def test_the_server_learns_from_losses_and_the_tail_from_their_mean(tiny_vit: Ba
     assert any(np.any(d) for d in tensors.delta().values())
     moved = {n for n, t in module.read(model.part).items() if not np.array_equal(t, start[n])}
     assert "classifier.weight" in moved
-    assert moved <= module.trained_names(tiny_vit, LORA, PLACE, head=False)
+    assert moved <= module.trained_names(vit, LORA, PLACE, head=False)
 
 
-def test_the_tails_gradient_is_that_of_the_mean_loss(tiny_vit: Backbone) -> None:
+def test_the_tails_gradient_is_that_of_the_mean_loss(vit: Backbone) -> None:
     training = Training(mode="zeroth-order", optimizer="sgd", learning_rate=1e-3, epsilon=0.5)
-    model, _, tensors = device_and_tensors(tiny_vit, training)
+    model, _, tensors = device_and_tensors(vit, training)
     own = {n: p for n, p in module.parameters(model.part).items() if p.requires_grad}
     snapshot, batch = tensors.snapshot(), BATCHES[0]
     shapes = tensors.shapes
     u = directions.direction(0, 0, 0, shapes)
     h = model.head(batch.inputs, None)
-    server = server_part(tiny_vit, LORA)
+    server = server_part(vit, LORA)
     losses = []
     for sign in (1, -1):
         moved = {
             n: (p.detach() + sign * 0.5 * torch.from_numpy(u[n])).numpy()
             for n, p in snapshot.items()
         }
-        module.load(server, module.initial(tiny_vit, LORA, seed=0) | moved)
+        module.load(server, module.initial(vit, LORA, seed=0) | moved)
         z = server.run(h, None, PLACE.a, PLACE.b)
         losses.append(torch.nn.functional.cross_entropy(model.tail(z, None), batch.labels))
     mean = sum(losses) / 2
@@ -247,9 +245,9 @@ def test_the_tails_gradient_is_that_of_the_mean_loss(tiny_vit: Backbone) -> None
         np.testing.assert_allclose(after[name], value, rtol=1e-4, atol=1e-6)
 
 
-def test_a_bad_loss_is_never_scored(tiny_vit: Backbone) -> None:
+def test_a_bad_loss_is_never_scored(vit: Backbone) -> None:
     training = Training(mode="zeroth-order", learning_rate=1e-3)
-    model, _, tensors = device_and_tensors(tiny_vit, training)
+    model, _, tensors = device_and_tensors(vit, training)
     pixels = torch.full((2, 3, 16, 16), float("nan"))
     broken = Batch({"pixel_values": pixels}, torch.tensor([0, 1]), None, np.arange(2))
     with pytest.raises(FederationError, match="lower learning-rate"):
@@ -257,9 +255,9 @@ def test_a_bad_loss_is_never_scored(tiny_vit: Backbone) -> None:
     assert tensors.steps == 0
 
 
-def test_a_head_cannot_train_by_what_never_comes(tiny_vit: Backbone) -> None:
+def test_a_head_cannot_train_by_what_never_comes(vit: Backbone) -> None:
     training = Training(mode="zeroth-order", learning_rate=1e-3)
-    model, _, _ = device_and_tensors(tiny_vit, training, frozen_head=False)
+    model, _, _ = device_and_tensors(vit, training, frozen_head=False)
     with pytest.raises(ConfigError, match="use device-training=tail"):
         train(model, every_epoch, settings(server_mode="zeroth-order"))
 
@@ -267,19 +265,19 @@ def test_a_head_cannot_train_by_what_never_comes(tiny_vit: Backbone) -> None:
 @pytest.mark.parametrize("mode", ["hosted", "shared"])
 @pytest.mark.parametrize("frozen_head", [False, True])
 def test_a_servers_exact_training_is_the_whole_models(
-    mode: str, frozen_head: bool, tiny_vit: Backbone
+    mode: str, frozen_head: bool, vit: Backbone
 ) -> None:
     """Device and server together take the steps of a model that trains its middle and tail in one place."""
     training = Training(mode=mode, optimizer="sgd", learning_rate=0.1)
-    model, encoder, tensors = device_and_tensors(tiny_vit, training, frozen_head=frozen_head)
+    model, encoder, tensors = device_and_tensors(vit, training, frozen_head=frozen_head)
     chosen = {"optimizer": "sgd", "learning_rate": 0.1}
     loss = train(model, every_epoch, settings(**chosen, server_mode=mode))
     assert tensors.steps == 8
     assert encoder.backprops == (0 if frozen_head else 8)
-    whole, _ = local(tiny_vit, LORA, Cut(0, 0))
+    whole, _ = local(vit, LORA, Cut(0, 0))
     if frozen_head:
         module.freeze_head(whole.part, PLACE.a)
-    start = module.initial(tiny_vit, LORA, seed=0)
+    start = module.initial(vit, LORA, seed=0)
     assert train(whole, every_epoch, settings(**chosen)) == pytest.approx(loss, rel=1e-5)
     after = module.read(whole.part)
     for name, delta in tensors.delta().items():
@@ -288,10 +286,10 @@ def test_a_servers_exact_training_is_the_whole_models(
         np.testing.assert_allclose(value, after[name], rtol=1e-4, atol=1e-6)
 
 
-def test_a_device_with_everything_needs_no_server_mode(tiny_vit: Backbone) -> None:
+def test_a_device_with_everything_needs_no_server_mode(vit: Backbone) -> None:
     results = []
     for mode in ("frozen", "hosted", "zeroth-order"):
-        model, _ = local(tiny_vit, LORA, Cut(2, 2))
+        model, _ = local(vit, LORA, Cut(2, 2))
         train(model, every_epoch, settings(server_mode=mode))
         results.append(module.read(model.part))
     assert_same_bits(results[0], results[1])

@@ -34,6 +34,8 @@ Counts = Sequence[Sequence[int]]
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F", "#8C6D31")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _LINES = ("-", "--", ":", "-.")
+_MAX_ACROSS = 4
+"""Panels beside each other: what a page is wide enough for."""
 _MAX_BUBBLES = 40
 """More sites or classes than this are a picture of shades."""
 
@@ -78,21 +80,25 @@ def _curves(rows: Sequence[Row], methods: Sequence[str], *, against_bytes: bool)
     names = columns.names(rows)
     known = [m for m in methods if any(row.method == m for row in rows)]
     entry = _legend_entry(known)
-    width = max(6.4, 3.3 * len(names) + 0.8, entry)
+    across = min(_MAX_ACROSS, len(names))
+    down = math.ceil(len(names) / across)
+    width = max(6.4, 3.3 * across + 0.8, entry)
     legend_columns = max(1, min(4, len(known), int(width / entry)))
     legend_rows = -(-len(known) // legend_columns)
-    height = 3.0 * len(problems) + 0.7 + 0.26 * legend_rows
+    height = 3.0 * len(problems) * down + 0.7 + 0.26 * legend_rows
     figure = Figure(figsize=(width, height), layout="constrained")
-    grid: Any = figure.subplots(len(problems), len(names), squeeze=False, sharey="row")
+    grid: Any = figure.subplots(len(problems) * down, across, squeeze=False, sharey="row")
     for i, problem in enumerate(problems):
+        for axes in grid[i * down : (i + 1) * down].flat[len(names) :]:
+            axes.set_visible(False)
         for j, name in enumerate(names):
-            axes: Axes = grid[i, j]
+            axes = grid[i * down + j // across, j % across]
             here = [r for r in rows if r.problem == problem and columns.of(r) == name]
             _panel(axes, here, known, against_bytes=against_bytes)
             axes.set_title(f"{problem}: {name}" if problem else name, fontsize=10)
-            if j == 0:
+            if j % across == 0:
                 axes.set_ylabel("global accuracy")
-            if i == len(problems) - 1:
+            if i == len(problems) - 1 and j + across >= len(names):
                 axes.set_xlabel("bytes moved, all sites" if against_bytes else "rounds trained")
     handles = [_handle(k, method) for k, method in enumerate(known)]
     figure.legend(
@@ -170,7 +176,7 @@ def _panel(axes: Axes, rows: Sequence[Row], methods: Sequence[str], *, against_b
 def _labels(problem: str, partitions: Mapping[str, Counts]) -> Figure:
     sites = max(len(counts) for counts in partitions.values())
     classes = max(len(counts[0]) for counts in partitions.values())
-    across = min(4, len(partitions))
+    across = min(_MAX_ACROSS, len(partitions))
     down = math.ceil(len(partitions) / across)
     tall = min(6.0, max(2.2, 0.24 * sites))
     wide = min(5.0, max(2.6, 0.26 * classes))

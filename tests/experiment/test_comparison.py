@@ -112,6 +112,21 @@ def test_a_legend_of_long_names_is_within_the_figure(tmp_path: Path, length: int
     assert ink[-60:].any()
 
 
+def test_many_columns_go_into_rows(tmp_path: Path) -> None:
+    sizes = {}
+    for columns in (2, 4, 5, 9):
+        found = [
+            row("FedV", "iid", 0, 0.5, problem=p, axes=(("sites", n),))
+            for p in ("p", "q")
+            for n in range(columns)
+        ]
+        write_figures(tmp_path, found, methods=METHODS)
+        with Image.open(tmp_path / "accuracy-rounds.png") as image:
+            sizes[columns] = image.size
+    assert sizes[2][0] < sizes[4][0] == sizes[5][0] == sizes[9][0]
+    assert sizes[2][1] == sizes[4][1] < sizes[5][1] < sizes[9][1]
+
+
 def test_figures_are_drawn(rows: list[Row], tmp_path: Path) -> None:
     failed = rows[0].model_copy(update={"outcome": "failed", "accuracy_by_round": ()})
     written = write_figures(tmp_path, [*rows, failed], methods=METHODS)

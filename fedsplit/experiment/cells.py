@@ -184,8 +184,6 @@ class CellMaker:
             self._faults.add(method.name, str(place), fault)
         if config is None or faults:
             return None
-        said = grid.experiment
-        way = Way(wire=said.wire, sites_at_once=said.sites_at_once)
         name = self._name(method, place, config_key(config))
         return Cell(
             method=method.name,
@@ -193,7 +191,7 @@ class CellMaker:
             axes=place.axes,
             seed=place.seed,
             config=config.model_copy(update={"run_name": name}),
-            way=way,
+            way=_way(grid, config),
         )
 
     def _flat(self, grid: Grid, method: Method, place: Place, extra: Settings) -> Settings:
@@ -210,6 +208,13 @@ class CellMaker:
             taken = self._names.values()
             self._names[key] = f"{name[:90]}-{key[:8]}" if name in taken else name
         return self._names[key]
+
+
+def _way(grid: Grid, config: RunConfig) -> Way:
+    """How the grid has the run go. Turns are for sites that step one copy; to others they make no difference."""
+    said = grid.experiment
+    turns_matter = said.wire == "grpc" or config.encoder_training == "shared"
+    return Way(wire=said.wire, sites_at_once=said.sites_at_once if turns_matter else 1)
 
 
 def _passed_over(config: RunConfig, given: Settings) -> list[str]:

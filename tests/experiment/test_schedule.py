@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from fedsplit.experiment import near_encoder, schedule
 from fedsplit.experiment.bench import Bench
-from fedsplit.experiment.cells import Cell
+from fedsplit.experiment.cells import Cell, Way
 from fedsplit.experiment.near_encoder import NearEncoder, NearHost
 from fedsplit.experiment.results import Row, finished, folder_of, row_of, write_csv
 from fedsplit.experiment.schedule import Schedule
@@ -149,9 +150,19 @@ def test_sites_may_work_at_once(parse: Parse, tmp_path: Path) -> None:
     )
     assert two.outcome == "complete"
     assert two.accuracy_by_round == one.accuracy_by_round
-    [(_, turns, _)] = go(cells_of(parse(seeds="[0]\nsites-at-once = 2"), tmp_path / "turns")[:1])
-    assert turns.accuracy_by_round == one.accuracy_by_round
-    assert turns.bytes_activation_up == one.bytes_activation_up
+
+
+def test_turns_change_nothing_without_a_shared_encoder(parse: Parse, tmp_path: Path) -> None:
+    alone = cells_of(parse(), tmp_path / "one")[0]
+    asked = cells_of(parse(seeds="[0]\nsites-at-once = 2"), tmp_path / "one")[0]
+    # So a grid that has shared encoders go by turns does not redo its other runs.
+    assert asked.way == Way()
+    assert asked.key == alone.key
+    turns = replace(cells_of(parse(), tmp_path / "turns")[0], way=Way(sites_at_once=2))
+    one, two = Bench().run(alone), Bench().run(turns)
+    assert two.outcome == "complete"
+    assert two.accuracy_by_round == one.accuracy_by_round
+    assert two.bytes_activation_up == one.bytes_activation_up
 
 
 SHARED = """

@@ -22,8 +22,8 @@ from fedsplit.model.checkpoint import load_tensors
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.split import device_part
 
-# A few placements times a few threads; more would only hold memory.
-MAX_IDLE = 8
+# As many sites as a simulation has at work at a time (experiment/grid.py); more would only hold memory.
+MAX_IDLE = 32
 # Parts own more than LoRA where a module is full or has merged deltas.
 MAX_IDLE_BYTES = 512 * 2**20
 # The backbones that one process goes through at a time.

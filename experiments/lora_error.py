@@ -25,7 +25,7 @@ from rich.progress import track
 
 from fedsplit.core import lora_pairs, lora_rules
 from fedsplit.core.aggregation import Tensors, Update
-from fedsplit.core.errors import FedsplitError
+from fedsplit.core.errors import ConfigError, FedsplitError
 from fedsplit.experiment.bench import Bench
 from fedsplit.experiment.cells import Cell, Faults, expand
 from fedsplit.experiment.grid import Grid, read_grid
@@ -138,7 +138,7 @@ def plain_cells(grid: Grid, runs: Path) -> list[Cell]:
     faults = Faults()
     cells = expand(grid, runs, faults)
     if faults:
-        raise FedsplitError("\n  - ".join(["the grid has faults:", *faults.lines()]))
+        raise ConfigError("\n  - ".join(["the grid has faults:", *faults.lines()]))
     return [cell for cell in cells if cell.config.lora_aggregation == "plain"]
 
 

@@ -79,7 +79,7 @@ def _check_backbone(config: RunConfig) -> None:
     """Raise now what the ServerApp would only say once Flower is up. Local runs read the same files."""
     from fedsplit.model.backbone import Backbone
 
-    Backbone.find(config.backbone).check_cuts(config.cuts)
+    config.check_blocks(Backbone.find(config.backbone).blocks)
 
 
 def _resumed(runs_dir: Path, name: str, *, must_exist: bool) -> Flat:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from fedsplit.core.contradictions import contradictions
+from fedsplit.core.contradictions import contradictions, misfits
 from fedsplit.core.cut import Cut, parse_cuts
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.flat import Flat, fault, is_number, read_pairs, unknown
@@ -69,6 +69,8 @@ class RunConfig(BaseModel):
     """tail freezes a split's head, so that no gradient crosses the wire; a device without a split trains all."""
     encoder_training: Literal["frozen", "hosted", "shared", "zeroth-order"] = "frozen"
     """What trains on the server: nothing, a copy a site, one copy that sites step in turn, a copy without gradients."""
+    block_sampling: int = Field(0, ge=0)
+    """FeSViBS: a site's steps leave a training encoder after a block that is drawn each round, this one or later; 0: after the last."""
     gradient: Literal["exact", "zeroth-order"] = "exact"
     """How the device's gradient is found: by backpropagation, or from differences of losses alone."""
     zo_estimator: Literal["forward", "central", "one-point"] = "central"
@@ -109,6 +111,8 @@ class RunConfig(BaseModel):
     """Share of the sites that trains in a round, drawn anew each round; all are tested at the end."""
     local_epochs: int = Field(1, ge=1, le=1000)
     """Times a site goes through its training samples in a round."""
+    local_loss_epochs: int = Field(0, ge=0, le=1000)
+    """Times a site goes through its training samples in a round beforehand with head joined to tail, without the encoder."""
     keep_hardest: float = Field(1.0, gt=0, le=1)
     """Share of its training samples that a site trains on in a round: those it gets most wrong at its start; 1: all."""
     batch_size: int = Field(32, ge=1, le=4096)
@@ -300,6 +304,11 @@ class RunConfig(BaseModel):
         if self.method_description.placement == "device":
             return (Cut(blocks, blocks),)
         return self.cuts
+
+    def check_blocks(self, blocks: int) -> None:
+        """Raise one ConfigError with every setting that does not fit a backbone of `blocks` blocks."""
+        if faults := misfits(self, blocks):
+            raise ConfigError("\n  - ".join(faults))
 
     @property
     def ranks(self) -> tuple[int, ...]:

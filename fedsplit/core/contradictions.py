@@ -19,6 +19,43 @@ def contradictions(c: RunConfig) -> list[str]:
     ]
 
 
+def misfits(c: RunConfig, blocks: int) -> list[str]:
+    """Every setting that does not fit a backbone of `blocks` blocks, in words."""
+    cuts = c.cuts_on(blocks)
+    found = [
+        (
+            cut.b > blocks,
+            f"cut {cut} does not fit the backbone: it has {blocks} blocks, so 0 <= a <= b <= {blocks} is wanted",
+        )
+        for cut in cuts
+    ]
+    found += [
+        (
+            c.local_loss_epochs > 0 and cut.pooled(blocks),
+            f"local-loss-epochs={c.local_loss_epochs} with cut={cut}: the last norm and the pooling are the server's, "
+            f"so head and tail make no model of their own; use a cut that ends before block {blocks}, e.g. "
+            f"{cut.a},{blocks - 1}",
+        )
+        for cut in cuts
+    ]
+    found += [
+        (
+            c.block_sampling > 0 and not cut.pooled(blocks),
+            f"block-sampling={c.block_sampling} with cut={cut}: what leaves early goes to the encoder's own norm and pooling; "
+            f"use cut={cut.a},{blocks}",
+        )
+        for cut in cuts
+    ]
+    found += [
+        (
+            c.block_sampling > 0 and cut.pooled(blocks) and not cut.a < c.block_sampling <= cut.b,
+            f"block-sampling={c.block_sampling} with cut={cut}: {cut.a + 1} to {cut.b} are wanted",
+        )
+        for cut in cuts
+    ]
+    return [text for wrong, text in found if wrong]
+
+
 def _federation(c: RunConfig) -> list[_Check]:
     device = c.method_description.placement == "device"
     split = c.method_description.placement == "split"
@@ -189,6 +226,11 @@ def _gradients(c: RunConfig) -> list[_Check]:
             f"gradient=zeroth-order is for a frozen encoder, not encoder-training={serves}; set one of them",
         ),
         (
+            c.block_sampling > 0 and serves not in ("hosted", "shared"),
+            f"block-sampling={c.block_sampling} draws blocks of an encoder that trains by gradients, not of "
+            f"encoder-training={serves}; use hosted or shared",
+        ),
+        (
             serves == "shared" and len(set(c.cuts)) > 1,
             f"encoder-training=shared with cut={c.cut}: one copy for all wants one cut for all; use one cut, or "
             f"encoder-training=hosted",
@@ -209,6 +251,20 @@ def _gradients(c: RunConfig) -> list[_Check]:
             zeroth and c.keep_hardest < 1,
             f"keep-hardest={c.keep_hardest:g}: gradient=zeroth-order is replayed as steps over all of a site's "
             f"samples; leave keep-hardest out",
+        ),
+        (
+            c.local_loss_epochs > 0
+            and (
+                c.method_description.placement == "device" or all(cut.a == cut.b for cut in c.cuts)
+            ),
+            f"local-loss-epochs={c.local_loss_epochs}: every block is the device's, so there is no encoder to leave out; use "
+            f"local-epochs",
+        ),
+        (
+            c.local_loss_epochs > 0
+            and (serves != "frozen" or zeroth or c.personalisation != "none" or c.proximal_mu > 0),
+            f"local-loss-epochs={c.local_loss_epochs} is for a frozen encoder, gradient=exact, one model a site and no "
+            f"proximal-mu; leave it out",
         ),
         (
             zeroth and (c.site_local != "none" or c.personalisation != "none"),

@@ -94,6 +94,8 @@ class Training(BaseModel):
     """Which half of each LoRA pair trains (FFA-LoRA and RoLoRA train one)."""
     weight: float = Field(default=1.0, gt=0, le=1)
     """Shared: the site's part of all samples; its steps are taken with this times the learning rate."""
+    leave: int = Field(default=0, ge=0)
+    """Blocks of the model after which a forward that is kept leaves for the encoder's pooling; 0: all up to b."""
     estimator: Estimator = "central"
     queries: int = Field(default=1, ge=1, le=1024)
     """Directions of a zeroth-order step."""

@@ -33,6 +33,11 @@ class Method:
 
 
 _WHOLE: Mapping[str, Value] = {"encoder-training": "frozen"}
+_FESTA: Mapping[str, Value] = {
+    "module": "full",
+    "encoder-training": "shared",
+    "device-training": "head+tail",
+}
 _MODULES: tuple[Value, ...] = ("lora", "prompt", "adapter")
 
 METHODS: dict[str, Method] = {
@@ -138,17 +143,27 @@ METHODS: dict[str, Method] = {
         ),
         source="FESTA, arXiv 2111.01338, as FeSViBS (arXiv 2306.14638) runs it, without its sampling of blocks",
         placement="split",
-        fixes={"module": "full", "encoder-training": "shared", "device-training": "head+tail"},
+        fixes=_FESTA,
+    ),
+    "fesvibs": Method(
+        summary=(
+            "FESTA whose training steps leave the blocks early, after one that is drawn for each site and round, and go "
+            "to norm and pooling from there; tests go through all blocks. The cut ends at the last block: 0,L."
+        ),
+        source="FeSViBS, arXiv 2306.14638, with the backbone's norm and pooling in place of its projection network",
+        placement="split",
+        fixes=_FESTA,
+        prefers={"block-sampling": 1},
     ),
     "sfprompt": Method(
         summary=(
-            "Prompt tokens and the classifier train around a frozen split, in each round on the samples that the "
-            "whole model gets most wrong; without the paper's local-loss updates."
+            "Prompt tokens and the classifier train around a frozen split: in each round first with head joined to "
+            "tail, without traffic, then through the encoder on the samples that this gets most wrong."
         ),
         source="SFPrompt, arXiv 2407.17533; scores: EL2N, arXiv 2107.07075",
         placement="split",
         fixes={"module": "prompt", "device-training": "head+tail", **_WHOLE},
-        prefers={"keep-hardest": 0.8},
+        prefers={"local-loss-epochs": 1, "keep-hardest": 0.8},
     ),
     "splitfrozen": Method(
         summary=(

@@ -61,7 +61,7 @@ def _model_faults(config: RunConfig) -> tuple[str, ...]:
     except (BackboneError, ConfigError) as err:
         return tuple(faults_of(err))
     try:
-        backbone.check_cuts(config.cuts_on(backbone.blocks))
+        config.check_blocks(backbone.blocks)
     except ConfigError as err:
         faults += faults_of(err)
     try:

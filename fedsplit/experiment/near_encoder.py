@@ -91,6 +91,9 @@ class NearHost:
             return self.host.open(grant)
         trains = grant.training is not None
         begins = effect.begins(grant.cut, trained=trains)
+        if grant.training is not None and grant.training.leave:
+            # What leaves early is not to have gone further.
+            begins = min(begins, grant.training.leave - 1)
         encoder: Encoder
         if grant.a < begins < grant.b:
             ahead = grant.model_copy(update={"b": begins, "training": None})

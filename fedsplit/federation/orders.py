@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from flwr.app import Message, RecordDict
 
 from fedsplit import __version__
@@ -199,9 +201,21 @@ class Orders:
             clip_norm=c.clip_norm,
             lora="B" if c.lora_aggregation == "ffa" else "both",
             weight=site.call.samples / of_samples,
+            leave=sampled_block(c, site=site.name, cut=site.cut, round_=round_)
+            if kind == "train"
+            else 0,
             estimator=c.zo_estimator,
             queries=c.zo_queries,
             epsilon=c.zo_epsilon,
             directions=c.zo_directions,
             seed=seed,
         )
+
+
+def sampled_block(config: RunConfig, *, site: str, cut: Cut, round_: int) -> int:
+    """The block after which a site's steps of a round leave the encoder; 0 where blocks are not sampled."""
+    if not config.block_sampling:
+        return 0
+    key = zlib.crc32(f"{config.seed}/{site}/{round_}/block".encode())
+    drawn = np.random.default_rng(key).integers(config.block_sampling, cut.b, endpoint=True)
+    return int(drawn)

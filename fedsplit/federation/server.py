@@ -65,7 +65,7 @@ class Run:
         self.endpoint = endpoint
         self.simulated = simulated
         self.backbone = Backbone.find(config.backbone)
-        self.backbone.check_cuts(config.cuts_on(self.backbone.blocks))
+        config.check_blocks(self.backbone.blocks)
         runs = Path(config.runs_dir)
         if run_dir is not None:
             self.dir = run_dir

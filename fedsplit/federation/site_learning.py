@@ -22,6 +22,7 @@ from fedsplit.training.personal import (
     train_ditto,
     train_fed_rod,
 )
+from fedsplit.training.pipeline import Flow
 from fedsplit.training.pruning import el2n, hardest
 from fedsplit.training.round import Score, TrainSettings, train
 from fedsplit.training.zeroth_order import train_zeroth_order
@@ -41,6 +42,7 @@ class Learnt:
 
 def learn(work: SiteWork, run: OpenModel, start: ModuleTensors, saved: Saved | None) -> Learnt:
     """Train for the round's epochs; the model then holds what is the server's share of it."""
+    _without_encoder(work, run)
     work = _on_hardest(work, run)
     run.trained += work.config.local_epochs * len(work.own.train)
     settings = settings_of(work, [work.order.round])
@@ -59,10 +61,27 @@ def learn(work: SiteWork, run: OpenModel, start: ModuleTensors, saved: Saved | N
     return Learnt(loss, work.score(run, work.own.test))
 
 
+def _without_encoder(work: SiteWork, run: OpenModel) -> None:
+    """`local-loss-epochs` of head joined to tail, in which nothing crosses (SFPrompt, arXiv 2407.17533)."""
+    epochs = work.config.local_loss_epochs
+    if epochs == 0:
+        return
+    run.trained += epochs * len(work.own.train)
+    settings = settings_of(work, [work.order.round])
+    local = replace(
+        settings,
+        epochs=epochs,
+        schedule=settings.schedule[:1] * epochs,
+        augmentation_key=f"{settings.augmentation_key}/local-loss",
+    )
+    train(run.model.shortcut(), lambda epoch: work.epoch(f"local-loss/{epoch}"), local)
+
+
 def _on_hardest(work: SiteWork, run: OpenModel) -> SiteWork:
     """The same work on `keep-hardest` of the training samples: those with the largest errors before the round.
 
-    Scored as a test is, in fp32 and without augmentation, by what the model holds now.
+    Scored as a test is, in fp32 and without augmentation, by what the model holds now; after local-loss epochs by head
+    joined to tail, so that scores cost no traffic.
     """
     if work.config.keep_hardest == 1:
         return work
@@ -70,7 +89,10 @@ def _on_hardest(work: SiteWork, run: OpenModel) -> SiteWork:
     # A classifier that has learnt nothing scores all alike, and the stored order may go class by class.
     order = np.random.default_rng(work.seed("hardest")).permutation(len(train))
     run.tested += len(train)
-    scores = el2n(run.model, work.batches(train[order]), run.flow)
+    model, flow = run.model, run.flow
+    if work.config.local_loss_epochs:
+        model, flow = model.shortcut(), Flow()
+    scores = el2n(model, work.batches(train[order]), flow)
     kept = np.sort(order[hardest(scores, work.config.keep_hardest)])
     return replace(work, own=replace(work.own, train=train[kept]))
 

@@ -170,7 +170,7 @@ class SiteWork:
             self.own.examples, indices, self.own.transform, batch_size=self.config.batch_size
         )
 
-    def epoch(self, epoch: int) -> Iterator[data.Batch]:
+    def epoch(self, epoch: int | str) -> Iterator[data.Batch]:
         """The training samples in the epoch's order."""
         return data.batches(
             self.own.examples,

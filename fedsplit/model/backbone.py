@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, D width, P pooled width, F width of the last linear l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, reduce
 from pathlib import Path
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsplit.core.cut import Cut
 from fedsplit.core.errors import BackboneError
 from fedsplit.model.checkpoint import digest, find_backbone, load_tensors, weight_files
 from fedsplit.model.families import Family, family_of
@@ -74,11 +73,6 @@ class Backbone:
     def sha256(self) -> str:
         """Digest of configuration and weights."""
         return digest(self.path)
-
-    def check_cuts(self, cuts: Iterable[Cut]) -> None:
-        """Raise ConfigError unless every cut fits this backbone."""
-        for cut in cuts:
-            cut.check(self.blocks)
 
     def max_tokens(self, image_size: int, max_length: int, prompt_tokens: int = 0) -> int:
         """Most tokens of a sample: patches and special tokens of an image, `max_length` of a text; a prompt's too.

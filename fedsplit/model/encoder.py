@@ -28,6 +28,8 @@ class LocalEncoder:
         self._part = part
         self._cut = cut
         self._pooled = cut.pooled(part.backbone.blocks)
+        # The block before which a forward that is kept stops.
+        self._leave = cut.b
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._lock = threading.Lock()
 
@@ -43,7 +45,7 @@ class LocalEncoder:
         h = as_tensor(h_BTD)
         with torch.set_grad_enabled(keep):
             h.requires_grad_(keep)
-            z = self._forward(h, mask_BT)
+            z = self._forward(h, mask_BT, self._leave if keep else self._cut.b)
         if keep:
             self._keep(step, h, z)
         return z.detach().contiguous().numpy()
@@ -74,9 +76,9 @@ class LocalEncoder:
         with self._lock:
             self._kept.clear()
 
-    def _forward(self, h: Tensor, mask_BT: Mask | None) -> Tensor:
+    def _forward(self, h: Tensor, mask_BT: Mask | None, stop: int) -> Tensor:
         mask = None if mask_BT is None else torch.from_numpy(np.require(mask_BT, requirements="W"))
-        z = self._part.run(h, mask, self._cut.a, self._cut.b)
+        z = self._part.run(h, mask, self._cut.a, stop)
         return self._part.pool(z) if self._pooled else z
 
     def _keep(self, step: int, h: Tensor, z: Tensor) -> None:

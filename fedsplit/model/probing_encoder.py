@@ -75,7 +75,7 @@ class ProbingEncoder(LocalEncoder):
                     last = query
                     u = self._direction(number, query)
                 place(self._slots, _moved(snapshot, u, factor * training.epsilon))
-                outputs.append(self._forward(h, mask_BT))
+                outputs.append(self._forward(h, mask_BT, self._cut.b))
             with self._lock:
                 self._probed[step] = number
         return torch.stack(outputs).numpy()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable
 from functools import partial
@@ -59,7 +60,7 @@ def server_part(
 class SplitModel:
     """embeddings -> blocks[0:a] -> encoder -> blocks[b:L] -> norm, pool -> classifier.
 
-    With `a == b` no encoder is needed: the whole model runs here.
+    With `a == b` no encoder is needed: the whole model runs here. A `shortcut` has none either, and no blocks in its place.
     """
 
     def __init__(self, part: Part, cut: Cut, encoder: Encoder | None) -> None:
@@ -70,6 +71,17 @@ class SplitModel:
         self._encoder = encoder
         self._steps = itertools.count(1)
         self._server_pools = cut.pooled(part.backbone.blocks)
+
+    def shortcut(self) -> SplitModel:
+        """Head joined to tail over the same tensors, blocks[a:b] left out. Raises ConfigError where the server pools."""
+        if self._server_pools:
+            raise ConfigError(
+                f"cut {self.cut} leaves norm and pooling to the server, so head and tail make no model of their own; "
+                f"use local-loss-epochs=0, or a cut that ends before the last block"
+            )
+        joined = copy.copy(self)
+        joined._encoder = None
+        return joined
 
     def head_trains(self) -> bool:
         """Does anything below the seam train, so that gradients must come back through it?"""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array, Mask
+from fedsplit.core.errors import RefusedError
 from fedsplit.model.backbone import Part
 from fedsplit.model.encoder import LocalEncoder
 from fedsplit.model.seam import as_tensor
@@ -25,7 +26,8 @@ class TrainingEncoder(LocalEncoder):
 
     `weight` multiplies the learning rate of this session's steps. Shared: with weights n_i / sum n, one step of every
     site moves the tensors by  lr * sum_i (n_i / sum n) * step_i , which for SGD is  w <- w - lr * mean_i g_i  by samples;
-    sessions take `turns`, so each gradient is that of the weights which it steps.
+    sessions take `turns`, so each gradient is that of the weights which it steps. With `leave` what is kept goes from that
+    block to the pooling and trains no later one; tests go through all blocks (sampling of blocks: FeSViBS, arXiv 2306.14638).
     """
 
     trains = True
@@ -37,11 +39,21 @@ class TrainingEncoder(LocalEncoder):
         tensors: TrainedTensors,
         *,
         weight: float = 1.0,
+        leave: int = 0,
         turns: Turns | None = None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        """`part` is this session's own (`twin`); `turns` those of all sessions on a shared copy."""
+        """`part` is this session's own (`twin`); `turns` those of all sessions on a shared copy.
+
+        Raises RefusedError for a `leave` that is not within the cut, or without pooling here.
+        """
         super().__init__(part, cut)
+        if leave and not (self._pooled and cut.a < leave <= cut.b):
+            raise RefusedError(
+                f"steps are to leave after block {leave} of cut {cut}: {cut.a + 1} to {cut.b} are wanted, of a cut that ends "
+                f"at the last block"
+            )
+        self._leave = leave or cut.b
         self._on_close = on_close
         self._tensors = tensors
         self._weight = weight

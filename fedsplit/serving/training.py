@@ -88,12 +88,20 @@ class Trainees:
         own = twin(part)
         if training.mode == "shared":
             tensors, turns = self._shared(part, grant.version, training)
-            return TrainingEncoder(own, grant.cut, tensors, weight=training.weight, turns=turns)
+            return TrainingEncoder(
+                own,
+                grant.cut,
+                tensors,
+                weight=training.weight,
+                leave=training.leave,
+                turns=turns,
+            )
         copy = self._begin(start, grant, training)
         assert copy.tensors is not None, "a copy that has just begun is in training"
-        kind = TrainingEncoder if training.mode == "hosted" else ProbingEncoder
         end = partial(self._end, grant.version, grant.site, copy)
-        return kind(own, grant.cut, copy.tensors, on_close=end)
+        if training.mode == "zeroth-order":
+            return ProbingEncoder(own, grant.cut, copy.tensors, on_close=end)
+        return TrainingEncoder(own, grant.cut, copy.tensors, leave=training.leave, on_close=end)
 
     def collect(self, version: str) -> dict[str, Delta]:
         """site -> delta, of all who took a step; what it gives is forgotten here."""
@@ -127,7 +135,7 @@ class Trainees:
     def _shared(self, part: Part, version: str, training: Training) -> tuple[TrainedTensors, Turns]:
         # The copy has the tensors of all blocks, for sites of every cut; a session steps those of its own.
         start = trained_at(part, Cut(0, part.backbone.blocks), training.lora)
-        agreed = training.model_copy(update={"weight": 1.0})
+        agreed = training.model_copy(update={"weight": 1.0, "leave": 0})
         with self._lock:
             of_version = self._latest.setdefault(version, {})
             if SHARED not in of_version:

@@ -11,7 +11,7 @@ import pytest
 import fedsplit
 from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Grant
+from fedsplit.core.encoder import Grant, Training
 from fedsplit.core.errors import ProtocolError, RefusedError, UnreachableError
 from fedsplit.experiment.memo import Memo
 from fedsplit.experiment.near_encoder import Effect, NearEncoder, NearHost
@@ -168,6 +168,29 @@ def test_what_is_remembered_is_the_same_and_counted_as_moved(
     again[:] = 0.0
     with near(host, memo, codec) as third:
         assert np.any(third.encode(1, h))  # what was kept is not the caller's
+
+
+@pytest.mark.parametrize("leave", [1, 2, 3, 4])
+def test_what_leaves_early_is_remembered_no_further(leave: int, tiny: dict[str, Path]) -> None:
+    """The module begins at block 2, so the memo has what is in front of it, or less."""
+    h = activations(4)
+    training = Training(mode="hosted", learning_rate=0.1, leave=leave)
+    backbone = Backbone.find(str(tiny["vit"]))
+    spec = ModuleSpec(classes=("a",), kind="full", last_blocks=2)
+    tensors, names = module.initial(backbone, spec, seed=0), module.server_names(backbone, spec)
+    found = []
+    for memo in (None, Memo()):
+        host = BackboneHost(backbone)
+        near_host = NearHost(host, memo)
+        near_host.publish(
+            "run/1", module.pack(spec, {n: tensors[n] for n in tensors if n in names})
+        )
+        with near_host.dial(stream(host, (0, 4), training=training), RunConfig(), SITE) as encoder:
+            z = encoder.encode(1, h, keep=True)
+            dh = encoder.backprop(1, np.ones_like(z))
+            found.append((z, dh, encoder.encode(2, h)))
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_nothing_else_is_taken_for_the_same(host: BackboneHost) -> None:

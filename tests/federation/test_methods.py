@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedsplit.core.cut import Cut
 from fedsplit.core.methods import METHODS
 from fedsplit.core.records import Summary
+from fedsplit.federation.orders import sampled_block
 from fedsplit.federation.server import Run
 from tests.federation.conftest import prepared, settings, simulated
 
@@ -20,6 +22,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "fedavg-full": {"learning_rate": 1e-4, "lora_learning_rate": 1e-4},
     "head-tail": {"learning_rate": 1e-4, "lora_learning_rate": 1e-4},
     "festa": {"lora_learning_rate": 1e-4},
+    "fesvibs": {"lora_learning_rate": 1e-4, "cut": "0,6"},
     "fedvz-device": {"learning_rate": 1e-4, "lora_learning_rate": 1e-4},
 }
 
@@ -51,3 +54,29 @@ def test_every_method_runs(name: str, tmp_path: Path) -> None:
         assert summary.rounds_done == 1
         assert summary.accuracy_personal is not None
     assert net.sent
+
+
+def test_fesvibs_leaves_the_encoder_after_a_drawn_block(tmp_path: Path) -> None:
+    """Another module than FESTA's, whose tests and costs are the same; the draw hangs on seed, site and round alone."""
+    flat = {"cut": "0,6", "lora_learning_rate": 1e-4, "rounds": 2}
+    festa, first = run(tmp_path / "a", method="festa", **flat)
+    early, second = run(tmp_path / "b", method="fesvibs", **flat)
+    last, third = run(tmp_path / "c", method="fesvibs", block_sampling=6, **flat)
+    of = [r._strategy.module for r in (first, second, third)]
+    assert any(not np.array_equal(of[0][n], of[1][n]) for n in of[0])
+    # Who may leave after the last block alone does not leave early.
+    assert third.config.block_sampling == 6
+    assert festa.accuracy_by_round[0] == early.accuracy_by_round[0] == last.accuracy_by_round[0]
+    assert abs(festa.bytes_activation - early.bytes_activation) < 16
+    draws = [
+        sampled_block(second.config, site=f"site-{i}", cut=Cut(0, 6), round_=round_)
+        for i in range(40)
+        for round_ in (1, 2)
+    ]
+    assert set(draws) == {1, 2, 3, 4, 5, 6}
+    assert draws[0::2] != draws[1::2]
+    assert draws[0] == sampled_block(second.config, site="site-0", cut=Cut(0, 6), round_=1)
+    assert {
+        sampled_block(third.config, site=f"site-{i}", cut=Cut(0, 6), round_=1) for i in range(20)
+    } == {6}
+    assert not sampled_block(first.config, site="site-0", cut=Cut(0, 6), round_=1)

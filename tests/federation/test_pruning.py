@@ -117,10 +117,11 @@ def test_a_site_learns_from_the_hardest_alone(cut: str, tmp_path: Path) -> None:
 
 def test_sfprompt_prunes_unless_told_otherwise(tmp_path: Path) -> None:
     _, run = trained(tmp_path / "a", **SMALL, method="sfprompt")
-    assert run.config.keep_hardest == 0.8
+    assert (run.config.keep_hardest, run.config.local_loss_epochs) == (0.8, 1)
     for metrics, own in zip(of_round(run), sites_of(run), strict=True):
         n, tests = len(own.train), 2 * batches(len(own.test))
-        assert metrics.steps == batches(n) + batches(round(0.8 * n)) + tests
+        # Neither the local-loss epoch nor the scoring after it is at the encoder.
+        assert metrics.steps == batches(round(0.8 * n)) + tests
 
 
 def test_what_the_scoring_brought_is_not_fetched_again(tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def _tune(plan: Plan, schedule: Any, bar: _Bar, book: Book) -> Any:
     rows = [found[id(trial.cell)] for trial in plan.trials]
     chosen = choose(plan.trials, rows)
     write_tuning(plan.out / "tuning.csv", plan.trials, rows, chosen)
+    book.search_s = sum(row.seconds for row in rows)
     tried: dict[tuple[str, str], int] = {}
     for trial in plan.trials:
         tried[trial.method, trial.problem] = tried.get((trial.method, trial.problem), 0) + 1

@@ -27,6 +27,7 @@ class Book:
     rows: list[tuple[Cell, Row]] = field(default_factory=list)
     order: dict[int, int] = field(default_factory=dict)
     tuned: list[str] = field(default_factory=list)
+    search_s: float = 0.0
     _drawn: float = 0.0
 
     def add(self, cell: Cell, row: Row) -> None:
@@ -57,6 +58,7 @@ class Book:
             methods=methods,
             runs=self.runs,
             tuned=self.tuned,
+            search_s=self.search_s,
         )
         write_whole(self.out / "table.md", text)
         if figures:

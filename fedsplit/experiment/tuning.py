@@ -98,11 +98,12 @@ def write_tuning(path: Path, trials_: Sequence[Trial], rows: Sequence[Row], chos
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(
-        ["method", "problem", "candidate", "accuracy_global", "outcome", "chosen", "run"]
+        ["method", "problem", "candidate", "accuracy_global", "outcome", "chosen", "seconds", "run"]
     )
     for trial, row in zip(trials_, rows, strict=True):
         picked = chosen.get((trial.method, trial.problem)) == dict(trial.candidate)
         words = " ".join(f"{k}={v}" for k, v in trial.candidate)
         reached = "" if row.accuracy_global is None else row.accuracy_global
-        writer.writerow([trial.method, trial.problem, words, reached, row.outcome, picked, row.run])
+        where = (trial.method, trial.problem, words)
+        writer.writerow([*where, reached, row.outcome, picked, row.seconds, row.run])
     write_whole(path, text.getvalue())

@@ -22,10 +22,14 @@ def comparison_table(
     methods: Sequence[str],
     runs: int,
     tuned: Sequence[str] = (),
+    search_s: float = 0.0,
 ) -> str:
-    """The whole page. `methods` gives the order, `runs` how many there will be, `tuned` lines about the search."""
+    """The whole page. `methods` gives the order, `runs` how many there will be, `tuned` lines about the search.
+
+    `search_s`: seconds of the search's runs, added up.
+    """
     columns = Columns(rows)
-    parts = [f"# {name}", *([description] if description else []), _state(rows, runs)]
+    parts = [f"# {name}", *([description] if description else []), _state(rows, runs, search_s)]
     for problem in dict.fromkeys(row.problem for row in rows):
         here = [row for row in rows if row.problem == problem]
         order = [m for m in methods if any(row.method == m for row in here)]
@@ -69,7 +73,7 @@ class Columns:
         return list(dict.fromkeys(self.of(row) for row in rows))
 
 
-def _state(rows: Sequence[Row], runs: int) -> str:
+def _state(rows: Sequence[Row], runs: int, search_s: float) -> str:
     seeds = len({row.seed for row in rows})
     complete = sum(row.outcome == "complete" for row in rows)
     text = f"{complete} of {runs} runs are complete"
@@ -77,6 +81,10 @@ def _state(rows: Sequence[Row], runs: int) -> str:
         text += f"; mean ± standard deviation over {seeds} seeds, the best mean of a column in bold"
     else:
         text += "; one seed, the best of a column in bold"
+    # Cells whose settings are equal share one run.
+    seconds = sum({row.run: row.seconds for row in rows}.values())
+    text += f". Added up, the runs took {human_seconds(seconds)}"
+    text += f", their search {human_seconds(search_s)}" if search_s else ""
     return text + "."
 
 

@@ -71,6 +71,10 @@ def test_means_deviations_and_the_best(rows: list[Row]) -> None:
     )
     assert "2.00 G" in lines_of(text, "Closed form")[2]
     assert "## Tuning\n\n- FedV: x" in text
+    assert "in bold. Added up, the runs took 9 min 00 s.\n" in text
+    assert "took 9 min 00 s, their search 90 s.\n" in table(rows, search_s=90.0)
+    # Two cells of equal settings are one run.
+    assert "took 9 min 00 s" in table([*rows, rows[-1].model_copy(update={"method": "Twin"})])
     assert "not complete" not in text
 
 

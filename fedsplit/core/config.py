@@ -95,6 +95,8 @@ class RunConfig(BaseModel):
     """How the sites' LoRA becomes one."""
     prompt_tokens: int = Field(8, ge=1, le=1024)
     """Tokens of module=prompt."""
+    prompt_depth: Literal["first", "all"] = "first"
+    """Where module=prompt puts tokens: in front of the first block, or new ones in front of every block (VPT-deep)."""
     adapter_width: int = Field(16, ge=1, le=4096)
     """Inner width of module=adapter."""
     classifier_init: Literal["zero", "class-means", "ridge"] = "zero"

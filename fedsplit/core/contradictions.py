@@ -199,6 +199,10 @@ def _module(c: RunConfig) -> list[_Check]:
             f"use one of them",
         ),
         (
+            c.prompt_depth != "first" and c.module != "prompt",
+            f"prompt-depth={c.prompt_depth} is for module=prompt, not module={c.module}",
+        ),
+        (
             c.module_blocks > 0 and c.module not in ("lora", "adapter", "full"),
             f"module-blocks={c.module_blocks} is for module=lora, adapter or full, not module={c.module}",
         ),
@@ -213,7 +217,8 @@ def _gradients(c: RunConfig) -> list[_Check]:
             f"encoder-training={serves} with cut={c.cut}: nothing runs on the server; use e.g. cut=1,5",
         ),
         (
-            serves != "frozen" and c.module in ("classifier", "prompt"),
+            serves != "frozen"
+            and (c.module == "classifier" or (c.module == "prompt" and c.prompt_depth == "first")),
             f"encoder-training={serves} with module={c.module}: none of it is on the server; use module=lora",
         ),
         (

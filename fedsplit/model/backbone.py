@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fedsplit.core.errors import BackboneError
 from fedsplit.model.checkpoint import digest, find_backbone, load_tensors, weight_files
 from fedsplit.model.families import Family, family_of
-from fedsplit.model.layers import PROMPT, adapted, widen_mask, without_prompt
+from fedsplit.model.layers import PROMPT, adapted, prompted, widen_mask, without_prompt
 
 # What transformers raises for a config.json that is not what it expects.
 _BAD_CONFIG = (ValueError, KeyError, TypeError)
@@ -225,7 +225,7 @@ class Part:
             config=self.model.config, inputs_embeds=h_BTD, attention_mask=mask_BT
         )
         for block in self.blocks[start:stop]:
-            h_BTD = adapted(block, block(h_BTD, mask))
+            h_BTD = adapted(block, block(prompted(block, h_BTD), mask))
         return h_BTD
 
     def pool(self, h_BTD: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ PROMPT, DOWN, UP, MERGED = "prompt", "adapter_down", "adapter_up", "lora_merged"
 
 
 class Prompt(nn.Module):
-    """Learnable tokens after the first one: VPT-shallow (Jia et al. 2022, arXiv 2203.12119)."""
+    """Learnable tokens after the first one: VPT-shallow, or VPT-deep with some for each block (Jia et al. 2022, arXiv 2203.12119)."""
 
     def __init__(self, tokens: int, width: int) -> None:
         super().__init__()
@@ -28,6 +28,19 @@ class Prompt(nn.Module):
         """Embeddings [B, T, D] -> [B, T + P, D]."""
         prompt_BPD = self.weight.expand(h_BTD.shape[0], -1, -1)
         return torch.cat([h_BTD[:, :1], prompt_BPD, h_BTD[:, 1:]], dim=1)
+
+
+def add_prompt(block: nn.Module, tokens: int, width: int) -> None:
+    """Give a block prompt tokens of its own, which take the places of those that come to it (VPT-deep)."""
+    block.add_module(PROMPT, Prompt(tokens, width))
+
+
+def prompted(block: Any, h_BTD: Tensor) -> Tensor:
+    """A block's input with the block's own prompt tokens, if it has some."""
+    if not hasattr(block, PROMPT):
+        return h_BTD
+    own: Tensor = block.prompt(without_prompt(h_BTD, len(block.prompt.weight)))
+    return own
 
 
 def widen_mask(mask_BT: Tensor, tokens: int) -> Tensor:

@@ -65,6 +65,7 @@ def test_a_device_method_runs_every_block_on_the_device() -> None:
         ({"method": "fedvz-device", "keep-hardest": 0.5}, "keep-hardest=0.5: gradient=zeroth-order is replayed"),
         ({"method": "fedyolo", "local-loss-epochs": 1}, "there is no encoder to leave out; use local-epochs"),
         ({"local-loss-epochs": 1, "encoder-training": "hosted"}, "local-loss-epochs=1 is for a frozen encoder"),
+        ({"prompt-depth": "all"}, "prompt-depth=all is for module=prompt, not module=lora"),
         ({"block-sampling": 1}, "draws blocks of an encoder that trains by gradients, not of encoder-training=frozen"),
         ({"method": "fedvz", "block-sampling": 1}, "not of encoder-training=zeroth-order; use hosted or shared"),
         ({"module": "prompt", "module-blocks": 2}, "module-blocks=2 is for module=lora, adapter or full"),

@@ -28,6 +28,7 @@ SPECS = {
     "last blocks": replace(LORA, last_blocks=2),
     "merged": replace(LORA, merged=True),
     "prompt": ModuleSpec(classes=CLASSES, kind="prompt", prompt_tokens=3),
+    "deep prompt": ModuleSpec(classes=CLASSES, kind="prompt", prompt_tokens=3, deep_prompt=True),
     "adapter": ModuleSpec(classes=CLASSES, kind="adapter", adapter_width=5),
     "last adapters": ModuleSpec(classes=CLASSES, kind="adapter", adapter_width=5, last_blocks=1),
     "classifier": ModuleSpec(classes=CLASSES, kind="classifier"),
@@ -73,7 +74,9 @@ def reference(
     added = {n: nn.Parameter(v.clone()) for n, v in values.items() if n not in known}
     base = getattr(whole, backbone.family.base)
     if spec.kind == "prompt":
-        _hook_prompt(backbone, base, *added.values())
+        first = f"{backbone.family.base}.prompt.weight"
+        _hook_prompt(backbone, base, added[first])
+        _hook_prompts(whole, {n: p for n, p in added.items() if n != first})
     if spec.kind == "adapter":
         _hook_adapters(backbone, whole, added)
     trainable = {n: added[n] if n in added else known[n].requires_grad_() for n in tensors}
@@ -111,6 +114,21 @@ def _hook_prompt(backbone: Backbone, base: Any, prompt_PD: Tensor) -> None:
         # It averages all tokens but the first; the prompt's are none of the image's.
         keep = [0, *range(1 + len(prompt_PD), 17 + len(prompt_PD))]
         base.layernorm.register_forward_hook(lambda _, __, h_BTD: h_BTD[:, keep])
+
+
+def _hook_prompts(whole: Any, added: dict[str, nn.Parameter]) -> None:
+    def renew(prompt_PD: Tensor) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: Any) -> Any:
+            h_BTD, *rest = args
+            prompt_BPD = prompt_PD[None].expand(len(h_BTD), -1, -1)
+            first, others = h_BTD[:, :1], h_BTD[:, 1 + len(prompt_PD) :]
+            return (torch.cat([first, prompt_BPD, others], dim=1), *rest)
+
+        return hook
+
+    for name, prompt_PD in added.items():
+        block = whole.get_submodule(name.removesuffix(".prompt.weight"))
+        block.register_forward_pre_hook(renew(prompt_PD))
 
 
 def _hook_adapters(backbone: Backbone, whole: Any, added: dict[str, nn.Parameter]) -> None:

@@ -288,7 +288,7 @@ def test_an_export_says_what_it_is(vit: Backbone, tmp_path: Path) -> None:
         "backbone_sha256": vit.sha256,
         "module": {
             "kind": "lora", "rank": 3, "max_rank": 3, "alpha": 6, "targets": [], "merged": False,
-            "prompt_tokens": 8, "adapter_width": 16, "last_blocks": 0,
+            "prompt_tokens": 8, "deep_prompt": False, "adapter_width": 16, "last_blocks": 0,
         },
     }  # fmt: skip
     config = json.loads((folder / "adapter_config.json").read_text())

@@ -39,6 +39,7 @@ GOOD = {
     "targets": [],
     "merged": False,
     "prompt_tokens": 8,
+    "deep_prompt": False,
     "adapter_width": 16,
     "last_blocks": 0,
 }
@@ -75,6 +76,7 @@ def test_bytes_by_hand_are_read() -> None:
         *(GOOD | {"kind": bad} for bad in ("lora ", "Lora", "", None, 1, ["lora"], {"lora": 1})),
         *(GOOD | {"merged": bad} for bad in (1, 0, None, "true")),
         *(GOOD | {"prompt_tokens": bad} for bad in (0, -1, 1025, 8.0, "8", None, True)),
+        *(GOOD | {"deep_prompt": bad} for bad in (0, 1, "true", None)),
         *(GOOD | {"adapter_width": bad} for bad in (0, -1, 65_537, 1.5, "1", None, True)),
         *(GOOD | {"last_blocks": bad} for bad in (-1, 10_001, 0.0, "0", None, False)),
         GOOD | {"lora": True},

@@ -88,6 +88,7 @@ def test_where_each_kind_lives(vit: Backbone) -> None:
     assert depths("last blocks") == {2, 3, 5}
     assert depths("last adapters") == {3, 5}
     assert depths("prompt") == {-1, 5}
+    assert depths("deep prompt") == {-1, 1, 2, 3, 5}
     assert depths("classifier") == {5}
     assert depths("full") == {-1, 0, 1, 2, 3, 4, 5}
     assert depths("full blocks") == {0, 1, 2, 3, 4, 5}
@@ -132,6 +133,35 @@ def test_a_prompt_starts_as_vpt_does(vit: Backbone) -> None:
     limit = np.sqrt(6 / (3 * 4 * 4 + 24))
     assert limit / 2 < np.abs(prompt).max() <= limit
     assert not np.array_equal(prompt, module.initial(vit, SPECS["prompt"], seed=1)[name])
+
+
+def test_a_deep_prompt_has_tokens_of_its_own_for_each_block(vit: Backbone) -> None:
+    start = module.initial(vit, SPECS["deep prompt"], seed=0)
+    prompts = {n: t for n, t in start.items() if ".prompt." in n}
+    assert {t.shape for t in prompts.values()} == {(3, 24)}
+    assert len({t.tobytes() for t in prompts.values()}) == len(prompts) == vit.blocks
+    shallow = module.initial(vit, SPECS["prompt"], seed=0)
+    assert np.array_equal(prompts["vit.prompt.weight"], shallow["vit.prompt.weight"])
+
+
+def test_a_deep_prompt_trains_in_the_tail_without_a_gradient_from_the_encoder(
+    vit: Backbone,
+) -> None:
+    spec, cut = SPECS["deep prompt"], Cut(1, 3)
+    device, server = device_part(vit, cut, spec), server_part(vit, spec)
+    for part in (device, server):
+        module.load(part, away_from_zero(vit, spec))
+    encoder = LocalEncoder(server, cut)
+    model = SplitModel(device, cut, encoder)
+    module.freeze_head(device, cut.a)
+    inputs, mask, _ = make_batch("vit")
+    model(inputs, mask).sum().backward()
+    assert encoder.kept_steps == 0
+    grads = {n: p.grad for n, p in module.parameters(device).items() if p.requires_grad}
+    assert [n for n in grads if ".prompt." in n] == [
+        f"{vit.family.base}.{vit.family.blocks}.3.prompt.weight"
+    ]
+    assert all(g is not None and g.abs().max() > 0 for g in grads.values())
 
 
 # Values.

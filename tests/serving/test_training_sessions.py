@@ -262,10 +262,13 @@ def test_clip_norm(host: BackboneHost) -> None:
     assert squares**0.5 == pytest.approx(0.5 * RATE, rel=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["full", "adapter"])
+@pytest.mark.parametrize("kind", ["full", "adapter", "prompt"])
 def test_other_modules_train_and_the_backbone_stays(kind: Any, vit: Backbone) -> None:
     backbone = vit
-    spec = ModuleSpec(classes=SPEC.classes, kind=kind)
+    # The hidden states that come hold no tokens of a prompt: one takes the place of the first of theirs.
+    spec = ModuleSpec(
+        classes=SPEC.classes, kind=kind, prompt_tokens=1, deep_prompt=kind == "prompt"
+    )
     start = module.initial(backbone, spec, seed=1)
     bare = ModuleSpec(classes=SPEC.classes, kind="classifier")
     host = BackboneHost(backbone)

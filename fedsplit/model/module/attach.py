@@ -11,9 +11,16 @@ from torch import nn
 
 from fedsplit.core.errors import BackboneError
 from fedsplit.model.backbone import Part
-from fedsplit.model.layers import DOWN, MERGED, PROMPT, UP, Merged, Prompt, add_adapter
+from fedsplit.model.layers import DOWN, MERGED, PROMPT, UP, Merged, add_adapter, add_prompt
 from fedsplit.model.module import lora
-from fedsplit.model.module.names import check_spec, depth, full_from, module_blocks, trains
+from fedsplit.model.module.names import (
+    check_spec,
+    depth,
+    full_from,
+    module_blocks,
+    prompted_blocks,
+    trains,
+)
 from fedsplit.model.module.spec import ModuleSpec, ModuleTensors
 
 _MARKS = tuple(f".{part}." for part in ("lora_A", "lora_B", MERGED, PROMPT, DOWN, UP))
@@ -25,8 +32,11 @@ def attach(part: Part, spec: ModuleSpec) -> None:
     part.prompt_tokens = spec.prompts
     if spec.kind == "lora":
         lora.attach(part, spec)
-    elif spec.kind == "prompt" and part.embeddings:
-        part.base.add_module(PROMPT, Prompt(spec.prompt_tokens, part.backbone.width))
+    elif spec.kind == "prompt":
+        if part.embeddings:
+            add_prompt(part.base, spec.prompt_tokens, part.backbone.width)
+        for i in set(part.held).intersection(prompted_blocks(part.backbone, spec)):
+            add_prompt(part.blocks[i], spec.prompt_tokens, part.backbone.width)
     elif spec.kind == "adapter":
         for i in set(part.held).intersection(module_blocks(part.backbone, spec)):
             add_adapter(part.blocks[i], spec.adapter_width, part.backbone.width)

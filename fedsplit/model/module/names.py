@@ -107,7 +107,12 @@ def _lora(backbone: Backbone, spec: ModuleSpec, skeleton: nn.Module) -> Shapes:
 
 
 def _prompt(backbone: Backbone, spec: ModuleSpec, _: nn.Module) -> Shapes:
-    return {f"{backbone.family.base}.{PROMPT}.weight": (spec.prompt_tokens, backbone.width)}
+    base, shape = backbone.family.base, (spec.prompt_tokens, backbone.width)
+    blocks = [
+        f"{base}.{backbone.family.blocks}.{i}.{PROMPT}.weight"
+        for i in prompted_blocks(backbone, spec)
+    ]
+    return dict.fromkeys([f"{base}.{PROMPT}.weight", *blocks], shape)
 
 
 def _adapter(backbone: Backbone, spec: ModuleSpec, _: nn.Module) -> Shapes:
@@ -138,6 +143,11 @@ def full_from(backbone: Backbone, spec: ModuleSpec) -> int:
 def module_blocks(backbone: Backbone, spec: ModuleSpec) -> range:
     """The blocks that get LoRA or adapters."""
     return range(backbone.blocks - (spec.last_blocks or backbone.blocks), backbone.blocks)
+
+
+def prompted_blocks(backbone: Backbone, spec: ModuleSpec) -> range:
+    """The blocks that get prompt tokens of their own: none, or all but the first, to which those of the embeddings come."""
+    return range(1, backbone.blocks if spec.deep_prompt else 1)
 
 
 def lora_layers(model: nn.Module, backbone: Backbone, spec: ModuleSpec) -> dict[str, nn.Linear]:

@@ -40,6 +40,8 @@ class ModuleSpec:
     """Does LoRA come with dense deltas of its layers that never train (FLoRA's merged products)?"""
     prompt_tokens: int = 8
     """Learnable tokens after the first one."""
+    deep_prompt: bool = False
+    """Does a prompt have tokens for every block, not for the first one alone?"""
     adapter_width: int = 16
     """m, the width of an adapter's bottleneck."""
     last_blocks: int = 0
@@ -76,6 +78,7 @@ class ModuleSpec:
             targets=tuple(t.strip() for t in config.lora_targets.split(",") if t.strip()),
             merged=config.module == "lora" and config.lora_aggregation == "flora",
             prompt_tokens=config.prompt_tokens,
+            deep_prompt=config.prompt_depth == "all",
             adapter_width=config.adapter_width,
             last_blocks=config.module_blocks,
         )
@@ -111,8 +114,7 @@ def read_about(
     ]
     if type(raw["kind"]) is not str or raw["kind"] not in KINDS:
         bad.append("kind")
-    if type(raw["merged"]) is not bool:
-        bad.append("merged")
+    bad += [name for name in ("merged", "deep_prompt") if type(raw[name]) is not bool]
     if type(raw["targets"]) is not list or not all(type(t) is str for t in raw["targets"]):
         bad.append("targets")
     if not bad and raw["rank"] > raw["max_rank"]:

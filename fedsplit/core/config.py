@@ -93,6 +93,10 @@ class RunConfig(BaseModel):
         "plain", "ffa", "rolora", "flexlora", "flora", "lora-fair", "hetlora"
     ] = "plain"
     """How the sites' LoRA becomes one."""
+    rank_pruning: float = Field(1.0, gt=0, le=1)
+    """HetLoRA: share of its rank that a site keeps once training has shrunk the rest of its products; 1: all, always."""
+    rank_penalty: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """HetLoRA: weight in the loss of those components that rank-pruning may take."""
     prompt_tokens: int = Field(8, ge=1, le=1024)
     """Tokens of module=prompt."""
     prompt_depth: Literal["first", "all"] = "first"

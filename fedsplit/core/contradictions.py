@@ -166,6 +166,19 @@ def _module(c: RunConfig) -> list[_Check]:
             f"lora-aggregation={aggregation} is for module=lora, not module={c.module}",
         ),
         (
+            c.rank_pruning < 1 and aggregation != "hetlora",
+            f"rank-pruning={c.rank_pruning:g} is for lora-aggregation=hetlora, not {aggregation}",
+        ),
+        (
+            c.rank_pruning < 1 and (keeps or c.personalisation != "none" or c.gradient != "exact"),
+            f"rank-pruning={c.rank_pruning:g} wants one model a site, sent in every round and trained by gradients; leave "
+            f"it out",
+        ),
+        (
+            c.rank_penalty > 0 and c.rank_pruning == 1,
+            f"rank-penalty={c.rank_penalty:g} with rank-pruning=1 presses on nothing; set rank-pruning, e.g. 0.99",
+        ),
+        (
             c.robust_rule != "mean" and aggregation not in ("plain", "ffa", "rolora"),
             f"robust-rule={c.robust_rule} judges tensors, lora-aggregation={aggregation} products; use plain",
         ),

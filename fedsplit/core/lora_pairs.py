@@ -71,6 +71,31 @@ def first_components(name: str, value: Floats, rank: int) -> Floats:
     return value[:rank] if name.endswith(LORA_A) else np.ascontiguousarray(value[:, :rank])
 
 
+def later_norm(module: Tensors, rank: int) -> float:
+    """Frobenius norm of what the components from `rank` on add, each layer's by itself, summed over the layers."""
+    pairs = (
+        Pair(
+            0,
+            module[layer + LORA_A][rank:].astype(np.float64),
+            module[layer + LORA_B][:, rank:].astype(np.float64),
+        )
+        for layer in layers(module)
+    )
+    return sum(pair.norm() for pair in pairs)
+
+
+def without_later(name: str, value: Floats, rank: int) -> Floats:
+    """An A or a B with zeros for the components from `rank` on; any other tensor as it is."""
+    if not is_pair(name):
+        return value
+    cut = value.copy()
+    if name.endswith(LORA_A):
+        cut[rank:] = 0
+    else:
+        cut[:, rank:] = 0
+    return cut
+
+
 def without_pairs(update: Update) -> Update:
     """The update's other tensors: classifier, prompt, adapter."""
     rest = {name: value for name, value in update.delta.items() if not is_pair(name)}

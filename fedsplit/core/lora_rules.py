@@ -164,8 +164,8 @@ class RoLoraRule(Rule):
 class HetLoraRule(Rule):
     """HetLoRA: pairs padded with zeros, weighted by the Frobenius norms of their products, not by samples.
 
-    The paper's pruning of a site's own rank is not here: a site's rank is a setting of the run. Tensors outside
-    of pairs are weighted by samples.
+    The paper's pruning of a site's own rank happens at the site (training/rank_pruning.py). Tensors outside of pairs
+    are weighted by samples.
     """
 
     name = "hetlora"

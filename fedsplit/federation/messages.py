@@ -112,6 +112,8 @@ class Answer(_Part):
     """What a site says after a round."""
 
     metrics: RoundMetrics
+    rank: int = Field(default=0, ge=0, le=1024)
+    """The site's LoRA rank from the next round on, where it pruned its own; 0: as it was."""
 
 
 class Calibration(_Part):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from flwr.app import Message, RecordDict
@@ -55,6 +55,8 @@ class Orders:
     endpoint: Endpoint
     log: ReplayLog
     state_dir: str = ""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """Ranks of the sites that have pruned their own."""
 
     def version(self, round_: int) -> str:
         """The name under which a round's module is published to the encoder."""
@@ -67,11 +69,15 @@ class Orders:
     def received(self, site: Site, tensors: ModuleTensors) -> ModuleTensors:
         """What a site receives of the module: the tensors of its device, at its rank."""
         held = module.device_names(self.backbone, self.spec, site.cut)
-        return self.rule.for_site({n: tensors[n] for n in sorted(held)}, site.rank)
+        return self.rule.for_site({n: tensors[n] for n in sorted(held)}, self.rank(site))
+
+    def rank(self, site: Site) -> int:
+        """A site's LoRA rank of now."""
+        return self.ranks.get(site.name, site.rank)
 
     def plan(self, site: Site, round_: int) -> Plan:
         """What a site trains and sends in a round."""
-        spec = replace(self.spec, rank=site.rank)
+        spec = replace(self.spec, rank=self.rank(site))
         return plan(self.config, self.backbone, spec, site.cut, round_)
 
     @property
@@ -114,7 +120,7 @@ class Orders:
             config=self.config.flat_for_sites(),
             classes=self.spec.classes,
             cut=str(site.cut),
-            rank=site.rank,
+            rank=self.rank(site),
             backbone_sha256=self.backbone.sha256,
             stream=stream,
             encoder_digest=encoder_digest,

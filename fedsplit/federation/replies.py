@@ -21,6 +21,7 @@ from fedsplit.federation.orders import Orders, Site
 from fedsplit.federation.run_dir import RunDir
 from fedsplit.federation.zeroth_order import replayed
 from fedsplit.model.module import ModuleTensors
+from fedsplit.training.rank_pruning import kept_rank
 
 
 class Replies:
@@ -44,6 +45,8 @@ class Replies:
         self._window = window
         self._say = on_update
         self._replied: list[str] = []
+        self.pruned: dict[str, int] = {}
+        """Ranks that sites have come down to in the round's updates, from the next round on."""
 
     def awaited(
         self,
@@ -63,7 +66,7 @@ class Replies:
                 asked.append(self._sites[order.metadata.dst_node_id].name)
                 yield asked[-1], order
 
-        self._replied = []
+        self._replied, self.pruned = [], {}
         self._status(phase, round_)
         for name, reply in exchange(grid, named(), deadline_s=wait_s, window=self._window):
             if round_ > 0:
@@ -110,6 +113,7 @@ class Replies:
                 delta = messages.from_arrays(reply.content, messages.DELTA)
             update = Update(site=site.name, samples=answer.metrics.samples, delta=delta)
             check_update(update, module=received, trained=names.sent, samples=site.call.samples)
+            self._note_rank(site, answer.rank)
             if self._config.gradient == "zeroth-order":
                 scalars = messages.from_arrays(reply.content, messages.SCALARS)[messages.SCALARS]
                 self._orders.log.add(round_, site.name, update.samples, scalars)
@@ -117,6 +121,21 @@ class Replies:
             self.left_out(round_, site.name, str(err))
             return None
         return update
+
+    def _note_rank(self, site: Site, rank: int) -> None:
+        """Raise UpdateError for a rank that the site cannot have pruned its own to; 0 is none."""
+        if not rank:
+            return
+        wanted, now = (
+            kept_rank(self._config.rank_pruning, self._orders.rank(site)),
+            self._orders.rank(site),
+        )
+        if rank != wanted or wanted == now:
+            raise UpdateError(
+                f"update of site {site.name!r} refused: it pruned its rank {now} to {rank}, rank-pruning="
+                f"{self._config.rank_pruning:g} leaves {wanted}"
+            )
+        self.pruned[site.name] = rank
 
     def account(self, metrics: RoundMetrics) -> None:
         """Note a site's numbers."""

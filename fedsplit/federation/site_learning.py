@@ -24,6 +24,7 @@ from fedsplit.training.personal import (
 )
 from fedsplit.training.pipeline import Flow
 from fedsplit.training.pruning import el2n, hardest
+from fedsplit.training.rank_pruning import kept_rank, prune
 from fedsplit.training.round import Score, TrainSettings, train
 from fedsplit.training.zeroth_order import train_zeroth_order
 
@@ -38,6 +39,8 @@ class Learnt:
     personal: ModuleTensors = field(default_factory=dict)
     scalars: NDArray[np.float32] | None = None
     """Zeroth order: the update, as one number a step and direction."""
+    rank: int = 0
+    """The site's LoRA rank from the next round on; 0: as it was."""
 
 
 def learn(work: SiteWork, run: OpenModel, start: ModuleTensors, saved: Saved | None) -> Learnt:
@@ -56,9 +59,10 @@ def learn(work: SiteWork, run: OpenModel, start: ModuleTensors, saved: Saved | N
     if work.config.personalisation == "fed-rod":
         return _fed_rod(work, run, settings, mine)
     loss = train(run.model, work.epoch, settings, **run.training)
+    rank = prune(run.model.part, start, rank=work.order.rank, share=work.config.rank_pruning)
     if work.config.personalisation == "ditto":
         return _ditto(work, run, settings, start, mine, loss)
-    return Learnt(loss, work.score(run, work.own.test))
+    return Learnt(loss, work.score(run, work.own.test), rank=rank)
 
 
 def _without_encoder(work: SiteWork, run: OpenModel) -> None:
@@ -151,6 +155,8 @@ def settings_of(work: SiteWork, rounds: Sequence[int]) -> TrainSettings:
         clip_norm=c.clip_norm,
         accumulate=c.accumulate,
         proximal_mu=c.proximal_mu,
+        rank_penalty=c.rank_penalty,
+        rank_kept=kept_rank(c.rank_pruning, work.order.rank),
         precision=c.precision,
         augmentation=c.augmentation,
         augmentation_key=f"{c.seed}/{work.site.name}/{work.order.round}",

@@ -75,7 +75,8 @@ class SiteRound(SiteWork):
         metrics = self._metrics(
             run, received, reply, before=before, after=learnt.score, loss=learnt.loss, flops=flops
         )
-        return _with_answer(reply, Answer(metrics=metrics))
+        rank = learnt.rank if learnt.rank != self.order.rank else 0
+        return _with_answer(reply, Answer(metrics=metrics, rank=rank))
 
     def _evaluate(self, tensors: ModuleTensors, received: int) -> RecordDict:
         with self.opened(tensors) as run:

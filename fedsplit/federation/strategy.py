@@ -115,6 +115,8 @@ class SplitStrategy(Strategy):
         if self._best.improved(self.ledger.accuracy_of_round(server_round)):
             self._best.keep(self.module)
         self.module = self._combiner.combine(server_round, self.module, good)
+        # Only now: what came was of the ranks that were sent.
+        self._orders.ranks.update(self._replies.pruned)
         accuracy = self.ledger.accuracy_of_round(server_round)
         numbers = MetricRecord({"updates": len(good), "accuracy-received": accuracy or 0.0})
         return messages.to_arrays(self.module), numbers
@@ -213,6 +215,7 @@ class SplitStrategy(Strategy):
             "local_only": {n: o.model_dump() for n, o in ledger.local_only.items()},
             "wall_s": ledger.wall_s(),
             "best": self._best.state(),
+            "ranks": dict(self._orders.ranks),
         }
         extra = {f"server/{n}": t for n, t in self._combiner.rule.state().items()}
         extra |= {f"best/{n}": t for n, t in self._best.module.items()}
@@ -224,6 +227,7 @@ class SplitStrategy(Strategy):
         self._combiner.rule.restore(
             {n.removeprefix(server): t for n, t in saved.extra.items() if n.startswith(server)}
         )
+        self._orders.ranks.update(saved.state.get("ranks", {}))
         best = {n.removeprefix("best/"): t for n, t in saved.extra.items() if n.startswith("best/")}
         self._best.restore(saved.state.get("best", {}), best)
 

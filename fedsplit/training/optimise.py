@@ -1,4 +1,4 @@
-"""From gradients to a step: learning rates a group, accumulation, the proximal pull, clipping.
+"""From gradients to a step: learning rates a group, accumulation, the proximal pull, the penalty on ranks, clipping.
 
 Called by round.py and personal.py. With the defaults it does what torch's optimiser does and nothing else.
 """
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedsplit.model import module
 from fedsplit.model.backbone import Part
+from fedsplit.training.rank_pruning import press
 from fedsplit.training.settings import TrainSettings
 
 Arrays = Mapping[str, NDArray[np.float32]]
@@ -81,6 +82,8 @@ class Stepper:
             parameter = self._parameters[name]
             if parameter.grad is not None:
                 parameter.grad.add_(parameter.detach() - received, alpha=self._settings.proximal_mu)
+        if self._settings.rank_penalty:
+            press(self._parameters, self._settings.rank_kept, self._settings.rank_penalty)
         if self._settings.clip_norm:
             nn.utils.clip_grad_norm_(self._parameters.values(), self._settings.clip_norm)
         self._optimizer.step()

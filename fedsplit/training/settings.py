@@ -39,6 +39,9 @@ class TrainSettings:
     """Batches whose gradients make one step of the optimiser."""
     proximal_mu: float = 0.0
     """FedProx (arXiv 1812.06127): weight of mu/2 |w - w_received|^2 over all that trains."""
+    rank_penalty: float = 0.0
+    """HetLoRA: weight of |B| |A| over the components from `rank_kept` on."""
+    rank_kept: int = 0
     precision: Precision = "fp32"
     augmentation: Augmentation = "none"
     augmentation_key: str = ""
@@ -53,6 +56,7 @@ class TrainSettings:
                 ("clip_norm", self.clip_norm >= 0, "0 (off) or more"),
                 ("accumulate", self.accumulate >= 1, "at least 1"),
                 ("proximal_mu", self.proximal_mu >= 0, "0 (off) or more"),
+                ("rank_penalty", self.rank_penalty >= 0, "0 (off) or more"),
                 ("schedule", len(self.schedule) in (0, self.epochs), "empty or one an epoch"),
             )
             if not good

@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from fedsplit.core.contradictions import contradictions, misfits
+from fedsplit.core.contradictions import contradictions
 from fedsplit.core.cut import Cut, parse_cuts
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.flat import Flat, fault, is_number, read_pairs, unknown
 from fedsplit.core.methods import METHODS, Method, apply
+from fedsplit.core.misfits import misfits
 from fedsplit.core.tasks import TASK_NAME, parse_holders, parse_tasks
 
 # What a resumed run takes from its new settings; all else is what the run was started with.

@@ -19,43 +19,6 @@ def contradictions(c: RunConfig) -> list[str]:
     ]
 
 
-def misfits(c: RunConfig, blocks: int) -> list[str]:
-    """Every setting that does not fit a backbone of `blocks` blocks, in words."""
-    cuts = c.cuts_on(blocks)
-    found = [
-        (
-            cut.b > blocks,
-            f"cut {cut} does not fit the backbone: it has {blocks} blocks, so 0 <= a <= b <= {blocks} is wanted",
-        )
-        for cut in cuts
-    ]
-    found += [
-        (
-            c.local_loss_epochs > 0 and cut.pooled(blocks),
-            f"local-loss-epochs={c.local_loss_epochs} with cut={cut}: the last norm and the pooling are the server's, "
-            f"so head and tail make no model of their own; use a cut that ends before block {blocks}, e.g. "
-            f"{cut.a},{blocks - 1}",
-        )
-        for cut in cuts
-    ]
-    found += [
-        (
-            c.block_sampling > 0 and not cut.pooled(blocks),
-            f"block-sampling={c.block_sampling} with cut={cut}: what leaves early goes to the encoder's own norm and pooling; "
-            f"use cut={cut.a},{blocks}",
-        )
-        for cut in cuts
-    ]
-    found += [
-        (
-            c.block_sampling > 0 and cut.pooled(blocks) and not cut.a < c.block_sampling <= cut.b,
-            f"block-sampling={c.block_sampling} with cut={cut}: {cut.a + 1} to {cut.b} are wanted",
-        )
-        for cut in cuts
-    ]
-    return [text for wrong, text in found if wrong]
-
-
 def _federation(c: RunConfig) -> list[_Check]:
     device = c.method_description.placement == "device"
     split = c.method_description.placement == "split"

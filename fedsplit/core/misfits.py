@@ -23,7 +23,7 @@ def misfits(c: RunConfig, blocks: int) -> list[str]:
             c.local_loss_epochs > 0 and cut.pooled(blocks),
             f"local-loss-epochs={c.local_loss_epochs} with cut={cut}: the last norm and the pooling are the server's, "
             f"so head and tail make no model of their own; use a cut that ends before block {blocks}, e.g. "
-            f"{cut.a},{blocks - 1}",
+            f"0,{blocks - 1}",
         )
         for cut in cuts
     ]
@@ -37,8 +37,8 @@ def misfits(c: RunConfig, blocks: int) -> list[str]:
     ]
     found += [
         (
-            c.block_sampling > 0 and cut.pooled(blocks) and not cut.a < c.block_sampling <= cut.b,
-            f"block-sampling={c.block_sampling} with cut={cut}: {cut.a + 1} to {cut.b} are wanted",
+            cut.pooled(blocks) and c.block_sampling > cut.b,
+            f"block-sampling={c.block_sampling} with cut={cut}: at most {cut.b} is wanted",
         )
         for cut in cuts
     ]

@@ -223,5 +223,5 @@ def sampled_block(config: RunConfig, *, site: str, cut: Cut, round_: int) -> int
     if not config.block_sampling:
         return 0
     key = zlib.crc32(f"{config.seed}/{site}/{round_}/block".encode())
-    drawn = np.random.default_rng(key).integers(config.block_sampling, cut.b, endpoint=True)
-    return int(drawn)
+    first = max(config.block_sampling, cut.a + 1)
+    return int(np.random.default_rng(key).integers(first, cut.b, endpoint=True))

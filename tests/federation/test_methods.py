@@ -79,4 +79,8 @@ def test_fesvibs_leaves_the_encoder_after_a_drawn_block(tmp_path: Path) -> None:
     assert {
         sampled_block(third.config, site=f"site-{i}", cut=Cut(0, 6), round_=1) for i in range(20)
     } == {6}
+    # None of the device's blocks.
+    assert {
+        sampled_block(second.config, site=f"site-{i}", cut=Cut(4, 6), round_=1) for i in range(20)
+    } == {5, 6}
     assert not sampled_block(first.config, site="site-0", cut=Cut(0, 6), round_=1)

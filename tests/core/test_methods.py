@@ -34,6 +34,10 @@ def test_every_key_of_a_method_is_a_setting(name: str) -> None:
 def test_a_device_method_runs_every_block_on_the_device() -> None:
     assert RunConfig.from_flat({"method": "fedyolo"}).cuts_on(12) == (Cut(12, 12),)
     assert RunConfig.from_flat({"method": "fedv"}).cuts_on(6) == (Cut(1, 5),)
+    # The default cut, which such a method does not use, need not fit.
+    RunConfig.from_flat({"method": "fedyolo"}).check_blocks(4)
+    with pytest.raises(ConfigError, match="cut 1,5 does not fit the backbone: it has 4 blocks"):
+        RunConfig.from_flat({"method": "fedv"}).check_blocks(4)
 
 
 @pytest.mark.parametrize(

@@ -126,10 +126,8 @@ class Replies:
         """Raise UpdateError for a rank that the site cannot have pruned its own to; 0 is none."""
         if not rank:
             return
-        wanted, now = (
-            kept_rank(self._config.rank_pruning, self._orders.rank(site)),
-            self._orders.rank(site),
-        )
+        now = self._orders.rank(site)
+        wanted = kept_rank(self._config.rank_pruning, now)
         if rank != wanted or wanted == now:
             raise UpdateError(
                 f"update of site {site.name!r} refused: it pruned its rank {now} to {rank}, rank-pruning="

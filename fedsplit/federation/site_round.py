@@ -125,8 +125,8 @@ class SiteRound(SiteWork):
         """Train alone for as many epochs as the whole run has, then test at home and everywhere."""
         with self.opened(tensors) as run:
             rounds = range(1, self.config.rounds + 1)
-            # Alone there is no average to stay near.
-            settings = replace(settings_of(self, rounds), proximal_mu=0.0)
+            # Alone there is no average to stay near, and no rank to save traffic by.
+            settings = replace(settings_of(self, rounds), proximal_mu=0.0, rank_penalty=0.0)
             train(run.model, self.epoch, settings, **run.training)
             own = self.score(run, self.own.test)
             everywhere = self.score(run, self.own.test_everywhere)

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array, Mask
-from fedsplit.core.errors import RefusedError
 from fedsplit.model.backbone import Part
 from fedsplit.model.encoder import LocalEncoder
 from fedsplit.model.seam import as_tensor
@@ -43,16 +42,8 @@ class TrainingEncoder(LocalEncoder):
         turns: Turns | None = None,
         on_close: Callable[[], None] = lambda: None,
     ) -> None:
-        """`part` is this session's own (`twin`); `turns` those of all sessions on a shared copy.
-
-        Raises RefusedError for a `leave` that is not within the cut, or without pooling here.
-        """
+        """`part` is this session's own (`twin`); `turns` those of all sessions on a shared copy; `leave` is within the cut."""
         super().__init__(part, cut)
-        if leave and not (self._pooled and cut.a < leave <= cut.b):
-            raise RefusedError(
-                f"steps are to leave after block {leave} of cut {cut}: {cut.a + 1} to {cut.b} are wanted, of a cut that ends "
-                f"at the last block"
-            )
         self._leave = leave or cut.b
         self._on_close = on_close
         self._tensors = tensors

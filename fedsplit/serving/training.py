@@ -56,6 +56,15 @@ class _Copy:
         return self.tensors.delta() if self.tensors.steps else {}
 
 
+def _check_leave(part: Part, cut: Cut, leave: int) -> None:
+    """Raise RefusedError for a block that steps cannot leave after."""
+    if leave and not (cut.pooled(part.backbone.blocks) and cut.a < leave <= cut.b):
+        raise RefusedError(
+            f"steps are to leave after block {leave} of cut {cut}: {cut.a + 1} to {cut.b} are wanted, of a cut that ends "
+            f"at the last block"
+        )
+
+
 def copy_bytes(start: Start, training: Training) -> int:
     """What one copy is counted with while it trains."""
     return _COPIES[training.optimizer] * sum(p.numel() * p.element_size() for p in start.values())
@@ -85,6 +94,7 @@ class Trainees:
                 f"encoder-training={training.mode}: the module has no tensors to train on blocks {grant.a} to "
                 f"{grant.b - 1}; use encoder-training=frozen, or another module or cut"
             )
+        _check_leave(part, grant.cut, training.leave)
         own = twin(part)
         if training.mode == "shared":
             tensors, turns = self._shared(part, grant.version, training)

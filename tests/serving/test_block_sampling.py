@@ -111,3 +111,4 @@ def test_where_nothing_can_leave(leave: int, cut: str, host: BackboneHost) -> No
     for mode in ("hosted", "shared"):
         with pytest.raises(RefusedError, match=f"steps are to leave after block {leave} of cut"):
             open_site(host, leave, cut=cut, mode=mode)
+    assert host._trainees.held_bytes == 0

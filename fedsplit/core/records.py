@@ -92,6 +92,8 @@ class SiteSummary(_Record):
     peak_rss_bytes: int
     rounds_missed: int
     flops_device: int = 0
+    notes: tuple[str, ...] = ()
+    """What the site told at roll call: what it guessed, left out or found odd."""
 
 
 class LeftOut(_Record):

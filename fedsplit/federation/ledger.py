@@ -151,6 +151,7 @@ class Ledger:
             seconds_wait=sum(m.seconds_wait for m in every),
             peak_rss_bytes=max((m.peak_rss_bytes for m in every), default=0),
             flops_device=sum(m.flops_device for m in every),
+            notes=self.calls[name].notes,
             rounds_missed=len({r for r, site, _ in self.absences if site == name and r > 0}),
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedsplit.core.encoder import Grant
 from fedsplit.core.errors import FederationError, FedsplitError
+from fedsplit.core.notes import MAX_NOTE_CHARS, MAX_NOTES
 from fedsplit.core.records import RoundMetrics
 
 ORDER, ANSWER, FAULT, MODULE, DELTA = "order", "answer", "fault", "module", "delta"
@@ -99,6 +100,10 @@ class RollCall(_Part):
     """Its partition's number in simulation, -1 in deployment: decides the order in which cuts are dealt."""
     rank: int = Field(0, ge=0, le=1024)
     """The site's own LoRA rank; 0: the run's."""
+    notes: tuple[Annotated[str, Field(max_length=MAX_NOTE_CHARS)], ...] = Field(
+        (), max_length=MAX_NOTES
+    )
+    """What the site guessed, left out or found odd in its data and backbone, a sentence each."""
 
 
 class NotHeld(_Part):

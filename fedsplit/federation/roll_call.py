@@ -179,5 +179,7 @@ class RollCaller:
         cuts, ranks = self.config.cuts_on(self.backbone.blocks), self.config.ranks
         cut = Cut.parse(call.cut) if call.cut else cuts[place % len(cuts)]
         self.ledger.calls[call.site] = call
+        for note in call.notes:
+            _log.info("%s: %s", call.site, note)
         self.ledger.cuts[call.site] = str(cut)
         return Site(call.site, node, cut, call.rank or ranks[place % len(ranks)], call)

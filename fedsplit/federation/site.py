@@ -11,6 +11,7 @@ from flwr.app import Context, Message, RecordDict
 from fedsplit import __version__
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import BackboneError, ConfigError, FedsplitError
+from fedsplit.core.notes import fit
 from fedsplit.federation import messages
 from fedsplit.federation.dial import Dial, dial_stream
 from fedsplit.federation.messages import NotHeld, Order, RollCall
@@ -82,4 +83,5 @@ def _roll_call(site: SiteSettings, own: SiteData, backbone: Backbone, number: in
         backbone_sha256=backbone.sha256,
         fedsplit_version=__version__,
         number=number,
+        notes=fit(own.notes),
     )

@@ -170,6 +170,8 @@ class SiteData:
     test_everywhere: Index
     """Test samples of all sites where they are to be had (simulation); this site's own otherwise."""
     transform: CachedTransform
+    notes: tuple[str, ...] = ()
+    """What was guessed, left out or looks odd, a sentence each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,7 +214,8 @@ def _open(
         )
     train, test, everywhere = _split(config, site, examples)
     transform = _transform(backbone, config.image_size, config.max_length, config.data)
-    return SiteData(replace(examples, site=site.name), train, test, everywhere, transform)
+    named = replace(examples, site=site.name)
+    return SiteData(named, train, test, everywhere, transform, notes=examples.notes)
 
 
 def forget() -> None:

@@ -71,6 +71,8 @@ class Examples:
     groups: Index | None = None
     """[N], the number of the group that a sample belongs to (the board a crop was cut from); None: each
     stands for itself. A group is never on two sites, nor in both training and test."""
+    notes: tuple[str, ...] = ()
+    """What reading guessed, left out or found odd, a sentence each; told at roll call and by `fedsplit data`."""
 
     def __len__(self) -> int:
         return len(self.keys)

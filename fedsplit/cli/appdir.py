@@ -25,7 +25,7 @@ class AppDir:
 
 
 def find_app(given: Path | None) -> AppDir:
-    """The app at `given`, else in the working directory, else the checkout that runs. Raises ConfigError."""
+    """The app at `given`, else in the working directory, else the checkout or the wheel's. Raises ConfigError."""
     if given is not None:
         app = _read(given)
         if app is None:
@@ -34,14 +34,16 @@ def find_app(given: Path | None) -> AppDir:
                 "[tool.flwr.app.components]"
             )
         return app
-    checkout = Path(fedsplit.__file__).resolve().parent.parent
-    for path in (Path.cwd(), checkout):
+    package = Path(fedsplit.__file__).resolve().parent
+    # In the wheel only: a checkout has the app at its top.
+    carried = package / "assets" / "app"
+    for path in (Path.cwd(), package.parent, carried):
         app = _read(path, project="fedsplit")
         if app is not None:
             return app
     raise ConfigError(
-        f"no Flower app of fedsplit here: neither {Path.cwd()} nor the installed package at {checkout} has "
-        "a pyproject.toml with [tool.flwr.app]; go to a checkout of fedsplit or give one with --app DIR"
+        f"no Flower app of fedsplit here: neither {Path.cwd()} nor the installed package at {package} has "
+        "a pyproject.toml with [tool.flwr.app]; install fedsplit again, or give a checkout with --app DIR"
     )
 
 

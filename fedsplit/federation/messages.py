@@ -16,8 +16,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedsplit import __version__
 from fedsplit.core.encoder import Grant
-from fedsplit.core.errors import FederationError, FedsplitError
+from fedsplit.core.errors import ConfigError, FederationError, FedsplitError
+from fedsplit.core.foreign import printable
 from fedsplit.core.notes import MAX_NOTE_CHARS, MAX_NOTES
 from fedsplit.core.records import RoundMetrics
 
@@ -85,6 +87,12 @@ class Order(_Part):
     """Simulation only: where the sites of this machine keep what is their own."""
 
 
+class _Version(BaseModel):
+    """The one field that every fedsplit can read of another's order."""
+
+    fedsplit_version: str = Field(max_length=64)
+
+
 class RollCall(_Part):
     """What a site says of itself before the first round."""
 
@@ -96,6 +104,8 @@ class RollCall(_Part):
     test_samples: int = Field(ge=0, le=MAX_SAMPLES)
     backbone_sha256: str
     fedsplit_version: str
+    versions: dict[str, Annotated[str, Field(max_length=64)]] = Field({}, max_length=16)
+    """What is installed at the site and decides its numbers: core/versions.py's `installed`."""
     number: int
     """Its partition's number in simulation, -1 in deployment: decides the order in which cuts are dealt."""
     rank: int = Field(0, ge=0, le=1024)
@@ -173,6 +183,22 @@ def read(content: RecordDict, name: str, model: type[_Model]) -> _Model:
             f"the {name!r} part of a message is malformed at {'.'.join(map(str, first['loc']))}: "
             f"{first['msg']}; install the same fedsplit version on both ends"
         ) from err
+
+
+def check_version(content: RecordDict) -> None:
+    """Raise ConfigError for an order of another fedsplit. First of all, for such an order may have other fields."""
+    record = content.config_records.get(ORDER)
+    text = record.get("json") if record is not None else None
+    if not isinstance(text, str) or len(text) > MAX_JSON_CHARS:
+        return  # `read` says what is wrong with it.
+    try:
+        theirs = _Version.model_validate_json(text).fedsplit_version
+    except ValidationError:
+        return
+    if theirs != __version__:
+        raise ConfigError(
+            f"the server runs fedsplit {printable(theirs)}, this site {__version__}; install the same version on both"
+        )
 
 
 def fault_of(message: Message) -> Fault | None:

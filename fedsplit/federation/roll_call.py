@@ -19,6 +19,9 @@ from fedsplit import __version__
 from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import FederationError, FedsplitError
+from fedsplit.core.foreign import printable
+from fedsplit.core.notes import fit
+from fedsplit.core.versions import differences, installed
 from fedsplit.federation import messages
 from fedsplit.federation.exchange import exchange
 from fedsplit.federation.ledger import Ledger
@@ -140,6 +143,11 @@ class RollCaller:
         if (fault := messages.fault_of(reply)) is not None:
             raise FederationError(fault.message)
         call = messages.read(reply.content, messages.ANSWER, RollCall)
+        if call.fedsplit_version != __version__:
+            raise FederationError(
+                f"it runs fedsplit {printable(call.fedsplit_version)}, the server {__version__}; install the same "
+                f"version on both"
+            )
         if call.cut:
             self._check_cut(Cut.parse(call.cut))
         if call.rank > self.config.lora_rank:
@@ -147,7 +155,8 @@ class RollCaller:
                 f"its lora-rank={call.rank} is above the run's lora-rank={self.config.lora_rank}, the largest; "
                 f"lower it in the site's node config"
             )
-        return call
+        others = differences(call.versions, installed())
+        return call.model_copy(update={"notes": fit([*others, *call.notes])})
 
     def _check_cut(self, cut: Cut) -> None:
         """Raise FederationError unless a site's own cut fits backbone and method."""

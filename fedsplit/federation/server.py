@@ -16,10 +16,10 @@ from pathlib import Path
 from flwr.common.logger import LOGGER_NAME
 from flwr.serverapp import Grid
 
-from fedsplit import __version__
 from fedsplit.core.config import RESUME_KEYS, RunConfig
 from fedsplit.core.errors import ConfigError, FedsplitError, RunDirError
 from fedsplit.core.records import Outcome, Status, Summary
+from fedsplit.core.versions import installed
 from fedsplit.federation import messages
 from fedsplit.federation.endpoint import Endpoint
 from fedsplit.federation.ledger import Ledger
@@ -176,7 +176,7 @@ class Run:
         return classes
 
     def _write_config(self, classes: tuple[str, ...], sites: list[Site]) -> None:
-        packages = ("flwr", "torch", "transformers", "peft", "grpcio", "pydantic", "numpy")
+        packages = ("flwr", "grpcio", "pydantic", "numpy")
         self.dir.write_json(
             "config.json",
             {
@@ -184,7 +184,8 @@ class Run:
                 "classes": list(classes),
                 "sites": {s.name: str(s.cut) for s in sites},
                 "backbone_sha256": self.backbone.sha256,
-                "versions": {"fedsplit": __version__, "python": platform.python_version()}
+                "versions": {"python": platform.python_version()}
+                | installed()
                 | {name: version(name) for name in packages},
             },
         )

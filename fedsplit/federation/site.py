@@ -12,6 +12,7 @@ from fedsplit import __version__
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import BackboneError, ConfigError, FedsplitError
 from fedsplit.core.notes import fit
+from fedsplit.core.versions import installed
 from fedsplit.federation import messages
 from fedsplit.federation.dial import Dial, dial_stream
 from fedsplit.federation.messages import NotHeld, Order, RollCall
@@ -23,6 +24,7 @@ from fedsplit.training.site_data import SiteData, SiteSettings, open_site
 def answer(message: Message, context: Context, *, dial: Dial = dial_stream) -> Message:
     """Carry out the order of a message; a typed error becomes a reply that names it."""
     try:
+        messages.check_version(message.content)
         order = messages.read(message.content, messages.ORDER, Order)
         content = _carry_out(order, message.content, context, dial)
     except FedsplitError as err:
@@ -34,11 +36,6 @@ def answer(message: Message, context: Context, *, dial: Dial = dial_stream) -> M
 
 
 def _carry_out(order: Order, content: RecordDict, context: Context, dial: Dial) -> RecordDict:
-    if order.fedsplit_version != __version__:
-        raise ConfigError(
-            f"the server runs fedsplit {order.fedsplit_version}, this site {__version__}; install the "
-            f"same version on both"
-        )
     site = SiteSettings.from_node(context.node_config, node_id=context.node_id)
     config = RunConfig.from_flat(order.config)
     number = site.partition[0] if site.partition else -1
@@ -82,6 +79,7 @@ def _roll_call(site: SiteSettings, own: SiteData, backbone: Backbone, number: in
         test_samples=len(own.test),
         backbone_sha256=backbone.sha256,
         fedsplit_version=__version__,
+        versions=installed(),
         number=number,
         notes=fit(own.notes),
     )

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 
 from fedsplit.core.errors import BackboneError, ConfigError, FederationError, RunDirError
 from fedsplit.core.records import Summary
+from fedsplit.core.versions import CODE, installed
 from fedsplit.federation import messages
 from fedsplit.federation.messages import Answer
 from fedsplit.federation.run_dir import RunDir
@@ -253,13 +254,44 @@ def test_other_backbone_files_at_a_site_are_refused(tmp_path: Path) -> None:
         run.go()
 
 
-def test_other_fedsplit_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsplit.federation.site.__version__", "9.9.9")
+def test_other_fedsplit_version_is_refused_whatever_its_orders_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def newer_order(node: int, message: Message) -> bool:
+        record = message.content.config_records[messages.ORDER]
+        record["json"] = json.dumps(json.loads(str(record["json"])) | {"not-known-here": 1})
+        return False
+
+    monkeypatch.setattr("fedsplit.federation.messages.__version__", "9.9.9")
     with (
-        prepared(settings(tmp_path), simulated(2)) as (run, _),
+        prepared(settings(tmp_path), simulated(2), silent=newer_order) as (run, _),
         pytest.raises(FederationError, match=r"the server runs fedsplit .*, this site 9\.9\.9"),
     ):
         run.go()
+
+
+def test_a_site_that_answers_of_another_version_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsplit.federation.site.__version__", "9.9.9")
+    with (
+        prepared(settings(tmp_path), simulated(2)) as (run, _),
+        pytest.raises(FederationError, match=r"it runs fedsplit 9\.9\.9, the server"),
+    ):
+        run.go()
+
+
+def test_other_libraries_at_a_site_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = installed() | {"torch": "2.6.0", CODE: "0" * 12}
+    monkeypatch.setattr("fedsplit.federation.site.installed", lambda: theirs)
+    with prepared(settings(tmp_path, rounds=1), simulated(2)) as (run, _):
+        summary = run.go()
+    assert summary.outcome == "complete"
+    for site in summary.sites:
+        assert f"torch 2.6.0 here, {installed()['torch']} at the server" in site.notes
+        assert any(note.startswith("fedsplit's code 000000000000 here") for note in site.notes)
 
 
 def test_cut_beyond_the_backbone(tmp_path: Path) -> None:

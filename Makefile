@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/$(if $(filter Windows_NT,$(OS)),Scripts,bin)
 STAMP := $(VENV)/.installed
+# A package index to look in too, e.g. that of PyTorch's builds without CUDA (README.md, Requirements); empty: none.
+TORCH_INDEX ?=
+TORCH := $(shell grep '^torch==' constraints.txt)
+PIP_INSTALL = -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # Two workers on two cores; never more than four, for each starts Flower processes of its own.
 PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 
-.PHONY: help setup demo test test-fast check format bench proto clean
+.PHONY: help setup demo test test-fast test-lowest test-newest check format bench proto clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -18,7 +22,7 @@ setup: $(STAMP)  ## make .venv with everything in it, at the pinned versions
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
 demo: $(STAMP)   ## four simulated sites on scanned digits, no download: a few minutes
@@ -29,6 +33,18 @@ test: $(STAMP)   ## all tests, the slow ones too
 
 test-fast: $(STAMP) ## the tests that take seconds
 	$(PYTEST) -m "not slow"
+
+test-lowest: $(STAMP) ## the fast tests with the lowest versions that pyproject.toml allows, torch excepted
+	$(PYTHON) -m venv .venv-lowest
+	echo "$(TORCH)" > .venv-lowest/torch.txt
+	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --resolution lowest-direct --override .venv-lowest/torch.txt -o .venv-lowest/lowest.txt
+	.venv-lowest/bin/python $(PIP_INSTALL) -c .venv-lowest/lowest.txt -e '.[dev]'
+	.venv-lowest/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not slow"
+
+test-newest:     ## the fast tests with the newest versions that pyproject.toml allows, torch excepted
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager $(TORCH) -e '.[dev]'
+	.venv-newest/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not slow"
 
 check: $(STAMP)  ## ruff, mypy strict, import-linter
 	$(BIN)/ruff check .
@@ -47,4 +63,4 @@ proto: $(STAMP)  ## generate the gRPC messages anew (a test compares them)
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. fedsplit/transport/encoder.proto
 
 clean:           ## remove .venv and caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-lowest .venv-newest .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -22,6 +22,7 @@ from rich.table import Table
 
 from benchmarks.paired import ratio_spread
 from benchmarks.registry import BENCHMARKS, Benchmark
+from fedsplit.core.cpus import usable_cpus
 
 RESULTS = Path(__file__).parent / "results"
 _PACKAGES = ("torch", "grpcio", "flwr", "transformers", "numpy")
@@ -33,9 +34,7 @@ def machine() -> dict[str, Any]:
     """What the numbers were taken on, and how busy it is now."""
     return {
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "cores": usable_cpus(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in _PACKAGES},

@@ -16,6 +16,7 @@ from fedsplit.core.config import RunConfig
 from fedsplit.federation.endpoint import Endpoint, external, hosted
 from fedsplit.federation.server import Run, settle, simulated
 from fedsplit.federation.task_runs import TaskRuns
+from fedsplit.model.threads import limit_threads
 from fedsplit.report import write_plots
 from fedsplit.serving.process import hosting
 from fedsplit.transport.keys import read_key
@@ -29,6 +30,7 @@ _open: dict[int, tuple[RunConfig, Endpoint]] = {}
 def lifespan(context: Context) -> Iterator[None]:
     """Host the encoder while the app runs, unless the settings name one elsewhere."""
     config = settle(RunConfig.from_flat(context.run_config))
+    limit_threads()
     with _endpoint(config) as endpoint:
         _open[context.run_id] = config, endpoint
         try:
@@ -44,7 +46,8 @@ def main(grid: Grid, context: Context) -> None:
     kind = TaskRuns if config.tasks else Run
     run = kind(grid, config, endpoint, simulated=simulated(grid))
     try:
-        run.go()
+        with run.dir.sole_writer():
+            run.go()
     finally:
         # One task that failed costs the others nothing, not even their plots.
         for folder in run.finished:

@@ -1,16 +1,41 @@
 """Where output goes: results to stdout, everything else to stderr; with --json one object on stdout.
 
-Used by every command. Rich is loaded here; torch, flwr and matplotlib are not.
+Lines are folded for a terminal alone: a log, a pipe and `grep` want whole ones. What the output's encoding lacks is
+written as an escape, never an error. Used by every command. Rich is loaded here; torch, flwr and matplotlib are not.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import os
 import sys
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console, RenderableType
 from rich.text import Text
+
+_WIDE = 200
+"""Columns of a table where nobody says how wide the reader's page is."""
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Rich's console: as wide as the terminal, and without folding where there is none."""
+    found = Console(stderr=stderr, highlight=False)
+    if found.is_terminal:
+        return found
+    width = None if os.environ.get("COLUMNS") else _WIDE
+    return Console(stderr=stderr, highlight=False, soft_wrap=True, width=width)
+
+
+def write_anything() -> None:
+    """Have stdout and stderr write an escape for what their encoding lacks. Called once, by main.py."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class Output:
@@ -18,16 +43,27 @@ class Output:
 
     def __init__(self, *, as_json: bool) -> None:
         self.as_json = as_json
-        self.stderr = Console(stderr=True, highlight=False)
+        self.stderr = console(stderr=True)
 
     def note(self, message: str) -> None:
         """Say something on the way; never on stdout."""
         self.stderr.print(Text(message))
 
+    @contextlib.contextmanager
+    def if_long(self, message: str, after_s: float = 2.0) -> Iterator[None]:
+        """Say something only if the block takes longer than that."""
+        timer = threading.Timer(after_s, self.note, [message])
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
+
     def show(self, renderable: RenderableType) -> None:
         """Show a result to a person; with --json it goes to stderr."""
-        console = self.stderr if self.as_json else Console(highlight=False)
-        console.print(renderable)
+        text = Text(renderable) if isinstance(renderable, str) else renderable
+        (self.stderr if self.as_json else console()).print(text)
 
     def result(self, record: dict[str, Any]) -> None:
         """Print the command's one JSON object, if that was asked for."""
@@ -37,7 +73,9 @@ class Output:
 
 def print_json(record: dict[str, Any]) -> None:
     """Print one JSON object on stdout."""
-    sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+    # Escapes of our own in a narrow encoding: those of the stream are not JSON's.
+    unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+    sys.stdout.write(json.dumps(record, ensure_ascii=not unicode) + "\n")
     sys.stdout.flush()
 
 
@@ -45,5 +83,4 @@ def print_error(kind: str, message: str, *, as_json: bool) -> None:
     """Tell of an error: one screen on stderr, and the error object on stdout with --json."""
     if as_json:
         print_json({"error": {"kind": kind, "message": message}})
-    console = Console(stderr=True, highlight=False)
-    console.print(Text.assemble((f"{kind}: ", "bold red"), message))
+    console(stderr=True).print(Text.assemble((f"{kind}: ", "bold red"), message))

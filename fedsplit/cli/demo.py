@@ -38,7 +38,8 @@ def demo(app: AppOption = None, as_json: JsonFlag = False) -> None:
     from fedsplit.cli.request import prepare
 
     out = Output(as_json=as_json)
-    request = prepare(SETTINGS | {"runs-dir": str(Path("runs").absolute())}, app=app)
+    with out.if_long("checking settings, backbone and data ..."):
+        request = prepare(SETTINGS | {"runs-dir": str(Path("runs").absolute())}, app=app)
     code = run_request(request, out)
     out.show(_EXPLANATION)
     raise typer.Exit(code)

@@ -64,10 +64,9 @@ def serve(
         )
     if not secret_file.is_file():
         raise ConfigError(f"there is no secret file {secret_file}; --new-secret writes a fresh one")
-    if threads is not None:
-        import torch
+    from fedsplit.model.threads import limit_threads
 
-        torch.set_num_threads(threads)
+    limit_threads(threads or 0)
     # gRPC's own lines about a taken port say less than our error, and say it first.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from fedsplit.model.checkpoint import digest, find_backbone

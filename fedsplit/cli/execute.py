@@ -6,7 +6,6 @@ is left. Called by `run.py` and `demo.py`.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import tempfile
@@ -22,6 +21,7 @@ from fedsplit.cli.endings import Interrupted, RunFailedError, Terminated
 from fedsplit.cli.flower import FlowerCommands, LocalSuperLink, RunState, flower_environment
 from fedsplit.cli.follow import Progress, RunFiles, Snapshot, follow
 from fedsplit.cli.request import RunRequest, to_toml
+from fedsplit.core.cpus import usable_cpus
 from fedsplit.core.errors import FederationError, RunDirError
 from fedsplit.core.records import Summary, TasksSummary
 from fedsplit.federation.run_dir import RunDir
@@ -92,7 +92,7 @@ def _submit(request: RunRequest, commands: FlowerCommands, *, local: bool) -> st
         # One CPU a site, and all CPUs for Ray: as many sites run at once as there are CPUs.
         federation = (
             f"num-supernodes={request.config.sites} client-resources-num-cpus=1 "
-            f"init-args-num-cpus={os.cpu_count() or 1}"
+            f"init-args-num-cpus={usable_cpus()}"
         )
     with tempfile.TemporaryDirectory(prefix="fs-") as folder:
         path = Path(folder) / "run.toml"

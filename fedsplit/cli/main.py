@@ -1,6 +1,6 @@
 """The `fedsplit` command. Errors become one screen on stderr and an exit code here, and only here.
 
-Exit codes: 0 complete, 1 failed, 2 wrong usage or settings, 3 partial (a site was left out),
+Exit codes: 0 complete, 1 failed, 2 wrong usage, settings or data, 3 partial (a site was left out),
 130 interrupted, 143 terminated. Commands load what they need when they run: `--help` stays quick.
 """
 
@@ -17,9 +17,12 @@ import typer
 
 from fedsplit import __version__
 from fedsplit.cli import demo, encoder, experiment, run
-from fedsplit.cli.console import print_error
+from fedsplit.cli.console import print_error, write_anything
 from fedsplit.cli.endings import Interrupted, RunFailedError, Terminated
-from fedsplit.core.errors import ConfigError, FedsplitError
+from fedsplit.core.errors import BackboneError, ConfigError, DataError, FedsplitError
+
+# What is wrong with what was given to the command. Within a run the same is a RunFailedError.
+_GIVEN = (ConfigError, BackboneError, DataError)
 
 app = typer.Typer(
     name="fedsplit",
@@ -52,6 +55,7 @@ def main() -> NoReturn:
 def call(args: list[str]) -> int:
     """Run one command and return its exit code."""
     as_json = "--json" in args
+    write_anything()
     for name in ("SIGTERM", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), _terminate)
@@ -66,7 +70,7 @@ def call(args: list[str]) -> int:
         print(err.format_message())
         return 2
     except click.UsageError as err:
-        print_error("UsageError", err.format_message(), as_json=as_json)
+        print_error("UsageError", _usage(err, args), as_json=as_json)
         return 2
     except click.ClickException as err:
         print_error("Error", err.format_message(), as_json=as_json)
@@ -78,12 +82,29 @@ def call(args: list[str]) -> int:
         return 1
     except FedsplitError as err:
         print_error(type(err).__name__, str(err), as_json=as_json)
-        return 2 if isinstance(err, ConfigError) else 1
+        return 2 if isinstance(err, _GIVEN) else 1
     except Exception as err:  # noqa: BLE001 - the outermost handler: a bug still keeps the --json promise
         traceback.print_exc()
         print_error("InternalError", f"{type(err).__name__}: {err}", as_json=as_json)
         return 1
     return 0
+
+
+def _usage(err: click.UsageError, args: list[str]) -> str:
+    """Click's words, each sentence once, and what was meant where that can be seen."""
+    # Click and typer both add the same guess.
+    head, *guesses = err.format_message().split(" Did you mean ")
+    message = " Did you mean ".join([head, *dict.fromkeys(guesses)])
+    settings = [a for a in args[1:] if "=" in a and not a.startswith("-")]
+    if "unexpected extra argument" in message and settings:
+        return f"{message}; settings go behind --set, e.g. fedsplit {args[0]} --set {settings[0]}"
+    if isinstance(err, click.NoSuchOption) and "run" in args[:1]:
+        from fedsplit.core.config import RunConfig
+
+        key = err.option_name.lstrip("-").replace("_", "-")
+        if key in set(RunConfig.keys()):
+            return f"{message} It is a setting: --set {key}=VALUE"
+    return message
 
 
 def _interrupted(cause: BaseException, *, as_json: bool) -> int:

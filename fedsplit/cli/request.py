@@ -7,6 +7,7 @@ Settings come from the app's pyproject.toml, or from the run that is resumed, th
 from __future__ import annotations
 
 import json
+import secrets
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +15,8 @@ from pathlib import Path
 from fedsplit.cli.appdir import AppDir, Flat, find_app
 from fedsplit.core.config import RESUME_KEYS, RunConfig
 from fedsplit.core.errors import ConfigError
+from fedsplit.core.names import MAX_RUN_CHARS, MAX_TASK_CHARS, is_name, normalised
+from fedsplit.federation.run_dir import RunDir
 
 SIMULATED_SITES = 4
 """Sites that are simulated when `sites` is left at 0."""
@@ -66,20 +69,27 @@ def prepare(
     _check_keys(found, overrides)
     request = RunRequest(app=found, config=config, overrides=overrides, superlink=superlink)
     if local:
-        _check_backbone(config)
-    if not config.resume and request.run_dir.exists():
-        raise ConfigError(
-            f"the run folder {request.run_dir} exists already; choose another run-name, or go on "
-            f"with that run: fedsplit run --resume {config.run_name}"
-        )
+        _check_folder(request)
+        # Local runs read the same files as Flower's processes will.
+        from fedsplit.cli.checks import check_here
+
+        check_here(config)
     return request
 
 
-def _check_backbone(config: RunConfig) -> None:
-    """Raise now what the ServerApp would only say once Flower is up. Local runs read the same files."""
-    from fedsplit.model.backbone import Backbone
-
-    config.check_blocks(Backbone.find(config.backbone).blocks)
+def _check_folder(request: RunRequest) -> None:
+    """Two runs never write into one folder: neither a fresh one nor one that goes on."""
+    folder, name = request.run_dir, request.config.run_name
+    if folder.is_dir() and RunDir(folder).busy:
+        raise ConfigError(
+            f"run {name} is being written by another process now ({folder}); wait for its end, or choose another "
+            f"run-name"
+        )
+    if not request.config.resume and folder.exists():
+        raise ConfigError(
+            f"the run folder {folder} exists already; choose another run-name, or go on with that run: "
+            f"fedsplit run --resume {name}"
+        )
 
 
 def _resumed(runs_dir: Path, name: str, *, must_exist: bool) -> Flat:
@@ -120,7 +130,11 @@ def _check_keys(app: AppDir, overrides: Flat) -> None:
 
 
 def _fresh_name(task: str) -> str:
-    return f"{task}-{datetime.now().astimezone():%Y%m%d-%H%M%S}"
+    """Task, date and four characters of chance: two runs of one second get two names."""
+    stamp = f"{datetime.now().astimezone():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
+    task = normalised(task)[: MAX_RUN_CHARS - len(stamp) - 1]
+    # What is wrong with the task's name is told of the task.
+    return f"{task}-{stamp}" if is_name(task, MAX_TASK_CHARS) else stamp
 
 
 def to_toml(flat: Flat) -> str:

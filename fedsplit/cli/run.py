@@ -45,13 +45,15 @@ def run(
 ) -> None:
     """Run a federation: in simulation on this machine, or on a SuperLink of yours.
 
-    Exit codes: 0 complete, 3 partial (a site was left out), 1 failed, 2 wrong settings, 130 interrupted.
+    Exit codes: 0 complete, 3 partial (a site was left out), 1 failed, 2 wrong settings or data, 130 interrupted.
     """
     from fedsplit.cli.request import prepare
     from fedsplit.core.config import parse_set
 
-    request = prepare(parse_set(settings or []), app=app, superlink=superlink, resume=resume)
-    raise typer.Exit(run_request(request, Output(as_json=as_json)))
+    given, out = parse_set(settings or []), Output(as_json=as_json)
+    with out.if_long("checking settings, backbone and data ..."):
+        request = prepare(given, app=app, superlink=superlink, resume=resume)
+    raise typer.Exit(run_request(request, out))
 
 
 def run_request(request: Any, out: Output) -> int:

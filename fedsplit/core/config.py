@@ -7,20 +7,28 @@ reports every fault of a config at once. Defaults here equal `[tool.flwr.app.con
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fedsplit.core.contradictions import contradictions
 from fedsplit.core.cut import Cut, parse_cuts
 from fedsplit.core.errors import ConfigError
-from fedsplit.core.flat import Flat, fault, is_number, read_pairs, unknown
+from fedsplit.core.flat import Flat, fault, is_number, read_pairs, suggestion, unknown
 from fedsplit.core.methods import METHODS, Method, apply
 from fedsplit.core.misfits import misfits
-from fedsplit.core.tasks import TASK_NAME, parse_holders, parse_tasks
+from fedsplit.core.names import MAX_RUN_CHARS, MAX_TASK_CHARS, RULE, is_name, normalised
+from fedsplit.core.tasks import parse_holders, parse_tasks
 
 # What a resumed run takes from its new settings; all else is what the run was started with.
 RESUME_KEYS = (
@@ -44,7 +52,7 @@ class RunConfig(BaseModel):
 
     backbone: str = "vit-glyphs"
     """A local model directory, a hub id, or the name of the bundled one."""
-    task: str = Field("digits", pattern=rf"^{TASK_NAME}$")
+    task: str = "digits"
     """Name of the task: in tokens, summaries and the run's folder."""
     data: str = "digits"
     """digits | folder:PATH | csv:PATH | jsonl:PATH | npz:PATH | hf:NAME; a site's node config overrides."""
@@ -216,10 +224,21 @@ class RunConfig(BaseModel):
     """Also train every site alone, for as many epochs, and report how far that gets."""
     runs_dir: str = "runs"
     """Where runs are written, on the ServerApp's machine."""
-    run_name: str = Field("", pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]{0,99})?$")
+    run_name: str = ""
     """Folder of this run; empty: task and date."""
-    resume: str = Field("", pattern=r"^([A-Za-z0-9_-][A-Za-z0-9._-]{0,99})?$")
+    resume: str = ""
     """Name of a run in runs-dir to go on from, at its last checkpoint."""
+
+    @field_validator("task", "run_name", "resume")
+    @classmethod
+    def _check_name(cls, value: str, info: ValidationInfo) -> str:
+        name, most = (
+            normalised(value),
+            MAX_TASK_CHARS if info.field_name == "task" else MAX_RUN_CHARS,
+        )
+        if not is_name(name, most) and (name or info.field_name == "task"):
+            raise ValueError(f"no name: 1 to {most} {RULE} are wanted")
+        return name
 
     @field_validator("cut")
     @classmethod
@@ -390,7 +409,5 @@ def parse_set(pairs: list[str]) -> Flat:
 
 
 def unknown_method(value: str) -> str:
-    """That a method is not known, with the nearest one that is."""
-    near = difflib.get_close_matches(value, METHODS, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(METHODS)}"
-    return f"method {value[:100]!r} is not known; {hint}"
+    """That a method is not known, with the nearest ones that are."""
+    return f"method {value[:100]!r} is not known; {suggestion(value, METHODS, 'there are')}"

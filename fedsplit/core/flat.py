@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fedsplit.core.errors import ConfigError
@@ -18,7 +19,7 @@ def read_pairs(pairs: list[str], kinds: Mapping[str, Any]) -> Flat:
     for pair in pairs:
         key, eq, value = pair.partition("=")
         if not eq:
-            faults.append(f"{pair!r} has no '='; use KEY=VALUE")
+            faults.append(f"{pair!r} has no '='; use KEY=VALUE{_half_width(pair)}")
         else:
             # from_flat reports unknown keys together with all other faults.
             flat[key] = _typed(value, kinds.get(key))
@@ -55,9 +56,31 @@ def _is_integer(text: str) -> bool:
 
 def unknown(key: str, known: set[str]) -> str:
     """That a key is not known, with the nearest one that is."""
-    near = difflib.get_close_matches(key, known, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(sorted(known))}"
-    return f"unknown key {key[:100]!r}; {hint}"
+    return f"unknown key {key[:100]!r}; {suggestion(key, sorted(known), 'known keys:')}"
+
+
+def suggestion(given: str, known: Iterable[str], otherwise: str) -> str:
+    """What may have been meant: the same in another case or width, names that begin so, or the nearest; else all."""
+    names = list(known)
+    plain = _plain(given)
+    same = [name for name in names if name == plain]
+    longer = [name for name in names if len(plain) > 3 and name.startswith(f"{plain}-")]
+    near = same or longer or difflib.get_close_matches(plain, names, n=1)
+    if near:
+        return f"did you mean {' or '.join(map(repr, near))}?"
+    return f"{otherwise} {', '.join(names)}"
+
+
+def _plain(text: str) -> str:
+    """A word as keys and names are written: half width, small letters, '-' between words."""
+    return unicodedata.normalize("NFKC", text[:200]).strip().lower().replace("_", "-")
+
+
+def _half_width(text: str, before: str = "") -> str:
+    """A hint where a text has full-width characters, as Japanese input methods write them; else nothing."""
+    half = unicodedata.normalize("NFKC", text[:200])
+    wide = any(unicodedata.east_asian_width(c) == "F" for c in text[:200])
+    return f"; it has full-width characters, write {before}{half}" if wide else ""
 
 
 def fault(error: Any) -> str:
@@ -66,5 +89,6 @@ def fault(error: Any) -> str:
     message = str(error["msg"]).removeprefix("Value error, ")
     if where and not message.startswith(where):
         shown = repr(error["input"])
-        return f"{where}={shown if len(shown) < 200 else shown[:200] + '...'}: {message}"
+        wide = _half_width(str(error["input"]), f"{where}=")
+        return f"{where}={shown if len(shown) < 200 else shown[:200] + '...'}: {message}{wide}"
     return message

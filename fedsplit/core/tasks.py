@@ -5,11 +5,9 @@ Reads the settings `tasks` and `task-holders` and a site's own `tasks`; called b
 
 from __future__ import annotations
 
-import re
-
 from fedsplit.core.errors import ConfigError
+from fedsplit.core.names import MAX_TASK_CHARS, RULE, is_name, normalised
 
-TASK_NAME = r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}"
 MAX_TASKS = 16
 MAX_SITES = 100_000
 
@@ -39,15 +37,15 @@ def _named(key: str, text: str, mark: str, example: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for part in text.split(";") if text.strip() else []:
         name, _, value = (p.strip() for p in part.partition(mark))
-        if not re.fullmatch(TASK_NAME, name):
+        name = normalised(name)
+        if not is_name(name, MAX_TASK_CHARS):
             raise ConfigError(
-                f"{key}: {name[:100]!r} is no name of a task (1 to 64 letters, digits, '-', '_', and '.' but not "
-                f"first); use e.g. {example}"
+                f"{key}: {name[:100]!r} is no name of a task (1 to {MAX_TASK_CHARS} {RULE}); use e.g. {example}"
             )
         # Each task has a folder of its own beside the run's files, and some disks know no capitals.
-        if name.lower().endswith(".json"):
+        if name.casefold().endswith(".json"):
             raise ConfigError(f"{key}: {name} would be the name of a file of the run; rename it")
-        if name.lower() in {other.lower() for other in found}:
+        if name.casefold() in {other.casefold() for other in found}:
             raise ConfigError(f"{key}: {name} is there twice; give each task one entry")
         found[name] = value
     if len(found) > MAX_TASKS:

@@ -17,6 +17,7 @@ from pathlib import Path
 from fedsplit import __version__
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import ConfigError, FedsplitError
+from fedsplit.core.names import is_name, normalised
 from fedsplit.experiment.grid import Grid, Method, Problem, Scalar, Settings, Wire
 
 # What the experiment sets itself.
@@ -204,6 +205,8 @@ class CellMaker:
         if key not in self._names:
             words = (method.name, place.problem.name, *(v for _, v in place.axes))
             name = "-".join(filter(None, (_slug(str(word)) for word in words)))[:80]
+            # A name of 80 characters may have too many bytes for a folder's.
+            name = name.encode()[:160].decode(errors="ignore")
             name = f"{name}-seed{place.seed}".lstrip(".-")
             taken = self._names.values()
             self._names[key] = f"{name[:90]}-{key[:8]}" if name in taken else name
@@ -256,4 +259,5 @@ def config_key(config: RunConfig, sites_at_once: int = 1) -> str:
 
 
 def _slug(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._]+", "-", text).strip("-.")
+    kept = "".join(c if c in "._" or is_name(f"x{c}", 2) else "-" for c in normalised(text))
+    return re.sub("-+", "-", kept).strip("-.")

@@ -78,9 +78,11 @@ def _model_faults(config: RunConfig) -> tuple[str, ...]:
 
 def _data_faults(config: RunConfig) -> list[str]:
     try:
-        dealt(config)
+        classes = dealt(config).classes
     except (ConfigError, DataError) as err:
         return faults_of(err)
+    if len(classes) < 2:
+        return [f"data={config.data} has one class, {classes[0]!r}; two or more are wanted"]
     return []
 
 

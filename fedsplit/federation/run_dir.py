@@ -34,6 +34,32 @@ MODULE_FILE, EXTRA_FILE, MANIFEST, KEEP = (
 )
 
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is held there
+    fcntl = None  # type: ignore[assignment]
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[bool]:
+    """Hold a folder until the block ends or the process does, however it does; False where another one holds it."""
+    if fcntl is None:
+        yield True
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            mine = True
+        except BlockingIOError:
+            mine = False
+        except OSError:
+            mine = True  # A file system without locks: nothing can be known there.
+        yield mine
+    finally:
+        os.close(handle)
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """The module after a round, and what is needed to go on from it."""
@@ -94,6 +120,23 @@ class RunDir:
         with _translated(self):
             path.mkdir(exist_ok=True)
         return RunDir(path, run=self.name)
+
+    @contextmanager
+    def sole_writer(self) -> Iterator[None]:
+        """Hold the folder: no other process writes here meanwhile. Raises RunDirError where one does."""
+        with _locked(self.path) as mine:
+            if not mine:
+                raise RunDirError(
+                    f"run {self.name!r} in {self.path.parent} is being written by another process now; wait for "
+                    f"its end, or choose another run-name"
+                )
+            yield
+
+    @property
+    def busy(self) -> bool:
+        """Does another process write here now?"""
+        with _locked(self.path) as mine:
+            return not mine
 
     @property
     def begun(self) -> bool:

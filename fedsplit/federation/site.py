@@ -5,7 +5,6 @@ Called by client_app/app.py. Imports nothing of the server: no strategy, no enco
 
 from __future__ import annotations
 
-import torch
 from flwr.app import Context, Message, RecordDict
 
 from fedsplit import __version__
@@ -18,6 +17,7 @@ from fedsplit.federation.dial import Dial, dial_stream
 from fedsplit.federation.messages import NotHeld, Order, RollCall
 from fedsplit.federation.site_round import SiteRound
 from fedsplit.model.backbone import Backbone
+from fedsplit.model.threads import limit_threads
 from fedsplit.training.site_data import SiteData, SiteSettings, open_site
 
 
@@ -43,8 +43,7 @@ def _carry_out(order: Order, content: RecordDict, context: Context, dial: Dial) 
     if held is None:
         return _not_held(order, config, site)
     site = held
-    if site.threads:
-        torch.set_num_threads(site.threads)
+    limit_threads(site.threads)
     backbone = Backbone.find(config.backbone)
     if order.backbone_sha256 != backbone.sha256:
         raise BackboneError(

@@ -187,7 +187,7 @@ class _Shares:
 
 
 CENTRALISED = "centralised"
-_EVERY_SITE = "every site"
+EVERY_SITE = "every site"
 """Who owns a source that is dealt: in errors that only show when a sample is read."""
 _opening = (
     threading.Lock()
@@ -229,10 +229,10 @@ def _load_for(config: RunConfig, site: SiteSettings, classes: tuple[str, ...] | 
     if site.partition is None or site.data is not None:
         return _load(site.data or config.data, site.name, *rest)
     try:
-        return _load(config.data, _EVERY_SITE, *rest)
+        return _load(config.data, EVERY_SITE, *rest)
     except DataError as err:
         # Loaded once for all; the fault is told by the site that met it, as with data of its own.
-        raise DataError(str(err).replace(repr(_EVERY_SITE), repr(site.name), 1)) from err
+        raise DataError(str(err).replace(repr(EVERY_SITE), repr(site.name), 1)) from err
 
 
 @functools.lru_cache(maxsize=4)

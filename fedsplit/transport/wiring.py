@@ -107,7 +107,11 @@ def host_of(address: str) -> str:
         raise ConfigError(
             f"{address!r} is not an address to listen on or to dial: HOST:PORT is wanted, e.g. 127.0.0.1:9443"
         )
-    return host.strip("[]")
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise ConfigError(
+            f"{address!r} may be read in two ways; an address of IPv6 stands in brackets: [{host}]:{port}"
+        )
+    return host.removeprefix("[").removesuffix("]")
 
 
 def is_loopback(address: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import pytest
@@ -11,13 +10,17 @@ from hypothesis import strategies as st
 
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import ConfigError
-from fedsplit.core.tasks import MAX_TASKS, TASK_NAME, parse_held, parse_holders, parse_tasks
+from fedsplit.core.names import MAX_TASK_CHARS, is_name, normalised
+from fedsplit.core.tasks import MAX_TASKS, parse_held, parse_holders, parse_tasks
 
 TWO = {"tasks": "digits=digits;shapes=npz:shapes.npz"}
-names = st.from_regex(re.compile(TASK_NAME, re.ASCII), fullmatch=True).filter(
-    lambda name: not name.lower().endswith(".json")
+LETTERS = st.characters(categories=["L", "Nd", "Mn"], include_characters="-_.")
+names = (
+    st.text(LETTERS, min_size=1, max_size=MAX_TASK_CHARS)
+    .map(normalised)
+    .filter(lambda n: is_name(n, MAX_TASK_CHARS) and not n.casefold().endswith(".json"))
 )
-some_names = st.lists(names, min_size=1, max_size=MAX_TASKS, unique_by=str.lower)
+some_names = st.lists(names, min_size=1, max_size=MAX_TASKS, unique_by=str.casefold)
 sources = st.text(
     st.characters(exclude_characters=";", exclude_categories=["Cs", "Cc", "Z"]), min_size=1
 )
@@ -54,7 +57,7 @@ def test_any_text_reads_or_is_a_config_error(text: str) -> None:
         except ConfigError:
             continue
         assert len(found) <= MAX_TASKS
-        assert all(re.fullmatch(TASK_NAME, name) for name in found)
+        assert all(is_name(name, MAX_TASK_CHARS) for name in found)
 
 
 def test_ranges_of_sites() -> None:

@@ -26,6 +26,14 @@ WRONG = {
     "no value": (["--set", "rounds"], "use KEY=VALUE"),
     "no number": (["--set", "rounds=many"], "rounds='many'"),
     "nothing to resume": (["--resume", "gone"], "no run 'gone' to resume"),
+    "full width": (["--set", "ｒｏｕｎｄｓ＝３"], "it has full-width characters, write rounds=3"),
+    "full-width value": (["--set", "rounds=３"], "it has full-width characters, write rounds=3"),
+    "another case": (["--set", "method=FedV"], "did you mean 'fedv'?"),
+    "half a name": (["--set", "method=fedavg"], "did you mean 'fedavg-full' or 'fedavg-lora'?"),
+    "key in capitals": (["--set", "Batch_Size=3"], "did you mean 'batch-size'?"),
+    "no --set": (["rounds=3"], "settings go behind --set, e.g. fedsplit run --set rounds=3"),
+    "a setting as an option": (["--rounds", "3"], "--set rounds=VALUE"),
+    "backbone": (["--set", "backbone=/nope"], "backbone '/nope' is not a directory here"),
 }  # fmt: skip
 
 

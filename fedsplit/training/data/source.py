@@ -47,7 +47,7 @@ def load_source(
         return read_digits(request)
     if name not in {*_FILES, "folder", "hf"} or not argument.strip() or "\0" in argument:
         raise ConfigError(
-            f"site {site!r}: data source {spec!r} is not known; use one of {', '.join(SOURCES)}"
+            f"site {site!r}: data source {spec[:200]!r} is not known; {_meant(spec)}use one of {', '.join(SOURCES)}"
         )
     if name == "hf":
         return read_hub(argument, request)
@@ -59,3 +59,15 @@ def load_source(
     if not path.is_file():
         raise request.fault(path, f"not a file; {name}: reads one file, folder: reads a folder")
     return _FILES[name](path, request)
+
+
+def _meant(spec: str) -> str:
+    """A guess where the spec is a path without its kind; else nothing."""
+    path = Path(spec).expanduser()
+    try:
+        kind = (
+            "folder" if path.is_dir() else path.suffix.lstrip(".").lower() if path.is_file() else ""
+        )
+    except (OSError, ValueError):
+        return ""
+    return f"did you mean {kind}:{spec}? Else " if kind in {"folder", *_FILES} else ""

@@ -1,0 +1,124 @@
+"""What a run on this machine needs beyond its settings, looked at before Flower starts: backbone, module, data, files, ports.
+
+The same functions that ServerApp and sites call later, so that a fault has one wording. Reads only, and forgets what it
+read. All faults are told at once. Called by request.py; torch is loaded here and not by `--help`.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from fedsplit.core.config import RunConfig
+from fedsplit.core.errors import BackboneError, ConfigError, DataError, FedsplitError
+
+Look = Callable[[], None]
+
+
+def check_here(config: RunConfig) -> None:
+    """Raise what is wrong: the one error itself, or a ConfigError that lists several."""
+    faults: list[FedsplitError] = []
+    for look in (_backbone, _runs_dir, _encoder):
+        _try(lambda look=look: look(config), faults)  # type: ignore[misc]
+    if not any(isinstance(fault, BackboneError) for fault in faults):
+        for name in config.sources:
+            _try(lambda name=name: _task(config.of_task(name)), faults)  # type: ignore[misc]
+    texts = list(dict.fromkeys(str(fault) for fault in faults))
+    if len(texts) > 1:
+        lines = "".join(f"\n  - {text}" for text in texts)
+        raise ConfigError(f"{len(texts)} faults, and nothing was started:{lines}")
+    if faults:
+        raise faults[0]
+
+
+def _try(look: Look, faults: list[FedsplitError]) -> None:
+    try:
+        look()
+    except FedsplitError as err:
+        faults.append(err)
+
+
+def _backbone(config: RunConfig) -> None:
+    from fedsplit.model import module
+    from fedsplit.model.backbone import Backbone
+    from fedsplit.model.module import ModuleSpec
+
+    backbone = Backbone.find(config.backbone)
+    config.check_blocks(backbone.blocks)
+    spec = ModuleSpec.of(config, config.class_names or ("a", "b"))
+    if faults := module.spec_faults(backbone, spec):
+        raise ConfigError("\n  - ".join(faults))
+    if config.start_module:
+        module.load_exported(Path(config.start_module), backbone)
+
+
+def _task(config: RunConfig) -> None:
+    """Read, deal and split one task's data as its first site will."""
+    from fedsplit.model.backbone import Backbone
+    from fedsplit.training.site_data import EVERY_SITE, SiteSettings, forget, open_site
+
+    number = min(config.holders.get(config.task, {0}))
+    node = {"partition-id": number, "num-partitions": config.sites}
+    site = SiteSettings.from_node(node, node_id=0).for_task(config)
+    if site is None:
+        return
+    try:
+        own = open_site(config, site, Backbone.find(config.backbone), config.class_names)
+        classes = own.examples.classes
+    except (ConfigError, DataError) as err:
+        # No site has met it yet: the fault is the source's.
+        text = str(err)
+        for name in (site.name, EVERY_SITE):
+            text = text.removeprefix(f"site {name!r}: ")
+        raise type(err)(text) from err
+    finally:
+        forget()
+    if len(classes) < 2:
+        raise DataError(
+            f"data={config.data} has one class, {classes[0]!r}; two or more are wanted: one folder a class, or "
+            f"one label a class"
+        )
+
+
+def _runs_dir(config: RunConfig) -> None:
+    """Can the run's folder be made? Looked at from the nearest folder that is there."""
+    runs = Path(config.runs_dir).expanduser().absolute()
+    there = next(p for p in (runs, *runs.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "cannot be written" if there.is_dir() else "is not a folder"
+        raise ConfigError(f"runs-dir={runs}: {there} {why}; choose a folder that can be written")
+
+
+def _encoder(config: RunConfig) -> None:
+    """The encoder's files, and its port or the encoder elsewhere."""
+    if not any((config.encoder_address, config.encoder_bind, config.encoder_secret_file)):
+        return
+    from fedsplit.transport.keys import read_key
+    from fedsplit.transport.wiring import host_of, read_pem
+
+    for file in (config.encoder_tls_cert, config.encoder_tls_key):
+        if file:
+            read_pem(Path(file))
+    if config.encoder_secret_file:
+        read_key(Path(config.encoder_secret_file))
+    if config.encoder_address and not config.encoder_bind:
+        from fedsplit.federation.endpoint import external
+
+        external(config)
+    elif config.encoder_bind:
+        _port(config.encoder_bind, host_of(config.encoder_bind))
+
+
+def _port(bind: str, host: str) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(bind.rpartition(":")[2])))
+        except OSError as err:
+            raise ConfigError(
+                f"encoder-bind={bind} cannot be listened on: {err.strerror or err}; stop what listens there "
+                f"(`ss -ltnp`), or choose another port, e.g. 127.0.0.1:0 for any free one"
+            ) from err

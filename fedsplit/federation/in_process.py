@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_res_message
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -28,10 +29,12 @@ Answer = Callable[[Message, Context], Message]
 
 # How long a pull waits for a worker before the caller may look at its own deadline.
 _LOOK_S = 0.5
+# As Flower's numbers are: never 0, and never the 1 from which Flower answers for nodes that are gone.
+_FIRST_NODE = 101
 
 
 class InProcessGrid(Closing, Grid):
-    """Nodes 1..n, each with its node config. Use it in a `with`, or `close` it.
+    """Nodes 101..., each with its node config. Use it in a `with`, or `close` it.
 
     A message waits as it was pushed, and its reply is computed when it is pulled: as many replies exist as
     the caller keeps. With one worker the puller's own thread works; with more, a pool of that many, or, `in_step`, as many
@@ -48,7 +51,7 @@ class InProcessGrid(Closing, Grid):
         in_step: InStep[Message] | None = None,
     ) -> None:
         """`torch_threads`: of each worker of a pool; 0 leaves torch's own choice. Who gives `in_step` has the sites pause it."""
-        self.nodes = {i + 1: dict(config) for i, config in enumerate(nodes)}
+        self.nodes = {_FIRST_NODE + i: dict(config) for i, config in enumerate(nodes)}
         self._answer = answer
         self._workers = workers
         self._waiting: OrderedDict[str, Message] = OrderedDict()
@@ -97,7 +100,7 @@ class InProcessGrid(Closing, Grid):
         raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:
-        """All nodes, which are there from the start."""
+        """All nodes; those that a caller takes out of `nodes` or puts there have gone or come."""
         return list(self.nodes)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
@@ -157,6 +160,8 @@ class InProcessGrid(Closing, Grid):
 
     def _reply(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
+        if node not in self.nodes:
+            return lost(message)
         context = Context(
             run_id=1, node_id=node, node_config=self.nodes[node], state=RecordDict(), run_config={}
         )
@@ -164,6 +169,11 @@ class InProcessGrid(Closing, Grid):
             return self._answer(message, context)
         except Exception as err:  # noqa: BLE001 - what Flower does with an app that raises
             return crash(err, message)
+
+
+def lost(message: Message) -> Message:
+    """The reply that Flower's SuperLink makes for a node that is gone."""
+    return create_message_error_unavailable_res_message(message.metadata, "node_unavail")
 
 
 def crash(error: Exception, message: Message) -> Message:

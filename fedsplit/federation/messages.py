@@ -13,6 +13,7 @@ from typing import Annotated, Literal, TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.common.constant import ErrorCode
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -203,6 +204,11 @@ def check_version(content: RecordDict) -> None:
 
 def fault_of(message: Message) -> Fault | None:
     """Why a reply is no answer: Flower's own error or the site's; None for a good one."""
+    if message.has_error() and message.error.code == ErrorCode.NODE_UNAVAILABLE:
+        return Fault(
+            kind="SiteGone",
+            message="it is not connected any more; look whether its SuperNode runs and reaches the server",
+        )
     if message.has_error():
         reason = (message.error.reason or "").strip()
         last = reason.splitlines()[-1][:500] if reason else f"Flower error {message.error.code}"

@@ -14,7 +14,7 @@ from fedsplit.core.aggregation import Update, check_update
 from fedsplit.core.errors import FederationError, FedsplitError, UpdateError
 from fedsplit.core.records import Phase, RoundMetrics, Status
 from fedsplit.federation import messages
-from fedsplit.federation.exchange import exchange
+from fedsplit.federation.exchange import Post, exchange
 from fedsplit.federation.ledger import Ledger
 from fedsplit.federation.messages import Answer
 from fedsplit.federation.orders import Orders, Site
@@ -39,7 +39,7 @@ class Replies:
         """`window`: orders that may be out at once."""
         self._orders = orders
         self._config = orders.config
-        self._sites = {site.node_id: site for site in orders.sites}
+        self._by_order: dict[str, Site] = {}
         self._ledger = ledger
         self._run_dir = run_dir
         self._window = window
@@ -59,27 +59,31 @@ class Replies:
     ) -> Iterator[Message]:
         """Send; note who answers and who does not, as it happens."""
         wait_s = deadline_s or self._config.deadline_s
+        sites = {site.node_id: site for site in self._orders.sites}
         asked: list[str] = []
 
-        def named() -> Iterator[tuple[str, Message]]:
+        def whose() -> Iterator[tuple[Site, Message]]:
             for order in orders:
-                asked.append(self._sites[order.metadata.dst_node_id].name)
-                yield asked[-1], order
+                site = sites[order.metadata.dst_node_id]
+                asked.append(site.name)
+                yield site, order
 
-        self._replied, self.pruned = [], {}
+        self._replied, self.pruned, self._by_order = [], {}, {}
         self._status(phase, round_)
-        for name, reply in exchange(grid, named(), deadline_s=wait_s, window=self._window):
+        post = Post[Site](grid)
+        for site, reply in exchange(post, whose(), deadline_s=wait_s, window=self._window):
+            self._by_order[reply.metadata.reply_to_message_id] = site
             if round_ > 0:
-                self._note(round_, name, reply)
-            self._replied.append(name)
+                self._note(round_, site.name, reply)
+            self._replied.append(site.name)
             self._status(phase, round_)
             yield reply
         for name in sorted(set(asked) - set(self._replied)):
             self.left_out(round_, name, f"no answer within {wait_s:g} s")
 
     def site_of(self, reply: Message) -> Site:
-        """Whose reply it is."""
-        return self._sites[reply.metadata.src_node_id]
+        """Whose reply it is: the site's that was sent the order. Flower answers itself for a site that is gone."""
+        return self._by_order[reply.metadata.reply_to_message_id]
 
     def read(self, round_: int, name: str, reply: Message) -> Answer:
         """The answer of site `name`. Raises FederationError where it is none, or does not fit what was asked."""
@@ -191,7 +195,7 @@ class Replies:
                 phase=phase,
                 round=round_,
                 rounds=self._config.rounds,
-                sites=tuple(sorted(s.name for s in self._sites.values())),
+                sites=tuple(sorted(s.name for s in self._orders.sites)),
                 replied=tuple(self._replied),
             )
         )

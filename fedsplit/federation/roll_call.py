@@ -23,7 +23,7 @@ from fedsplit.core.foreign import printable
 from fedsplit.core.notes import fit
 from fedsplit.core.versions import differences, installed
 from fedsplit.federation import messages
-from fedsplit.federation.exchange import exchange
+from fedsplit.federation.exchange import Post, exchange
 from fedsplit.federation.ledger import Ledger
 from fedsplit.federation.messages import NotHeld, Order, RollCall
 from fedsplit.federation.orders import Site
@@ -85,7 +85,9 @@ class RollCaller:
         calls: dict[int, RollCall] = {}
         answered = set()
         without: list[str] = []
-        for name, reply in exchange(self.grid, orders.items(), deadline_s=self.config.deadline_s):
+        for name, reply in exchange(
+            Post(self.grid), orders.items(), deadline_s=self.config.deadline_s
+        ):
             answered.add(name)
             if (other := self._not_held(reply)) is not None:
                 without.append(other)

@@ -1,6 +1,7 @@
 """The in-process grid as tests want it: through the real ClientApp, with hooks for what goes wrong.
 
-`tamper` lets a test stand for a broken or hostile site by changing its reply; `silent` sites never answer.
+`tamper` lets a test stand for a broken or hostile site by changing its reply; `silent` sites never answer. Both are told
+the site's place in the list of nodes, from 1. A node that has left gets Flower's own error for an answer.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ Tamper = Callable[[int, Message, Message], Message]
 
 
 class InProcessGrid(in_process.InProcessGrid):
-    """Nodes 1..n, each with its node config; `sent` is every message that was pushed."""
+    """Nodes 101..., each with its node config; `sent` is every message that was pushed."""
 
     def __init__(
         self,
@@ -29,15 +30,30 @@ class InProcessGrid(in_process.InProcessGrid):
     ) -> None:
         super().__init__(nodes, self._site, workers=workers)
         self.sent: list[Message] = []
+        self._numbers = list(self.nodes)
         self._tamper = tamper
         self._silent = silent
+
+    def leave(self, place: int) -> dict[str, Any]:
+        """The node signs off; what it was."""
+        return self.nodes.pop(self._numbers[place - 1])
+
+    def join(self, config: dict[str, Any]) -> int:
+        """A node with a number that was not there before; its place."""
+        self._numbers.append(self._numbers[-1] + 1)
+        self.nodes[self._numbers[-1]] = config
+        return len(self._numbers)
+
+    def place(self, message: Message) -> int:
+        """The place of the node that a message is for."""
+        return self._numbers.index(message.metadata.dst_node_id) + 1
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         messages = list(messages)
         ids = list(super().push_messages(messages))
         self.sent += messages
         for message_id, message in zip(ids, messages, strict=True):
-            if self._silent(message.metadata.dst_node_id, message):
+            if self._silent(self.place(message), message):
                 del self._waiting[message_id]
         return ids
 
@@ -46,5 +62,4 @@ class InProcessGrid(in_process.InProcessGrid):
             reply = client_app(message, context)
         except Exception as err:  # noqa: BLE001  (tamper sees the crash of an app as its peer would)
             reply = in_process.crash(err, message)
-        node = message.metadata.dst_node_id
-        return self._tamper(node, message, reply) if self._tamper else reply
+        return self._tamper(self.place(message), message, reply) if self._tamper else reply

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedsplit.federation.exchange import gone
 from fedsplit.federation.in_process import InProcessGrid
 
 
@@ -38,10 +40,10 @@ def test_a_reply_is_computed_when_it_is_pulled() -> None:
         assert site.nodes == []
         replies = iter(grid.pull_messages(ids))
         first = next(replies)
-        assert site.nodes == [1]
+        (node,) = site.nodes
         assert first.content["n"]["n"] == 0
         assert first.metadata.reply_to_message_id == ids[0]
-        assert first.metadata.src_node_id == 1
+        assert first.metadata.src_node_id == node
         assert len(list(replies)) == 49
         assert list(grid.pull_messages(ids)) == []
 
@@ -57,6 +59,18 @@ def test_all_answers_come_and_a_crash_is_one(workers: int) -> None:
     (crashed,) = [r for r in replies if r.has_error()]
     assert crashed.error.reason == "RuntimeError: boom"
     assert sorted(r.content["n"]["n"] for r in replies if not r.has_error()) == list(range(7))
+
+
+def test_numbers_are_never_flowers_own_and_a_node_that_left_gets_its_error() -> None:
+    with InProcessGrid(nodes(3), Site()) as grid:
+        assert not {0, SUPERLINK_NODE_ID} & set(grid.get_node_ids())
+        messages = orders(grid)
+        del grid.nodes[messages[1].metadata.dst_node_id]
+        ids = list(grid.push_messages(messages))
+        replies = {r.metadata.reply_to_message_id: r for r in grid.pull_messages(ids)}
+    assert [replies[i].has_error() for i in ids] == [False, True, False]
+    assert replies[ids[1]].metadata.src_node_id == SUPERLINK_NODE_ID
+    assert gone(replies[ids[1]])
 
 
 def test_flowers_identity_is_given_back() -> None:

@@ -1,7 +1,7 @@
 """The in-process grid as tests want it: through the real ClientApp, with hooks for what goes wrong.
 
-`tamper` lets a test stand for a broken or hostile site by changing its reply; `silent` sites never answer. Both are told
-the site's place in the list of nodes, from 1. A node that has left gets Flower's own error for an answer.
+`tamper` lets a test stand for a broken or hostile site by changing its reply; `silent` sites never answer; one that
+`leaves` signs off as it is sent a message, and Flower answers for it. All are told the site's place, from 1.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ class InProcessGrid(in_process.InProcessGrid):
         *,
         tamper: Tamper | None = None,
         silent: Callable[[int, Message], bool] = lambda node, message: False,
+        leaves: Callable[[int, Message], bool] = lambda node, message: False,
         workers: int = 2,
     ) -> None:
         super().__init__(nodes, self._site, workers=workers)
@@ -33,6 +34,7 @@ class InProcessGrid(in_process.InProcessGrid):
         self._numbers = list(self.nodes)
         self._tamper = tamper
         self._silent = silent
+        self._leaves = leaves
 
     def leave(self, place: int) -> dict[str, Any]:
         """The node signs off; what it was."""
@@ -53,6 +55,8 @@ class InProcessGrid(in_process.InProcessGrid):
         ids = list(super().push_messages(messages))
         self.sent += messages
         for message_id, message in zip(ids, messages, strict=True):
+            if self._leaves(self.place(message), message):
+                self.nodes.pop(message.metadata.dst_node_id, None)
             if self._silent(self.place(message), message):
                 del self._waiting[message_id]
         return ids

@@ -2,34 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from flwr.app import Message
 
 from fedsplit.core.errors import FederationError
 from tests.federation.conftest import prepared, settings, simulated
-from tests.federation.grid import InProcessGrid
 
 
-def leaves(place: int, group: str) -> Any:
-    """A hook for `silent`: the site at `place` signs off as it is sent what belongs to `group`."""
-    grids: list[InProcessGrid] = []
-
-    def hook(at: int, message: Message) -> bool:
-        if at == place and message.metadata.group_id == group:
-            grids[0].nodes.pop(message.metadata.dst_node_id, None)
-        return False
-
-    return grids, hook
+def in_group(place: int, group: str) -> Callable[[int, Message], bool]:
+    """True for what the site at `place` is sent in a round."""
+    return lambda at, message: at == place and message.metadata.group_id == group
 
 
 def test_a_site_that_is_lost_is_left_out_by_name_and_the_run_goes_on(tmp_path: Path) -> None:
-    grids, hook = leaves(2, "2")
     config = settings(tmp_path, cut="6,6", rounds=3, max_samples=90)
-    with prepared(config, simulated(3), silent=hook) as (run, net):
-        grids.append(net)
+    with prepared(config, simulated(3), leaves=in_group(2, "2")) as (run, _):
         summary = run.go()
     assert (summary.outcome, summary.rounds_done) == ("partial", 3)
     (left,) = summary.left_out
@@ -41,18 +31,13 @@ def test_a_site_that_is_lost_is_left_out_by_name_and_the_run_goes_on(tmp_path: P
 
 @pytest.mark.parametrize("kind", ["statistics", "calibrate", "local-only"])
 def test_a_site_that_is_lost_before_the_first_round(kind: str, tmp_path: Path) -> None:
-    grids: list[InProcessGrid] = []
-
-    def hook(at: int, message: Message) -> bool:
+    def leaves(at: int, message: Message) -> bool:
         text = str(message.content.config_records["order"]["json"])
-        if at == 2 and f'"kind":"{kind}"' in text:
-            grids[0].nodes.pop(message.metadata.dst_node_id, None)
-        return False
+        return at == 2 and f'"kind":"{kind}"' in text
 
     other = {"compare_local_only": True} if kind == "local-only" else {"classifier_init": "ridge"}
     config = settings(tmp_path, cut="6,6", rounds=1, max_samples=90, **other)
-    with prepared(config, simulated(3), silent=hook) as (run, net):
-        grids.append(net)
+    with prepared(config, simulated(3), leaves=leaves) as (run, _):
         summary = run.go()
     assert summary.outcome == "partial"
     assert {entry.site for entry in summary.left_out} == {"site-1"}
@@ -60,13 +45,11 @@ def test_a_site_that_is_lost_before_the_first_round(kind: str, tmp_path: Path) -
 
 
 def test_too_few_sites_left_ends_the_run_in_words(tmp_path: Path) -> None:
-    grids, hook = leaves(2, "1")
     config = settings(tmp_path, cut="6,6", rounds=1, max_samples=60, deadline_s=2.0)
     with (
-        prepared(config, simulated(2), silent=hook) as (run, net),
+        prepared(config, simulated(2), leaves=in_group(2, "1")) as (run, _),
         pytest.raises(FederationError, match=r"site-1: it is not connected any more"),
     ):
-        grids.append(net)
         run.go()
     assert run.summary is not None
     assert run.summary.outcome == "failed"

@@ -15,6 +15,7 @@ from pathlib import Path
 from fedsplit.cli.appdir import AppDir, Flat, find_app
 from fedsplit.core.config import RESUME_KEYS, RunConfig
 from fedsplit.core.errors import ConfigError
+from fedsplit.core.foreign import read_json
 from fedsplit.core.names import MAX_RUN_CHARS, MAX_TASK_CHARS, is_name, normalised
 from fedsplit.federation.run_dir import RunDir
 
@@ -102,10 +103,10 @@ def _resumed(runs_dir: Path, name: str, *, must_exist: bool) -> Flat:
         hint = f"runs there: {', '.join(there[-10:])}" if there else "there are none there"
         raise ConfigError(f"no run {name!r} to resume in {runs_dir.absolute()}; {hint}")
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise ConfigError(f"{path} cannot be read as JSON: {err}") from err
-    flat = record.get("config", record)
+        record = read_json(path)
+        flat = dict(record.get("config", record))
+    except (OSError, ValueError, AttributeError, TypeError) as err:
+        raise ConfigError(f"{path} cannot be read as a run's settings: {err}") from err
     return {k: v for k, v in flat.items() if k in set(RunConfig.keys()) - {"runs-dir"}}
 
 

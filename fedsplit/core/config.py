@@ -25,6 +25,7 @@ from fedsplit.core.contradictions import contradictions
 from fedsplit.core.cut import Cut, parse_cuts
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.flat import Flat, fault, is_number, read_pairs, suggestion, unknown
+from fedsplit.core.foreign import MAX_CLASS_CHARS, MAX_CLASSES, checked_name
 from fedsplit.core.methods import METHODS, Method, apply
 from fedsplit.core.misfits import misfits
 from fedsplit.core.names import MAX_RUN_CHARS, MAX_TASK_CHARS, RULE, is_name, normalised
@@ -247,6 +248,19 @@ class RunConfig(BaseModel):
             parse_cuts(value)
         except ConfigError as err:
             raise ValueError(str(err)) from err
+        return value
+
+    @field_validator("classes")
+    @classmethod
+    def _check_classes(cls, value: str) -> str:
+        names = [name.strip() for name in value.split(",")]
+        if len(names) > MAX_CLASSES:
+            raise ValueError(f"classes has {len(names)} names, at most {MAX_CLASSES} are wanted")
+        for name in names:
+            if len(checked_name(name)) > MAX_CLASS_CHARS:
+                raise ValueError(
+                    f"classes: {name[:50]!r}... has {len(name)} characters, at most {MAX_CLASS_CHARS} are wanted"
+                )
         return value
 
     @field_validator("tasks")

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from fedsplit.core.foreign import Name, checked_name
 
 Outcome = Literal["complete", "partial", "failed"]
 _WORST_FIRST: tuple[Outcome, ...] = ("failed", "partial", "complete")
@@ -21,6 +23,9 @@ Flops = Annotated[int, Field(ge=0, le=2**62)]
 Seconds = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]
 
 
+Word = Annotated[str, Field(max_length=64), AfterValidator(checked_name)]
+
+
 class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,9 +34,9 @@ class RoundMetrics(_Record):
     """One line of `metrics.jsonl`: what one site did in one round. Round `rounds + 1` only evaluates."""
 
     round: Count
-    site: str
-    cut: str
-    codec: str
+    site: Name
+    cut: Word
+    codec: Word
     samples: Count
     """Training samples that the update stands for; 0 when the round only evaluated."""
     test_samples: Count

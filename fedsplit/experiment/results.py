@@ -16,6 +16,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedsplit.core.errors import RunDirError
+from fedsplit.core.foreign import read_json
 from fedsplit.core.records import RoundMetrics, SiteSummary, Summary
 from fedsplit.experiment.cells import Cell
 from fedsplit.experiment.files import write_whole
@@ -96,7 +97,7 @@ def folder_of(cell: Cell) -> Path:
 def finished(cell: Cell) -> Row | None:
     """The row of a run that is complete in its folder with these very settings, or None."""
     try:
-        about = json.loads((folder_of(cell) / CELL_FILE).read_text(encoding="utf-8"))
+        about = read_json(folder_of(cell) / CELL_FILE)
         if not isinstance(about, dict) or about.get("key") != cell.key:
             return None
         row = row_of(cell)

@@ -35,7 +35,8 @@ def closed_form(
     for site, reply in asked("statistics", tensors):
         try:
             answer = replies.read(0, site.name, reply)
-            start.add(site.name, messages.from_arrays(reply.content, messages.STATISTICS))
+            arrays = messages.from_arrays(reply.content, messages.STATISTICS, start.wanted)
+            start.add(site.name, arrays)
         except FedsplitError as err:
             replies.left_out(0, site.name, str(err))
             continue

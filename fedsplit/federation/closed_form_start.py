@@ -48,6 +48,12 @@ class ClosedFormStart:
         """How many sites are in the sums."""
         return len(self._fit)
 
+    @property
+    def wanted(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the arrays that each site is asked for."""
+        one = FeatureStatistics.shapes(features=self._features, classes=self._classes)
+        return {f"{part}/{n}": shape for part in (FIT, HELD_OUT) for n, shape in one.items()}
+
     def add(self, site: str, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Take in one site's sums. Raises UpdateError when they cannot be right."""
         fit, held_out = (

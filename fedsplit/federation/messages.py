@@ -15,12 +15,12 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from fedsplit import __version__
 from fedsplit.core.encoder import Grant
 from fedsplit.core.errors import ConfigError, FederationError, FedsplitError
-from fedsplit.core.foreign import printable
+from fedsplit.core.foreign import MAX_CLASSES, MAX_NAME_CHARS, ClassName, Name, printable
 from fedsplit.core.notes import MAX_NOTE_CHARS, MAX_NOTES
 from fedsplit.core.records import RoundMetrics
 
@@ -31,14 +31,22 @@ SCALARS, HISTORY = "scalars", "history"
 MAX_JSON_CHARS = 1_000_000
 # Counts are weights of the average: they must fit the arithmetic of numpy.
 MAX_SAMPLES = 10**12
-# Magic, version 1.0, header length, header: as np.save writes it for numbers in C order.
-_NPY = re.compile(
-    rb"\x93NUMPY\x01\x00..\{'descr': '([<>|](?:f[248]|[iu][1248]|b1))', 'fortran_order': False, "
-    rb"'shape': \(((?:[0-9]{1,12}(?:,|, )?){0,8})\), \} *\n",
-    re.DOTALL,
+MAX_FAULT_CHARS = 4000
+# What np.save writes for numbers in C order: magic, version 1.0, header length, header. No header of 8 dimensions
+# of 12 digits is longer than this, and the pattern has one way alone to match a text.
+_NPY_MAGIC, _MAX_NPY_HEADER, _MAX_DIMENSIONS, _MAX_DIGITS = b"\x93NUMPY\x01\x00", 246, 8, 12
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '([<>|](?:f[248]|[iu][1248]|b1))', 'fortran_order': False, "
+    rb"'shape': \(([0-9, ]*)\), \} *\n"
 )
 Kind = Literal["roll-call", "statistics", "calibrate", "train", "evaluate", "local-only"]
 Tensors = Mapping[str, NDArray[np.float32]]
+Shape = tuple[int, ...]
+
+
+Word = Annotated[str, Field(max_length=128), AfterValidator(printable)]
+"""A short word: a cut, a digest, a version."""
+Classes = Annotated[tuple[ClassName, ...], Field(max_length=MAX_CLASSES)]
 
 
 class _Part(BaseModel):
@@ -59,7 +67,7 @@ class Round(_Part):
     """A round that a site is to replay: whose scalars, and the samples they stand for."""
 
     number: int
-    sites: tuple[tuple[str, int], ...] = Field(max_length=100_000)
+    sites: tuple[tuple[Name, int], ...] = Field(max_length=100_000)
 
 
 class Order(_Part):
@@ -68,9 +76,9 @@ class Order(_Part):
     kind: Kind
     run: str
     round: int
-    fedsplit_version: str
+    fedsplit_version: Word
     config: dict[str, str | int | float | bool]
-    classes: tuple[str, ...] | None
+    classes: Classes | None
     cut: str
     rank: int = Field(ge=1, le=1024)
     """The site's LoRA rank."""
@@ -97,30 +105,30 @@ class _Version(BaseModel):
 class RollCall(_Part):
     """What a site says of itself before the first round."""
 
-    site: str = Field(min_length=1, max_length=128)
-    cut: str
+    site: Name
+    cut: Word
     """The site's own cut; empty: the run's."""
-    classes: tuple[str, ...]
+    classes: Classes
     samples: int = Field(ge=1, le=MAX_SAMPLES)
     test_samples: int = Field(ge=0, le=MAX_SAMPLES)
-    backbone_sha256: str
-    fedsplit_version: str
-    versions: dict[str, Annotated[str, Field(max_length=64)]] = Field({}, max_length=16)
+    backbone_sha256: Word
+    fedsplit_version: Word
+    versions: dict[Word, Word] = Field({}, max_length=16)
     """What is installed at the site and decides its numbers: core/versions.py's `installed`."""
     number: int
     """Its partition's number in simulation, -1 in deployment: decides the order in which cuts are dealt."""
     rank: int = Field(0, ge=0, le=1024)
     """The site's own LoRA rank; 0: the run's."""
-    notes: tuple[Annotated[str, Field(max_length=MAX_NOTE_CHARS)], ...] = Field(
-        (), max_length=MAX_NOTES
-    )
+    notes: tuple[
+        Annotated[str, Field(max_length=MAX_NOTE_CHARS), AfterValidator(printable)], ...
+    ] = Field((), max_length=MAX_NOTES)
     """What the site guessed, left out or found odd in its data and backbone, a sentence each."""
 
 
 class NotHeld(_Part):
     """What a site says at roll call of a task that is none of its own."""
 
-    site: str = Field(min_length=1, max_length=128)
+    site: Name
     task: str = Field(min_length=1, max_length=64)
 
 
@@ -135,7 +143,7 @@ class Answer(_Part):
 class Calibration(_Part):
     """How a site's training samples like a closed-form classifier at several temperatures."""
 
-    site: str
+    site: Name
     nll: tuple[float, ...] = Field(max_length=256)
     """Summed negative log-likelihood, one a temperature."""
     metrics: RoundMetrics
@@ -144,7 +152,7 @@ class Calibration(_Part):
 class LocalOnly(_Part):
     """What training alone reached."""
 
-    site: str
+    site: Name
     correct_own: int = Field(ge=0, le=MAX_SAMPLES)
     total_own: int = Field(ge=0, le=MAX_SAMPLES)
     correct_everywhere: int = Field(ge=0, le=MAX_SAMPLES)
@@ -154,9 +162,9 @@ class LocalOnly(_Part):
 class Fault(_Part):
     """A typed error of a site, in words for people."""
 
-    kind: str
-    message: str
-    site: str = ""
+    kind: Word
+    message: Annotated[str, AfterValidator(lambda text: printable(text, limit=MAX_FAULT_CHARS))]
+    site: Annotated[str, AfterValidator(lambda text: printable(text, limit=MAX_NAME_CHARS))] = ""
     """The site's name where it is known."""
 
 
@@ -181,8 +189,8 @@ def read(content: RecordDict, name: str, model: type[_Model]) -> _Model:
     except ValidationError as err:
         first = err.errors()[0]
         raise FederationError(
-            f"the {name!r} part of a message is malformed at {'.'.join(map(str, first['loc']))}: "
-            f"{first['msg']}; install the same fedsplit version on both ends"
+            f"the {name!r} part of a message is malformed at "
+            f"{printable('.'.join(map(str, first['loc'])), limit=100)}: {printable(first['msg'])}; install the same fedsplit version on both ends"
         ) from err
 
 
@@ -211,8 +219,11 @@ def fault_of(message: Message) -> Fault | None:
         )
     if message.has_error():
         reason = (message.error.reason or "").strip()
-        last = reason.splitlines()[-1][:500] if reason else f"Flower error {message.error.code}"
-        return Fault(kind="SiteCrashed", message=last)
+        # The end is looked at first: a reason may be as long as its sender likes.
+        last = reason[-MAX_FAULT_CHARS:].splitlines()[-1] if reason else ""
+        return Fault(
+            kind="SiteCrashed", message=printable(last) or f"Flower error {message.error.code}"
+        )
     if FAULT in message.content.config_records:
         try:
             return read(message.content, FAULT, Fault)
@@ -230,7 +241,9 @@ def answer_of(reply: Message, model: type[_Model]) -> _Model:
 
 def fault_reply(error: FedsplitError, message: Message, *, site: str) -> Message:
     """The reply of a site that could not do what it was asked."""
-    fault = Fault(kind=type(error).__name__, message=str(error)[:4000], site=site[:128])
+    fault = Fault(
+        kind=type(error).__name__, message=str(error)[:MAX_FAULT_CHARS], site=site[:MAX_NAME_CHARS]
+    )
     return Message(write(FAULT, fault), reply_to=message)
 
 
@@ -241,33 +254,61 @@ def to_arrays(tensors: Tensors) -> ArrayRecord:
     )
 
 
-def from_arrays(content: RecordDict, name: str) -> dict[str, NDArray[np.float32]]:
-    """Module tensors of a record; empty when it is not there. Raises FederationError on damaged arrays."""
+def from_arrays(
+    content: RecordDict, name: str, wanted: Mapping[str, Shape]
+) -> dict[str, NDArray[np.float32]]:
+    """The tensors of a record that are there of `wanted` (name -> shape); none when it is not there.
+
+    Raises FederationError for any other array, and for one of another type or shape, before anything is copied.
+    """
     record = content.array_records.get(name)
     if record is None:
         return {}
-    try:
-        return {key: _decoded(array) for key, array in record.items()}
-    except (ValueError, OverflowError) as err:
+    if extra := [key for key in record if key not in wanted]:
         raise FederationError(
-            f"the {name!r} arrays of a message cannot be read: {str(err)[:300]}"
-        ) from err
+            f"the {name!r} arrays of a message hold {len(extra)} that nobody asked for, e.g. "
+            f"{printable(min(extra), limit=200)}; install the same fedsplit version on both ends"
+        )
+    found = {}
+    for key, array in record.items():
+        try:
+            found[key] = _plain(array, wanted[key])
+        except (ValueError, OverflowError) as err:
+            raise FederationError(
+                f"the {name!r} arrays of a message cannot be read: {key}: {printable(err, limit=300)}"
+            ) from err
+    return {key: array.copy() for key, array in found.items()}
 
 
-def _decoded(array: Array) -> NDArray[np.float32]:
-    """The array from numpy's own format, of which only what `to_arrays` writes is read.
+def _plain(array: Array, wanted: Shape) -> NDArray[np.float32]:
+    """A view of the bytes of an array in numpy's own format, of which only what `to_arrays` writes is read.
 
     np.load would parse the header as Python, open archives, and allocate what the header claims.
     """
-    head = _NPY.match(array.data)
-    if array.stype != "numpy.ndarray" or head is None:
+    data = array.data
+    start = len(_NPY_MAGIC) + 2
+    end = start + int.from_bytes(data[start - 2 : start], "little")
+    # Capped before it is looked at.
+    if array.stype != "numpy.ndarray" or data[: start - 2] != _NPY_MAGIC or end > _MAX_NPY_HEADER:
         raise ValueError("these are not the bytes of a plain array")
-    dtype = np.dtype(head[1].decode())
-    shape = tuple(int(size) for size in head[2].replace(b",", b" ").split())
-    body = array.data[head.end() :]
-    if math.prod(shape) * dtype.itemsize != len(body):
-        raise ValueError(f"{len(body)} bytes are not {dtype} of shape {shape}")
-    return np.frombuffer(body, dtype).reshape(shape).copy()
+    if (head := _NPY_HEADER.fullmatch(data[start:end])) is None:
+        raise ValueError("these are not the bytes of a plain array")
+    dtype, shape = np.dtype(head[1].decode()), _shape(head[2].decode())
+    if dtype != np.float32:
+        raise ValueError(f"it is {dtype}, float32 is wanted")
+    if shape != tuple(wanted):
+        raise ValueError(f"it has shape {shape}, {tuple(wanted)} is wanted")
+    if math.prod(shape) * dtype.itemsize != len(data) - end:
+        raise ValueError(f"{len(data) - end} bytes are not {dtype} of shape {shape}")
+    return np.frombuffer(data, dtype, offset=end).reshape(shape)
+
+
+def _shape(text: str) -> Shape:
+    """Read "2, 3" as it stands in a header. Raises ValueError on more than a header may hold."""
+    parts = text.replace(",", " ").split()
+    if len(parts) > _MAX_DIMENSIONS or any(len(part) > _MAX_DIGITS for part in parts):
+        raise ValueError(f"it has a shape of {len(text)} characters")
+    return tuple(map(int, parts))
 
 
 def array_bytes(content: RecordDict) -> int:

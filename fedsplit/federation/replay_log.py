@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from flwr.app import ArrayRecord, RecordDict
+from flwr.app import RecordDict
 from numpy.typing import NDArray
 
 from fedsplit.core.aggregation import Update, aggregate
@@ -25,7 +25,7 @@ from fedsplit.core.errors import FederationError, UpdateError
 from fedsplit.federation import messages
 from fedsplit.federation.messages import Order, Round
 from fedsplit.federation.plan import plan
-from fedsplit.federation.zeroth_order import replayed
+from fedsplit.federation.zeroth_order import replayed, scalars_shape
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec, ModuleTensors
 from fedsplit.training.activation_cache import version_of
@@ -96,7 +96,12 @@ def caught_up(
 
     Raises FederationError where it does not arrive at the server's module.
     """
-    scalars = messages.from_arrays(content, messages.HISTORY)
+    wanted = {
+        f"{past.number}/{i}": scalars_shape(config, samples)
+        for past in order.history
+        for i, (_, samples) in enumerate(past.sites)
+    }
+    scalars = messages.from_arrays(content, messages.HISTORY, wanted)
     module = dict(kept)
     try:
         for past in order.history:
@@ -107,11 +112,10 @@ def caught_up(
                     site=site,
                     samples=samples,
                     delta=replayed(
-                        RecordDict({messages.SCALARS: _one(scalars[f"{past.number}/{i}"])}),
+                        scalars[f"{past.number}/{i}"],
                         config,
                         backbone,
                         site=site,
-                        samples=samples,
                         round_=past.number,
                         start=start,
                     ),
@@ -129,7 +133,3 @@ def caught_up(
             "is sent from now on"
         )
     return module
-
-
-def _one(scalars: Scalars) -> ArrayRecord:
-    return messages.to_arrays({messages.SCALARS: scalars})

@@ -19,7 +19,7 @@ from fedsplit.federation.ledger import Ledger
 from fedsplit.federation.messages import Answer
 from fedsplit.federation.orders import Orders, Site
 from fedsplit.federation.run_dir import RunDir
-from fedsplit.federation.zeroth_order import replayed
+from fedsplit.federation.zeroth_order import replayed, scalars_of
 from fedsplit.model.module import ModuleTensors
 from fedsplit.training.rank_pruning import kept_rank
 
@@ -112,14 +112,24 @@ class Replies:
         names = self._orders.plan(site, round_)
         try:
             if self._config.gradient == "zeroth-order":
-                delta = self._replayed(round_, site, reply, {n: received[n] for n in names.trained})
+                scalars = scalars_of(
+                    reply.content, self._config, site=site.name, samples=site.call.samples
+                )
+                delta = replayed(
+                    scalars,
+                    self._config,
+                    self._orders.backbone,
+                    site=site.name,
+                    round_=round_,
+                    start={n: received[n] for n in names.trained},
+                )
             else:
-                delta = messages.from_arrays(reply.content, messages.DELTA)
+                wanted = {n: received[n].shape for n in names.sent}
+                delta = messages.from_arrays(reply.content, messages.DELTA, wanted)
             update = Update(site=site.name, samples=answer.metrics.samples, delta=delta)
             check_update(update, module=received, trained=names.sent, samples=site.call.samples)
             self._note_rank(site, answer.rank)
             if self._config.gradient == "zeroth-order":
-                scalars = messages.from_arrays(reply.content, messages.SCALARS)[messages.SCALARS]
                 self._orders.log.add(round_, site.name, update.samples, scalars)
         except (UpdateError, FederationError) as err:
             self.left_out(round_, site.name, str(err))
@@ -175,19 +185,6 @@ class Replies:
             self.left_out(round_, name, str(err))
             return
         self.account(answer.metrics)
-
-    def _replayed(
-        self, round_: int, site: Site, reply: Message, start: ModuleTensors
-    ) -> ModuleTensors:
-        return replayed(
-            reply.content,
-            self._config,
-            self._orders.backbone,
-            site=site.name,
-            samples=site.call.samples,
-            round_=round_,
-            start=start,
-        )
 
     def _status(self, phase: Phase, round_: int) -> None:
         self._run_dir.set_status(

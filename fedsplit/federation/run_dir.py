@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from fedsplit.core.errors import RunDirError
+from fedsplit.core.foreign import printable, read_json
 from fedsplit.core.records import RoundMetrics, Status, Summary
 
 MODULE_FILE, EXTRA_FILE, MANIFEST, KEEP = (
@@ -32,6 +33,8 @@ MODULE_FILE, EXTRA_FILE, MANIFEST, KEEP = (
     "manifest.json",
     3,
 )
+
+Tensors = Mapping[str, NDArray[np.float32]]
 
 
 try:
@@ -95,7 +98,8 @@ class RunDir:
                     f"run {path.name!r} is already in {path.parent}; choose another run-name, or go on "
                     f"from it with resume={path.name}"
                 )
-            path.mkdir(parents=True, exist_ok=True)
+            # What is inside was learnt of people's data: for the account that runs this, until somebody opens it.
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as err:
             raise RunDirError(
                 f"run directory {path} cannot be written: {err.strerror}; set runs-dir to a folder that can "
@@ -171,9 +175,7 @@ class RunDir:
     def read_config(self) -> dict[str, Any]:
         """config.json. Raises RunDirError when it is damaged."""
         try:
-            value: dict[str, Any] = json.loads(
-                (self.path / "config.json").read_text(encoding="utf-8")
-            )
+            value: dict[str, Any] = read_json(self.path / "config.json")
             if not isinstance(value, dict) or not isinstance(value.get("config"), dict):
                 raise ValueError("it holds no settings")
         except (OSError, ValueError) as err:
@@ -256,12 +258,15 @@ class RunDir:
         """Was a round of this run ever finished?"""
         return bool(_rounds(self.path / "checkpoints"))
 
-    def last_checkpoint(self) -> Checkpoint:
-        """The newest whole checkpoint. Raises RunDirError when there is none."""
+    def last_checkpoint(self, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Checkpoint:
+        """The newest whole checkpoint, of a module of these `shapes`. Raises RunDirError when there is none."""
         damage = []
         for path in reversed(_rounds(self.path / "checkpoints")):
             try:
-                return _read_checkpoint(path)
+                found = _read_checkpoint(path)
+                if shapes is not None:
+                    _check_shapes(found.module, shapes)
+                return found
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as err:
                 damage.append(f"{path.name}: {err}")
         why = f"damaged: {'; '.join(damage)}" if damage else "no round was finished"
@@ -274,13 +279,33 @@ def _rounds(root: Path) -> list[Path]:
 
 
 def _read_checkpoint(path: Path) -> Checkpoint:
-    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    manifest = read_json(path / MANIFEST)
     sums = manifest["sha256"]
+    if type(manifest["round"]) is not int or not isinstance(manifest["state"], dict):
+        raise ValueError(f"{MANIFEST} is not one that fedsplit writes")
     for name in {MODULE_FILE, *sums}:
         if _sha256(path / name) != sums[name]:
             raise ValueError(f"{name} does not have the manifest's sha256")
-    extra = load_file(path / EXTRA_FILE) if EXTRA_FILE in sums else {}
-    return Checkpoint(manifest["round"], load_file(path / MODULE_FILE), manifest["state"], extra)
+    extra = _floats(path / EXTRA_FILE) if EXTRA_FILE in sums else {}
+    return Checkpoint(manifest["round"], _floats(path / MODULE_FILE), manifest["state"], extra)
+
+
+def _floats(path: Path) -> dict[str, NDArray[np.float32]]:
+    """The tensors of a file. Raises ValueError unless all are finite float32, as every module is."""
+    tensors: dict[str, NDArray[np.float32]] = load_file(path)
+    for name, value in tensors.items():
+        if value.dtype != np.float32 or not np.isfinite(value).all():
+            raise ValueError(f"{printable(name, limit=200)} in {path.name} is not finite float32")
+    return tensors
+
+
+def _check_shapes(module: Tensors, wanted: Mapping[str, tuple[int, ...]]) -> None:
+    got = {name: value.shape for name, value in module.items()}
+    if odd := sorted(n for n in wanted.keys() | got.keys() if wanted.get(n) != got.get(n)):
+        raise ValueError(
+            f"{printable(odd[0], limit=200)} is {got.get(odd[0], 'missing')}, {wanted.get(odd[0], 'nothing')} is "
+            f"wanted: it is of another run"
+        )
 
 
 def _sha256(path: Path) -> str:

@@ -18,6 +18,7 @@ from flwr.serverapp import Grid
 
 from fedsplit.core.config import RESUME_KEYS, RunConfig
 from fedsplit.core.errors import ConfigError, FedsplitError, RunDirError
+from fedsplit.core.foreign import MAX_CLASSES
 from fedsplit.core.records import Outcome, Status, Summary
 from fedsplit.core.versions import installed
 from fedsplit.federation import messages
@@ -173,6 +174,13 @@ class Run:
             raise ConfigError(
                 f"the task has {len(classes)} class ({classes}); two or more are wanted"
             )
+        if len(classes) > MAX_CLASSES:
+            told = sorted(((len(s.call.classes), s.name) for s in sites), reverse=True)
+            most = ", ".join(f"{name} {count}" for count, name in told[:3])
+            raise ConfigError(
+                f"the sites' classes are {len(classes)} together (most: {most}), at most {MAX_CLASSES} are "
+                f"wanted; name the task's own in classes"
+            )
         return classes
 
     def _write_config(self, classes: tuple[str, ...], sites: list[Site]) -> None:
@@ -192,7 +200,7 @@ class Run:
 
     def _restore(self, strategy: SplitStrategy) -> tuple[int, module.ModuleTensors]:
         """(first round to run, module) from the last checkpoint, the ledger filled as it was."""
-        saved = self.dir.last_checkpoint()
+        saved = self.dir.last_checkpoint(module.shapes(self.backbone, strategy.spec))
         strategy.restore(saved)
         self.dir.forget_after(saved.round)
         self.ledger.metrics = self.dir.read_metrics()

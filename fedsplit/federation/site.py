@@ -6,10 +6,12 @@ Called by client_app/app.py. Imports nothing of the server: no strategy, no enco
 from __future__ import annotations
 
 from flwr.app import Context, Message, RecordDict
+from pydantic import ValidationError
 
 from fedsplit import __version__
 from fedsplit.core.config import RunConfig
-from fedsplit.core.errors import BackboneError, ConfigError, FedsplitError
+from fedsplit.core.errors import BackboneError, ConfigError, DataError, FedsplitError
+from fedsplit.core.foreign import printable
 from fedsplit.core.notes import fit
 from fedsplit.core.versions import installed
 from fedsplit.federation import messages
@@ -69,16 +71,22 @@ def _not_held(order: Order, config: RunConfig, site: SiteSettings) -> RecordDict
 def _roll_call(site: SiteSettings, own: SiteData, backbone: Backbone, number: int) -> RollCall:
     if site.cut is not None:
         site.cut.check(backbone.blocks)
-    return RollCall(
-        site=site.name,
-        cut=str(site.cut) if site.cut is not None else "",
-        rank=site.lora_rank,
-        classes=own.examples.classes,
-        samples=len(own.train),
-        test_samples=len(own.test),
-        backbone_sha256=backbone.sha256,
-        fedsplit_version=__version__,
-        versions=installed(),
-        number=number,
-        notes=fit(own.notes),
-    )
+    try:
+        return RollCall(
+            site=site.name,
+            cut=str(site.cut) if site.cut is not None else "",
+            rank=site.lora_rank,
+            classes=own.examples.classes,
+            samples=len(own.train),
+            test_samples=len(own.test),
+            backbone_sha256=backbone.sha256,
+            fedsplit_version=__version__,
+            versions=installed(),
+            number=number,
+            notes=fit(own.notes),
+        )
+    except ValidationError as err:
+        first = err.errors()[0]
+        raise DataError(
+            f"site {site.name!r} cannot take part with {first['loc'][0]}: {printable(first['msg'])}"
+        ) from err

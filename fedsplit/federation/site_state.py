@@ -56,6 +56,12 @@ class SiteState:
                 if {k: about.get(k) for k in self._about} != self._about:
                     raise ValueError("it belongs to another run or site")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                if odd := [
+                    n
+                    for n, t in tensors.items()
+                    if t.dtype != np.float32 or not np.isfinite(t).all()
+                ]:
+                    raise ValueError(f"{odd[0]!r} is not finite float32")
                 return Saved(int(about["round"]), tensors)
         except (OSError, ValueError, KeyError, SafetensorError) as err:
             log.warning("%s cannot be used and is left aside: %s", self._path, err)
@@ -65,9 +71,11 @@ class SiteState:
         """Keep `tensors` in place of what was kept. Raises RunDirError where the disk does not take them."""
         part = self._path.with_suffix(".part")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             whole = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
             save_file(whole, part, metadata=self._about | {"round": str(round_)})
+            # Learnt of the site's data, and the folder may be one that others read.
+            part.chmod(0o600)
             part.replace(self._path)
         except (OSError, SafetensorError) as err:
             part.unlink(missing_ok=True)

@@ -100,7 +100,9 @@ class SiteWork:
     def module_of(self, content: RecordDict) -> ModuleTensors:
         """The module that came, or the one that the site kept with the rounds since replayed."""
         if self.order.held < 0:
-            return messages.from_arrays(content, messages.MODULE)
+            shapes = module.shapes(self.backbone, self.spec)
+            held = module.device_names(self.backbone, self.spec, self.cut)
+            return messages.from_arrays(content, messages.MODULE, {n: shapes[n] for n in held})
         saved = self.state.load()
         kept = saved.under(HELD) if saved else {}
         # The module of an order is the one after the round before it.

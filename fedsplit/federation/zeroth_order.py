@@ -37,13 +37,30 @@ def direction_seed(config: RunConfig, *, site: str, round_: int) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
+def scalars_shape(config: RunConfig, samples: int) -> messages.Shape:
+    """(steps, queries) of a site's round."""
+    return config.local_epochs * -(-samples // config.batch_size), config.zo_queries
+
+
+def scalars_of(
+    content: RecordDict, config: RunConfig, *, site: str, samples: int
+) -> NDArray[np.float32]:
+    """A site's scalars of a round, [steps, queries]. Raises UpdateError and FederationError where they are not that."""
+    wanted = scalars_shape(config, samples)
+    found = messages.from_arrays(content, messages.SCALARS, {messages.SCALARS: wanted})
+    if messages.SCALARS not in found:
+        raise UpdateError(
+            f"update of site {site!r} refused: no scalars, {wanted[0]} steps are wanted"
+        )
+    return found[messages.SCALARS]
+
+
 def replayed(
-    content: RecordDict,
+    scalars: NDArray[np.float32],
     config: RunConfig,
     backbone: Backbone,
     *,
     site: str,
-    samples: int,
     round_: int,
     start: Mapping[str, NDArray[np.float32]],
 ) -> dict[str, NDArray[np.float32]]:
@@ -51,14 +68,6 @@ def replayed(
 
     Raises UpdateError for scalars that its training cannot have given.
     """
-    arrays = messages.from_arrays(content, messages.SCALARS)
-    scalars = arrays.get(messages.SCALARS)
-    steps = config.local_epochs * -(-samples // config.batch_size)
-    if scalars is None or scalars.shape[:1] != (steps,):
-        got = None if scalars is None else scalars.shape
-        raise UpdateError(
-            f"update of site {site!r} refused: scalars {got}, {steps} steps are wanted"
-        )
     classifier = backbone.family.classifier
     other = config.lora_learning_rate or config.learning_rate
     rates = {n: config.learning_rate if n.split(".", 1)[0] in classifier else other for n in start}
@@ -68,7 +77,7 @@ def replayed(
             scalars,
             zeroth_order(config, site=site, round_=round_),
             rates,
-            factors=[config.learning_rate_factor(round_)] * steps,
+            factors=[config.learning_rate_factor(round_)] * len(scalars),
             weight_decay=config.weight_decay,
         )
     except ProtocolError as err:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fedsplit.core.errors import BackboneError
+from fedsplit.core.foreign import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -78,9 +78,9 @@ def weight_files(path: Path) -> list[Path]:
         return [path / SINGLE]
     if (path / INDEX).is_file():
         try:
-            index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+            index = read_json(path / INDEX)
             names = sorted(set(index["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as err:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as err:
             raise BackboneError(f"backbone {path}: {INDEX} cannot be read ({err})") from err
         files = [path / Path(str(name)).name for name in names]
         if missing := [f.name for f in files if not f.is_file()]:

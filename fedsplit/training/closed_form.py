@@ -89,13 +89,19 @@ class FeatureStatistics:
         upper = np.triu_indices(len(self.gram))
         return {GRAM: self.gram[upper].astype(dtype), MOMENT: self.moment.astype(dtype)}
 
+    @staticmethod
+    def shapes(*, features: int, classes: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of `arrays`."""
+        rows = features + 1
+        return {GRAM: (rows * (rows + 1) // 2,), MOMENT: (rows, classes)}
+
     @classmethod
     def of(
         cls, arrays: Mapping[str, NDArray[Any]], *, features: int, classes: int
     ) -> FeatureStatistics:
         """The inverse of `arrays`. Raises UpdateError on anything else than finite sums of these sizes."""
         rows = features + 1
-        wanted = {GRAM: (rows * (rows + 1) // 2,), MOMENT: (rows, classes)}
+        wanted = cls.shapes(features=features, classes=classes)
         shapes = {name: array.shape for name, array in arrays.items()}
         if shapes != wanted:
             raise UpdateError(

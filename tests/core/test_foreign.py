@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.core.foreign import MAX_CHARS, printable
+from fedsplit.core.foreign import MAX_CHARS, parse_json, printable, read_json
 
 
 @given(st.text(alphabet=st.characters(), max_size=2000), st.integers(1, 600))
@@ -26,3 +29,20 @@ def test_escape_sequences_are_told_and_not_obeyed() -> None:
 
 def test_a_long_text_is_cut_with_a_mark() -> None:
     assert printable("x" * 10**6) == "x" * (MAX_CHARS - 1) + "…"
+
+
+@pytest.mark.parametrize(
+    "text", [b"[" * 100_000, b'{"a":' * 300 + b"1" + b"}" * 300, b"9" * 5000, b"{", b"", b"\xff"]
+)
+def test_json_that_cannot_be_read_is_a_value_error(text: bytes) -> None:
+    with pytest.raises(ValueError, match=r".+") as caught:
+        parse_json(text)
+    assert len(str(caught.value)) < 200
+
+
+def test_json_files_are_read_no_further_than_the_limit(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('{"a": [1, 2.5, null, "検"]}', encoding="utf-8")
+    assert read_json(path) == {"a": [1, 2.5, None, "検"]}
+    with pytest.raises(ValueError, match="at most 5 are looked at"):
+        read_json(path, limit=5)

@@ -49,7 +49,7 @@ def test_json_round_trip() -> None:
 
 
 def test_a_metrics_record_is_one_line() -> None:
-    metrics = RoundMetrics.model_validate(METRICS | {"site": "press\n3"})
+    metrics = RoundMetrics.model_validate(METRICS | {"site": 'press"3 検'})
     assert "\n" not in metrics.model_dump_json()
 
 

@@ -198,6 +198,56 @@ def test_a_fault_that_is_malformed_still_is_one() -> None:
     assert "malformed" in fault.message
 
 
+# Names and words of others.
+
+
+@pytest.mark.parametrize("site", ["a\x1b[2J", "a\nb", "\u202egpj.exe", "a\u2028b", "a\x00"])
+def test_a_site_whose_name_cannot_be_shown_is_refused(site: str) -> None:
+    with pytest.raises(FederationError, match=r"cannot be shown; rename it") as caught:
+        messages.read(carrying(json.dumps(CALL | {"site": site})), "part", RollCall)
+    assert str(caught.value).isprintable()
+
+
+def test_names_in_any_script_are_names() -> None:
+    call = CALL | {"site": "検査ライン 1", "classes": ["傷", "Ölfleck", "हिन्दी"]}
+    assert messages.read(carrying(json.dumps(call)), "part", RollCall).site == "検査ライン 1"
+
+
+@pytest.mark.parametrize(
+    "classes", [["x" * 201], ["a\x1b[1m"], [str(i) for i in range(4097)]], ids=range(3)
+)
+def test_class_names_are_bounded(classes: list[str]) -> None:
+    with pytest.raises(FederationError, match="malformed at classes"):
+        messages.read(carrying(json.dumps(CALL | {"classes": classes})), "part", RollCall)
+
+
+def test_words_of_others_are_short_and_printable() -> None:
+    """Escape sequences and texts of 900 KB came through to logs, terminals and every checkpoint."""
+    foreign = "\x1b[31m" + "x" * 900_000
+    fault = messages.fault_of(
+        Message(
+            carrying(
+                json.dumps({"kind": "DataError", "message": foreign, "site": foreign}),
+                messages.FAULT,
+            ),
+            reply_to=message(),
+        )
+    )
+    crash = messages.fault_of(
+        Message(Error(code=2, reason="Traceback\n" + foreign), reply_to=message())
+    )
+    with pytest.raises(FederationError) as extra:
+        messages.read(carrying(json.dumps({foreign: 1})), "part", Fault)
+    assert fault is not None
+    assert crash is not None
+    for text in (fault.message, fault.site, crash.message, str(extra.value)):
+        assert text.isprintable()
+        assert len(text) <= 4000
+    for part in ({"cut": foreign}, {"codec": foreign}, {"site": foreign}):
+        with pytest.raises(FederationError, match="malformed at metrics"):
+            messages.read(carrying(json.dumps({"metrics": METRICS | part})), "part", Answer)
+
+
 # Arrays.
 
 
@@ -210,10 +260,11 @@ def test_arrays_round_trip() -> None:
     record = messages.to_arrays(tensors)
     assert list(record) == sorted(tensors)
     content = RecordDict({"delta": record})
-    got = messages.from_arrays(content, "delta")
+    shapes = {name: np.shape(value) for name, value in tensors.items()}
+    got = messages.from_arrays(content, "delta", shapes)
     assert all(np.array_equal(got[n], tensors[n]) for n in tensors)
     assert all(got[n].shape == tensors[n].shape for n in tensors)
-    assert messages.from_arrays(content, "module") == {}
+    assert messages.from_arrays(content, "module", shapes) == {}
     assert messages.array_bytes(content) == sum(len(a.data) for a in record.values())
     assert messages.array_bytes(RecordDict()) == 0
 
@@ -235,6 +286,11 @@ def broken_zip() -> bytes:
     with zipfile.ZipFile(file, "w") as writer:
         writer.writestr("w.npy", b"x")
     return file.getvalue()[:-10]
+
+
+def read_delta(array: Array, shape: tuple[int, ...] = (2,)) -> Any:
+    content = RecordDict({"delta": ArrayRecord({"w": array})})
+    return messages.from_arrays(content, "delta", {"w": shape})
 
 
 BAD_ARRAYS = {
@@ -268,7 +324,7 @@ def test_damaged_arrays_are_refused_in_little_memory(name: str) -> None:
     tracemalloc.start()
     try:
         with pytest.raises(FederationError, match=r"'delta' arrays .* cannot be read") as caught:
-            messages.from_arrays(content, "delta")
+            messages.from_arrays(content, "delta", {"w": (2,)})
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -279,7 +335,7 @@ def test_damaged_arrays_are_refused_in_little_memory(name: str) -> None:
 def test_arrays_of_another_kind() -> None:
     array = Array("float32", (2,), "torch.tensor", b"\0" * 8)
     with pytest.raises(FederationError, match="cannot be read"):
-        messages.from_arrays(RecordDict({"delta": ArrayRecord({"w": array})}), "delta")
+        read_delta(array)
 
 
 GOOD = np.arange(4, dtype="f4")
@@ -298,4 +354,69 @@ def test_fuzzed_arrays_raise_federation_errors_alone(changes: Any, length: int) 
         data[at] = value
     array = Array("float32", (4,), "numpy.ndarray", bytes(data[: length or 144]))
     with contextlib.suppress(FederationError):
-        messages.from_arrays(RecordDict({"delta": ArrayRecord({"w": array})}), "delta")
+        read_delta(array, (4,))
+
+
+# Parsers of foreign bytes take time in proportion to what they look at: long runs of one class of character are what
+# patterns with two ways to match a text go wrong at. A bound on the work, not on the clock: twice the run may cost some
+# more, never a thousand times.
+RUNS = st.tuples(
+    st.sampled_from(["0", "12", " ", ",", "1, ", "(", ")", "'", "{", "\n", "<f4", "\x1b[", "é"]),
+    st.integers(1, 60_000),
+)
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.lists(RUNS, min_size=1, max_size=4), st.sampled_from(["shape", "descr", "all"]))
+def test_headers_of_long_runs_are_refused_after_few_bytes(runs: Any, where: str) -> None:
+    text = "".join(piece * (times // len(piece) + 1) for piece, times in runs)[:65_000]
+    shape = f"({text}" if where == "shape" else "(2,)"
+    descr = f"'<f4{text}" if where == "descr" else "'<f4'"
+    header = (
+        text if where == "all" else f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}"
+    )
+    data = header.encode()[:65_000]
+    array = Array(
+        "float32",
+        (2,),
+        "numpy.ndarray",
+        b"\x93NUMPY\x01\x00" + len(data).to_bytes(2, "little") + data,
+    )
+    with pytest.raises(FederationError, match="cannot be read"):
+        read_delta(array)
+
+
+@pytest.mark.parametrize("digits", [12, 64, 96, 200])
+def test_a_header_of_many_digits_is_refused_at_once(digits: int) -> None:
+    """It once took a minute at 64: a pattern that could part the digits in every way did."""
+    array = Array("float32", (2,), "numpy.ndarray", npy("'<f4'", "(" + "1" * digits + "x)", b""))
+    with pytest.raises(FederationError, match="not the bytes of a plain array"):
+        read_delta(array)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "reason"),
+    [
+        ({"w": np.zeros(2, "f4"), "x\x1b[2J": np.zeros(2, "f4")}, r"1 that nobody asked for, e\.g\. x\\x1b\[2J;"),
+        ({"w": np.zeros(3, "f4")}, r"w: it has shape \(3,\), \(2,\) is wanted"),
+        ({"w": np.zeros((2, 1), "f4")}, r"w: it has shape \(2, 1\), \(2,\) is wanted"),
+        ({"w": np.zeros(2)}, "w: it is float64, float32 is wanted"),
+        ({"w": np.zeros(2, ">f4")}, "w: it is >f4, float32 is wanted"),
+    ],
+)  # fmt: skip
+def test_what_nobody_asked_for_is_refused_before_a_copy(arrays: Any, reason: str) -> None:
+    # Beside what is odd there is much that would be copied first.
+    big = np.zeros(1_000_000, "f4")
+    record = ArrayRecord({n: Array(a) for n, a in {"a": big, **arrays}.items()})
+    tracemalloc.start()
+    try:
+        with pytest.raises(FederationError, match=reason):
+            messages.from_arrays(
+                RecordDict({"delta": record}), "delta", {"a": big.shape, "w": (2,)}
+            )
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 500_000

@@ -37,7 +37,8 @@ def train_reply(
     def tamper(at: int, message: Message, reply: Message) -> Message:
         if at != node or messages.DELTA not in reply.content.array_records:
             return reply
-        delta = messages.from_arrays(reply.content, messages.DELTA)
+        record = reply.content.array_records[messages.DELTA]
+        delta = {name: array.numpy() for name, array in record.items()}
         answer = messages.read(reply.content, messages.ANSWER, Answer)
         delta, answer = change(delta, answer)
         content = messages.write(messages.ANSWER, answer)
@@ -150,7 +151,7 @@ BAD = {
     "float64": lambda d, a: ({n: t.astype(np.float64) for n, t in d.items()}, a),
     "shape": lambda d, a: ({n: t[:1] for n, t in d.items()}, a),
     "missing": lambda d, a: (dict(list(d.items())[1:]), a),
-    "not to train": lambda d, a: (d | {"vit.layers.9.weight": np.zeros(3, np.float32)}, a),
+    "nobody asked for": lambda d, a: (d | {"vit.layers.9.weight": np.zeros(3, np.float32)}, a),
     "moves by more": lambda d, a: ({n: t + np.float32(1e9) for n, t in d.items()}, a),
     "samples": lambda d, a: (
         d,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from fedsplit.core.errors import RunDirError
 from fedsplit.core.records import RoundMetrics, Status
@@ -74,7 +76,9 @@ def test_reopening(tmp_path: Path) -> None:
             RunDir.reopen(tmp_path, name)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", "{}", '{"config": []}', "\ud800"])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "3", "{}", "[" * 99_999, '{"config": []}', "\ud800"]
+)
 def test_a_damaged_config(text: str, tmp_path: Path) -> None:
     run = run_dir(tmp_path)
     (run.path / "config.json").write_bytes(text.encode("utf-8", "surrogatepass"))
@@ -258,8 +262,42 @@ def empty(path: Path) -> None:
     path.mkdir()
 
 
+def deep_manifest(path: Path) -> None:
+    (path / MANIFEST).write_text("[" * 100_000)
+
+
+def other_state(path: Path) -> None:
+    kept = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps(kept | {"state": []}))
+
+
+def _module_of(path: Path, module: dict[str, np.ndarray]) -> None:
+    """Another module with its right digest: whole on the disk, and yet none that a run leaves."""
+    save_file(module, path / MODULE_FILE)
+    manifest = json.loads((path / MANIFEST).read_text())
+    manifest["sha256"][MODULE_FILE] = hashlib.sha256((path / MODULE_FILE).read_bytes()).hexdigest()
+    (path / MANIFEST).write_text(json.dumps(manifest))
+
+
+def not_finite(path: Path) -> None:
+    _module_of(path, checkpoint(2).module | {"w": np.full(4, np.nan, "f4")})
+
+
+def double(path: Path) -> None:
+    _module_of(path, checkpoint(2).module | {"w": np.zeros(4)})
+
+
+def another_shape(path: Path) -> None:
+    _module_of(path, checkpoint(2).module | {"w": np.zeros((4, 1), "f4")})
+
+
+def another_name(path: Path) -> None:
+    _module_of(path, checkpoint(2).module | {"x": np.zeros(4, "f4")})
+
+
 DAMAGES = [damage_bytes, swap_module, truncate, empty_manifest, odd_manifest, poor_manifest]
-DAMAGES += [no_module, empty]
+DAMAGES += [no_module, empty, deep_manifest, other_state, not_finite, double, another_shape]
+DAMAGES += [another_name]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -268,7 +306,17 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage: object, tmp_p
     run.save_checkpoint(checkpoint(1))
     run.save_checkpoint(checkpoint(2))
     damage(folder(run, 2))  # type: ignore[operator]
-    assert_same(run.last_checkpoint(), checkpoint(1))
+    shapes = {"w": (4,), "b": (1, 2)}
+    assert_same(run.last_checkpoint(shapes), checkpoint(1))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
+def test_others_cannot_read_a_run(tmp_path: Path) -> None:
+    old = os.umask(0o022)
+    try:
+        assert run_dir(tmp_path).path.stat().st_mode & 0o077 == 0
+    finally:
+        os.umask(old)
 
 
 def test_when_all_are_damaged_each_is_named(tmp_path: Path) -> None:

@@ -165,7 +165,8 @@ def test_a_robust_rule_stands_a_hostile_site(tmp_path: Path) -> None:
 
     def tamper(node: int, message: Any, reply: Any) -> Any:
         if node == 2 and messages.DELTA in reply.content.array_records:
-            delta = messages.from_arrays(reply.content, messages.DELTA)
+            record = reply.content.array_records[messages.DELTA]
+            delta = {name: array.numpy() for name, array in record.items()}
             wild = {n: np.full_like(d, 50.0) for n, d in delta.items()}
             reply.content[messages.DELTA] = messages.to_arrays(wild)
         return reply

@@ -143,6 +143,15 @@ def test_damaged_files(name: str, content: bytes | None, vit: Backbone, tmp_path
         module.load_exported(tmp_path)
 
 
+@pytest.mark.parametrize("bad", [np.full(3, np.nan, "f4"), np.full(3, np.inf, "f4"), np.zeros(3)])
+def test_a_module_that_no_training_leaves(bad: Any, vit: Backbone, tmp_path: Path) -> None:
+    module.export(tmp_path, vit, LORA, away_from_zero(vit, LORA) | {"classifier.bias": bad})
+    with pytest.raises(
+        BackboneError, match=r"cannot be read .*classifier.bias is .* finite float32"
+    ):
+        module.load_exported(tmp_path)
+
+
 def test_tensors_that_do_not_fit_are_named(vit: Backbone, tmp_path: Path) -> None:
     tensors = away_from_zero(vit, LORA)
     module.export(tmp_path, vit, LORA, tensors | {"classifier.bias": np.zeros(9, "f4")})

@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsplit.core.errors import BackboneError
+from fedsplit.core.foreign import printable, read_json
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.layers import MERGED
 from fedsplit.model.module import lora
@@ -80,12 +81,13 @@ def load_exported(
     from safetensors.numpy import load_file
 
     try:
-        said = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
+        said = read_json(folder / ABOUT_FILE)
         # Folded deltas may need more than a run may ask for.
         spec = read_about(said["module"], classes=_classes(said["classes"]), max_rank=MAX_WIDTH)
         sha256 = said["backbone_sha256"]
         whole = load_file(folder / (PEFT_FILE if _in_peft_format(spec) else OWN_FILE))
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as err:
+        _check_floats(whole)
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as err:
         raise BackboneError(
             f"module {folder} cannot be read ({type(err).__name__}: {str(err)[:200]}); give the module folder of "
             f"a run, as fedsplit wrote it"
@@ -96,6 +98,16 @@ def load_exported(
     if backbone is not None:
         _check_fits(folder, backbone, sha256, spec, tensors)
     return spec, tensors
+
+
+def _check_floats(tensors: Tensors) -> None:
+    """Raise ValueError for what no training leaves: a damaged file or one that was made otherwise."""
+    for name, value in tensors.items():
+        if value.dtype != np.float32 or not np.isfinite(value).all():
+            what = "NaN or infinity" if value.dtype == np.float32 else str(value.dtype)
+            raise ValueError(
+                f"tensor {printable(name, limit=200)} is {what}, finite float32 is wanted"
+            )
 
 
 def _classes(raw: Any) -> tuple[str, ...]:

@@ -76,5 +76,5 @@ class Book:
                 name = f"{cell.config.partition}, {cell.config.sites} sites"
                 counts = found.setdefault(cell.problem, {})
                 if name not in counts:
-                    counts[name] = dealt(cell.config).counts
+                    counts[name] = dealt(cell.config)
         write_labels(self.out, found)

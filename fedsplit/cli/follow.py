@@ -52,15 +52,16 @@ class Snapshot:
     def total(self) -> int:
         return len(self.status.sites) * (self.status.rounds + 1) if self.status else 0
 
-    def accuracy(self) -> tuple[int, float, int] | None:
-        """(rounds trained, share right, sites that answered) of the latest module tested so far."""
+    def accuracy(self) -> tuple[int, float, int, int] | None:
+        """(rounds trained, share right, test samples, sites that answered) of the latest module tested so far."""
         tested = [m for m in self.metrics if m.test_samples]
         if not tested:
             return None
         latest = max(m.round for m in tested)
         lines = [m for m in tested if m.round == latest]
         right = sum(m.correct_global for m in lines)
-        return latest - 1, right / sum(m.test_samples for m in lines), len(lines)
+        total = sum(m.test_samples for m in lines)
+        return latest - 1, right / total, total, len(lines)
 
 
 class RunFiles:
@@ -109,7 +110,8 @@ class Progress:
         self._console = console
         self._bar = Bar(
             TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.completed:.0f}/{task.total:.0f} replies"),
-            TimeElapsedColumn(), TextColumn("left:"), TimeRemainingColumn(), TextColumn("{task.fields[accuracy]}"),
+            TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("| left"), TimeRemainingColumn(),
+            TextColumn("| {task.fields[accuracy]}"),
             console=console, transient=True, disable=not console.is_terminal,
         )  # fmt: skip
         self._task = self._bar.add_task("starting Flower", total=1, completed=0, accuracy="")
@@ -173,11 +175,12 @@ def _accuracy_text(snapshot: Snapshot) -> str:
     accuracy = snapshot.accuracy()
     if accuracy is None:
         return ""
-    trained, share, sites = accuracy
+    trained, share, n, sites = accuracy
     when = (
         f"after {trained} {'round' if trained == 1 else 'rounds'}" if trained else "before training"
     )
-    return f"accuracy {when}: {100 * share:.1f} % ({sites} {'site' if sites == 1 else 'sites'})"
+    where = f"{n} test samples, {sites} {'site' if sites == 1 else 'sites'}"
+    return f"accuracy {when}: {100 * share:.1f} % ({where})"
 
 
 def follow(

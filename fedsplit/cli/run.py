@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,8 +76,7 @@ def finish(summary: Any, run_dir: Path, out: Output) -> int:
 
     out.show(summary_view(summary))
     record = _record(summary, run_dir, out)
-    if run_dir.is_dir():
-        out.show(f"\nFiles: {run_dir}")
+    _show_end(run_dir, out)
     code: int = record["exit_code"]
     if code and summary.rounds_done:
         # Said again below the tables, where it is read; without tables it stands there already.
@@ -91,8 +91,7 @@ def finish_tasks(summary: Any, run_dir: Path, out: Output) -> int:
 
     out.show(tasks_view(summary))
     tasks = [_record(task, run_dir / task.task, out) for task in summary.tasks]
-    if run_dir.is_dir():
-        out.show(f"\nFiles: {run_dir}")
+    _show_end(run_dir, out)
     outcomes = {task["outcome"] for task in tasks}
     outcome = next(o for o in ("failed", "partial", "complete") if o in outcomes)
     code = EXIT_CODES[outcome]
@@ -109,6 +108,18 @@ def finish_tasks(summary: Any, run_dir: Path, out: Output) -> int:
         record["error"] = {"kind": "RunFailed", "message": tasks_exit_text(summary)}
     out.result(record)
     return code
+
+
+def _show_end(run_dir: Path, out: Output) -> None:
+    """How long the command took, Flower's start included, and where the files are."""
+    import psutil
+
+    from fedsplit.report.units import human_seconds
+
+    taken = time.time() - psutil.Process().create_time()
+    out.show(f"\nThe command took {human_seconds(taken)}, the start of Flower included.")
+    if run_dir.is_dir():
+        out.show(f"Files: {run_dir}")
 
 
 def _record(summary: Any, run_dir: Path, out: Output) -> dict[str, Any]:

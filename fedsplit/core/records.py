@@ -125,6 +125,9 @@ class Summary(_Record):
     accuracy_global: float | None
     """The last module on the test samples of all sites that answered."""
     accuracy_global_start: float | None
+    """The module before its first round of training."""
+    start: Literal["", "zero", "class-means", "ridge", "module"] = ""
+    """What the classifier started from: zero, a closed form, or the module of an earlier run. Zero tells nothing apart."""
     accuracy_personal: float | None = None
     """Each site's own model after its last training on its own test samples, over all of them."""
     accuracy_by_round: tuple[float, ...]
@@ -144,6 +147,11 @@ class Summary(_Record):
     """Why the run ended as it did, in a sentence; empty when complete."""
     module: str
     """Folder of the trained module, relative to the run's."""
+
+    @property
+    def tested(self) -> int:
+        """Test samples behind the accuracy of all: those of the sites that have one."""
+        return sum(site.test_samples for site in self.sites if site.accuracy is not None)
 
 
 class TasksSummary(_Record):

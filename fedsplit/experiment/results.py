@@ -58,6 +58,8 @@ class Row(BaseModel):
     peak_rss_bytes: int = 0
     """Of the process that was server, encoder and all sites."""
     reason: str = ""
+    gathers_data: bool = False
+    """The sites' data stand in one place; how they came there is not in the bytes."""
 
     @property
     def bytes_up(self) -> int:
@@ -138,6 +140,7 @@ def row_of(cell: Cell) -> Row:
         seconds_device=sum(m.seconds_device for m in metrics),
         peak_rss_bytes=max((s.peak_rss_bytes for s in summary.sites), default=0),
         reason=summary.reason,
+        gathers_data=summary.method == "centralised",
     )
 
 

@@ -1,4 +1,4 @@
-"""The figures of a grid as PNG and SVG: accuracy against bytes and against rounds, and how the labels fall to the sites.
+"""The figures of a grid as PNG and SVG: accuracy against bytes and rounds, final accuracies, how labels fall to sites.
 
 A panel a problem and partition, a line a method: the mean over seeds, and a band from the least to the most. Drawn
 without a display, like plots.py. Called by the CLI, now and then while a grid runs and at its end.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
+from fedsplit.experiment.check import Dealt
 from fedsplit.experiment.files import write_whole
 from fedsplit.experiment.results import Row
-from fedsplit.report.comparison_table import Columns
+from fedsplit.report.comparison_table import DATA_NOT_COUNTED, Columns
+from fedsplit.report.fonts import style_for
 from fedsplit.report.plots import _STYLE, _tick
 
 Counts = Sequence[Sequence[int]]
@@ -36,6 +39,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _LINES = ("-", "--", ":", "-.")
 _MAX_ACROSS = 4
 """Panels beside each other: what a page is wide enough for."""
+_NAME_CHARS = 20
 _MAX_BUBBLES = 40
 """More sites or classes than this are a picture of shades."""
 
@@ -46,21 +50,28 @@ def write_figures(out: Path, rows: Sequence[Row], *, methods: Sequence[str]) -> 
     if not drawn:
         return ()
     written: list[Path] = []
-    with rc_context(_STYLE):
+    with rc_context(_STYLE | style_for(_texts(drawn))):
         for name, against_bytes in (("accuracy-bytes", True), ("accuracy-rounds", False)):
             figure = _curves(drawn, methods, against_bytes=against_bytes)
             written += _save(figure, out / name)
     return tuple(written)
 
 
-def write_labels(out: Path, dealt: Mapping[str, Mapping[str, Counts]]) -> tuple[Path, ...]:
+def write_labels(out: Path, dealt: Mapping[str, Mapping[str, Dealt]]) -> tuple[Path, ...]:
     """Write `labels-PROBLEM` as PNG and SVG: problem -> partition -> samples of each site and class."""
     written: list[Path] = []
-    with rc_context(_STYLE | {"axes.grid": False}):
+    names = [c for partitions in dealt.values() for one in partitions.values() for c in one.classes]
+    with rc_context(_STYLE | {"axes.grid": False} | style_for([*dealt, *names])):
         for problem, partitions in dealt.items():
             name = f"labels-{_file_name(problem)}" if problem else "labels"
             written += _save(_labels(problem, partitions), out / name)
     return tuple(written)
+
+
+def _texts(rows: Sequence[Row]) -> list[str]:
+    return [
+        text for row in rows for text in (row.method, row.problem, *(str(v) for _, v in row.axes))
+    ]
 
 
 def _save(figure: Figure, stem: Path) -> list[Path]:
@@ -79,7 +90,9 @@ def _curves(rows: Sequence[Row], methods: Sequence[str], *, against_bytes: bool)
     problems = list(dict.fromkeys(row.problem for row in rows))
     names = columns.names(rows)
     known = [m for m in methods if any(row.method == m for row in rows)]
-    entry = _legend_entry(known)
+    gathered = {row.method for row in rows if row.gathers_data}
+    labels = [f"{m} ({DATA_NOT_COUNTED})" if against_bytes and m in gathered else m for m in known]
+    entry = _legend_entry(labels)
     across = min(_MAX_ACROSS, len(names))
     down = math.ceil(len(names) / across)
     width = max(6.4, 3.3 * across + 0.8, entry)
@@ -100,7 +113,7 @@ def _curves(rows: Sequence[Row], methods: Sequence[str], *, against_bytes: bool)
                 axes.set_ylabel("global accuracy")
             if i == len(problems) - 1 and j + across >= len(names):
                 axes.set_xlabel("bytes moved, all sites" if against_bytes else "rounds trained")
-    handles = [_handle(k, method) for k, method in enumerate(known)]
+    handles = [_handle(k, label) for k, label in enumerate(labels)]
     figure.legend(
         handles=handles,
         loc="outside lower center",
@@ -161,11 +174,18 @@ def _panel(axes: Axes, rows: Sequence[Row], methods: Sequence[str], *, against_b
         if len(own) > 1:
             low, high = accuracy.min(axis=0)[shown], accuracy.max(axis=0)[shown]
             axes.fill_between(xs[shown], low, high, color=look["color"], alpha=0.15, lw=0)
+    # From nothing: an axis that starts higher makes a point of difference look like a half.
+    axes.set_ylim(bottom=0)
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     if against_bytes:
         axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(numticks=6))
+        low, high = axes.get_xlim()
+        # Within a decade or two there are hardly any powers of ten to write a number at.
+        subs = (1.0,) if high > 100 * low else (1.0, 3.0) if high > 10 * low else (1.0, 2.0, 5.0)
+        axes.xaxis.set_major_locator(LogLocator(subs=subs, numticks=6))
+        if high < 2.5 * low:
+            axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _tick(value)))
         axes.xaxis.set_minor_formatter(NullFormatter())
     else:
@@ -173,22 +193,23 @@ def _panel(axes: Axes, rows: Sequence[Row], methods: Sequence[str], *, against_b
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
 
 
-def _labels(problem: str, partitions: Mapping[str, Counts]) -> Figure:
-    sites = max(len(counts) for counts in partitions.values())
-    classes = max(len(counts[0]) for counts in partitions.values())
+def _labels(problem: str, partitions: Mapping[str, Dealt]) -> Figure:
+    sites = max(len(one.counts) for one in partitions.values())
+    classes = max(len(one.classes) for one in partitions.values())
     across = min(_MAX_ACROSS, len(partitions))
     down = math.ceil(len(partitions) / across)
     tall = min(6.0, max(2.2, 0.24 * sites))
     wide = min(5.0, max(2.6, 0.26 * classes))
     figure = Figure(figsize=(wide * across + 1.2, tall * down + 1.1), layout="constrained")
     grid: Any = figure.subplots(down, across, squeeze=False)
-    most = max(n for counts in partitions.values() for site in counts for n in site)
-    for place, (name, counts) in enumerate(partitions.items()):
+    most = max(n for one in partitions.values() for site in one.counts for n in site)
+    for place, (name, one) in enumerate(partitions.items()):
         axes: Axes = grid[place // across, place % across]
         if max(sites, classes) <= _MAX_BUBBLES:
-            _bubbles(axes, counts, most, side=min(tall / sites, wide / classes))
+            _bubbles(axes, one.counts, most, side=min(tall / sites, wide / classes))
+            _name_classes(axes, one.classes)
         else:
-            _shades(figure, axes, counts)
+            _shades(figure, axes, one.counts)
         axes.set_title(name, fontsize=10)
         axes.set_xlabel("class")
         if place % across == 0:
@@ -199,6 +220,8 @@ def _labels(problem: str, partitions: Mapping[str, Counts]) -> Figure:
     title += " of each class at each site"
     if max(sites, classes) <= _MAX_BUBBLES:
         title += f" (largest disc: {most})"
+    # About nine characters an inch.
+    title = textwrap.fill(title, int(9 * figure.get_figwidth()))
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, weight="bold")
     return figure
 
@@ -214,6 +237,15 @@ def _bubbles(axes: Axes, counts: Counts, most: int, *, side: float) -> None:
     axes.set_ylim(table.shape[0] - 0.3, -0.7)
     axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(10, integer=True))
+
+
+def _name_classes(axes: Axes, classes: Sequence[str]) -> None:
+    """Names under the columns, upright where they are long."""
+    shown = [
+        name if len(name) <= _NAME_CHARS else f"{name[: _NAME_CHARS - 1]}…" for name in classes
+    ]
+    turn = 90 if max(map(len, shown)) > 2 else 0
+    axes.set_xticks(range(len(shown)), shown, rotation=turn, fontsize=8)
 
 
 def _shades(figure: Figure, axes: Axes, counts: Counts) -> None:

@@ -5,13 +5,17 @@ Made anew from the rows after every run, so a table of half a grid says so. Call
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from scipy.special import stdtrit
 
 from fedsplit.experiment.results import Row
 from fedsplit.report.units import NONE, human_bytes, human_seconds
 
 Get = Callable[[Row], float | None]
+DATA_NOT_COUNTED = "its data not counted"
 
 
 def comparison_table(
@@ -45,6 +49,11 @@ def comparison_table(
             local = _accuracies(here, alone, columns, lambda row: row.accuracy_local_only)
             parts += [f"## {head}each site alone, on everyone's samples, %", local]
         parts += [f"## {head}cost of a run, mean", _costs(here, order)]
+        if gathered := [m for m in order if any(r.method == m and r.gathers_data for r in here)]:
+            parts.append(
+                f"{', '.join(gathered)}: {DATA_NOT_COUNTED}. The sites' data stand in one place there, and the bytes "
+                f"that took them there would come on top."
+            )
     if tuned:
         parts += ["## Tuning", "\n".join(f"- {line}" for line in tuned)]
     if bad := [row for row in rows if row.outcome != "complete"]:
@@ -78,9 +87,12 @@ def _state(rows: Sequence[Row], runs: int, search_s: float) -> str:
     complete = sum(row.outcome == "complete" for row in rows)
     text = f"{complete} of {runs} runs are complete"
     if seeds > 1:
-        text += f"; mean ± standard deviation over {seeds} seeds, the best mean of a column in bold"
+        text += (
+            f"; mean ± standard deviation over {seeds} seeds. Bold: the best of a column, where its lead over each other "
+            f"method is outside the 95 % interval of the paired differences by seed. (n=2): a cell with fewer runs"
+        )
     else:
-        text += "; one seed, the best of a column in bold"
+        text += "; one seed, so that no difference can be told from noise"
     # Cells whose settings are equal share one run.
     seconds = sum({row.run: row.seconds for row in rows}.values())
     text += f". Added up, the runs took {human_seconds(seconds)}"
@@ -90,33 +102,56 @@ def _state(rows: Sequence[Row], runs: int, search_s: float) -> str:
 
 def _accuracies(rows: Sequence[Row], methods: Sequence[str], columns: Columns, get: Get) -> str:
     names = columns.names(rows)
-    values = {
-        (m, c): [
-            100 * v
-            for row in rows
-            if row.method == m and columns.of(row) == c and row.outcome != "failed"
-            if (v := get(row)) is not None
-        ]
-        for m in methods
-        for c in names
-    }
-    best = {
-        c: max(
-            (round(statistics.fmean(values[m, c]), 1) for m in methods if values[m, c]),
-            default=None,
-        )
-        for c in names
-    }
-    lines = [[m, *(_mean_and_deviation(values[m, c], best[c]) for c in names)] for m in methods]
+    values = {(m, c): _by_seed(rows, m, c, columns, get) for m in methods for c in names}
+    full = {c: max(len(values[m, c]) for m in methods) for c in names}
+    best = {c: _clear_best({m: values[m, c] for m in methods}, full[c]) for c in names}
+    lines = [
+        [m, *(_cell_text(values[m, c], full[c], bold=m == best[c]) for c in names)] for m in methods
+    ]
     return _markdown(["method", *names], lines)
 
 
-def _mean_and_deviation(values: Sequence[float], best: float | None) -> str:
-    if not values:
+def _by_seed(
+    rows: Sequence[Row], method: str, column: str, columns: Columns, get: Get
+) -> dict[int, float]:
+    """Seed -> percents of a cell's runs."""
+    return {
+        row.seed: 100 * value
+        for row in rows
+        if row.method == method and columns.of(row) == column and row.outcome != "failed"
+        if (value := get(row)) is not None
+    }
+
+
+def _clear_best(cells: Mapping[str, Mapping[int, float]], full: int) -> str | None:
+    """The method whose lead over each other one is outside the noise, or None. `full`: runs of a whole cell."""
+    known = {method: cell for method, cell in cells.items() if cell}
+    if full < 2 or len(known) < 2:
+        return None
+    best = max(known, key=lambda method: statistics.fmean(known[method].values()))
+    if len(known[best]) < full:
+        return None
+    others = (cell for method, cell in known.items() if method != best)
+    return best if all(_ahead(known[best], other) for other in others) else None
+
+
+def _ahead(best: Mapping[int, float], other: Mapping[int, float]) -> bool:
+    """Is the mean difference over the seeds of both above the half width of its 95 % interval (Student's t)?"""
+    gains = [best[seed] - other[seed] for seed in best.keys() & other.keys()]
+    if len(gains) < 2:
+        return False
+    half = stdtrit(len(gains) - 1, 0.975) * statistics.stdev(gains) / math.sqrt(len(gains))
+    return bool(statistics.fmean(gains) > half)
+
+
+def _cell_text(cell: Mapping[int, float], full: int, *, bold: bool) -> str:
+    if not cell:
         return NONE
-    mean = statistics.fmean(values)
-    text = f"{mean:.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-    return f"**{text}**" if round(mean, 1) == best else text
+    values = list(cell.values())
+    text = f"{statistics.fmean(values):.1f}"
+    text += f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    text = f"**{text}**" if bold else text
+    return f"{text} (n={len(values)})" if len(values) < full else text
 
 
 def _costs(rows: Sequence[Row], methods: Sequence[str]) -> str:

@@ -18,8 +18,9 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from fedsplit.core.errors import RunDirError
 from fedsplit.core.records import RoundMetrics, Summary
+from fedsplit.report.fonts import style_for
 from fedsplit.report.read import read_metrics, read_summary
-from fedsplit.report.units import factor_less, human_bytes, percent
+from fedsplit.report.units import factor_less, human_bytes, interval, percent
 
 _SITE_COLOURS = (
     "#56B4E9",
@@ -61,7 +62,8 @@ def write_plots(run_dir: Path) -> tuple[Path, ...]:
     """
     summary, metrics = read_summary(run_dir), read_metrics(run_dir)
     written: list[Path] = []
-    with rc_context(_STYLE):
+    names = [summary.run, *(m.site for m in metrics)]
+    with rc_context(_STYLE | style_for(names)):
         for name, figure in (
             ("accuracy", _accuracy(summary, metrics)),
             ("traffic", _traffic(summary, metrics)),
@@ -93,18 +95,29 @@ def _accuracy(summary: Summary, metrics: Sequence[RoundMetrics]) -> Figure:
     )
     if summary.accuracy_by_round:
         last = summary.accuracy_by_round[-1]
+        if summary.tested:
+            low, high = interval(last, summary.tested)
+            axes.errorbar(
+                len(rounds) - 1,
+                last,
+                [[last - low], [high - last]],
+                color=_GLOBAL,
+                capsize=4,
+                zorder=5,
+            )
         axes.annotate(
             percent(last), (len(rounds) - 1, last), (8, 0), textcoords="offset points",
             va="center", color=_GLOBAL, weight="bold", annotation_clip=False,
         )  # fmt: skip
     _reference(axes, summary.accuracy_local_only, "each site alone", "--")
-    _reference(axes, summary.accuracy_global_start, "before training", ":")
+    if summary.start != "zero":  # a classifier of zeros names one class always
+        _reference(axes, summary.accuracy_global_start, "before training", ":")
     axes.set_ylim(0, 1.02)
     axes.set_xlim(-0.15, max(1, len(rounds) - 1) + 0.15)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("rounds trained")
-    axes.set_ylabel("accuracy on the sites' test samples")
+    axes.set_ylabel(f"accuracy on the sites' {summary.tested:,} test samples")
     axes.set_title(_title(summary, "accuracy by round"), fontsize=11)
     handles, labels = axes.get_legend_handles_labels()
     first = labels.index("all sites")

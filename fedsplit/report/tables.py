@@ -11,7 +11,15 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsplit.core.records import LeftOut, Outcome, SiteSummary, Summary, TasksSummary
-from fedsplit.report.units import NONE, factor_less, human_bytes, human_seconds, percent, points
+from fedsplit.report.units import (
+    NONE,
+    factor_less,
+    human_bytes,
+    human_seconds,
+    percent,
+    percent_of,
+    points,
+)
 
 _COLOURS = {"complete": "green", "partial": "yellow", "failed": "red"}
 
@@ -47,6 +55,8 @@ def summary_view(summary: Summary) -> RenderableType:
         tables.append(_global_block(summary))
     if summary.left_out:
         tables.append(_left_out_table(summary.left_out, summary.rounds))
+    if any(site.notes for site in summary.sites):
+        tables.append(_notes_table(summary.sites))
     return Group("", headline, *(part for table in tables for part in ("", table)))
 
 
@@ -63,8 +73,8 @@ def tasks_view(summary: TasksSummary) -> RenderableType:
     table = _table("All tasks", "Task", "Sites", "Before", "Now", "Rounds", "Outcome")
     for task in summary.tasks:
         table.add_row(
-            Text(task.task), str(len(task.sites)), percent(task.accuracy_global_start),
-            Text(percent(task.accuracy_global), style="bold"), f"{task.rounds_done} of {task.rounds}",
+            Text(task.task), str(len(task.sites)), _before(task, task.accuracy_global_start, task.tested),
+            Text(percent_of(task.accuracy_global, task.tested), style="bold"), f"{task.rounds_done} of {task.rounds}",
             Text(_worst(task), style=f"bold {_COLOURS[_worst(task)]}"),
         )  # fmt: skip
     return Group(*(summary_view(task) for task in summary.tasks), "", table)
@@ -92,19 +102,25 @@ def _table(title: str, *columns: str) -> Table:
 
 def _accuracy_table(summary: Summary) -> Table:
     table = _table(
-        "Accuracy on each site's own test samples",
-        "Site", "Cut", "Samples", "Before", "Now", "After own training", "Alone", "Rounds missed",
+        "Accuracy on each site's own test samples (in brackets its 95 % interval)",
+        "Site", "Cut", "Trains on", "Tests on", "Before", "Now", "Own model", "Alone", "Rounds missed",
     )  # fmt: skip
     for site in summary.sites:
+        n = site.test_samples
         table.add_row(
-            Text(site.name), site.cut, f"{site.samples:,}", percent(site.accuracy_before),
-            Text(percent(site.accuracy), style="bold"), percent(site.accuracy_personal),
-            percent(site.accuracy_local_only_personal), _missed(site),
+            Text(site.name), site.cut, f"{site.samples:,}", f"{n:,}", _before(summary, site.accuracy_before, n),
+            Text(percent_of(site.accuracy, n), style="bold"), percent_of(site.accuracy_personal, n),
+            percent_of(site.accuracy_local_only_personal, n), _missed(site),
         )  # fmt: skip
     known = {site.name for site in summary.sites}
     for name in (n for n in lost_sites(summary) if n not in known):
-        table.add_row(Text(name), *[NONE] * 6, Text("took no part", style="bold red"))
+        table.add_row(Text(name), *[NONE] * 7, Text("took no part", style="bold red"))
     return table
+
+
+def _before(summary: Summary, share: float | None, n: int) -> str:
+    """The accuracy before training; a classifier of zeros names one class always, which is no accuracy to compare with."""
+    return "untrained" if summary.start == "zero" else percent_of(share, n)
 
 
 def _missed(site: SiteSummary) -> Text:
@@ -131,15 +147,17 @@ def _global_block(summary: Summary) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column()
     moved = summary.bytes_activation + summary.bytes_module
+    tested = summary.tested
     rows = {
-        "Accuracy": f"{percent(summary.accuracy_global_start)} -> {percent(summary.accuracy_global)}"
-        " on all test samples of the sites that answered",
+        "Accuracy": f"{_before(summary, summary.accuracy_global_start, tested)} -> "
+        f"{percent_of(summary.accuracy_global, tested)} on the {tested:,} test samples of the sites that answered",
         "Each site alone": _alone(summary),
         "Activations moved": human_bytes(summary.bytes_activation),
         "Module moved": human_bytes(summary.bytes_module),
         "Full-model FedAvg": f"{human_bytes(summary.bytes_full_model)} for the same rounds; "
         f"this run moved {factor_less(moved, summary.bytes_full_model)}",
-        "Rounds": f"{summary.rounds_done} of {summary.rounds} in {human_seconds(summary.wall_s)}",
+        "Rounds": f"{summary.rounds_done} of {summary.rounds}, {human_seconds(summary.wall_s)} from the roll call to the "
+        "last test",
     }
     for name, value in rows.items():
         table.add_row(name, value)
@@ -166,6 +184,22 @@ def _left_out_table(left_out: tuple[LeftOut, ...], summary_rounds: int) -> Table
     for entry in left_out:
         rounds = ", ".join(_round_name(r, summary_rounds) for r in entry.rounds)
         table.add_row(Text(entry.site, style="bold red"), rounds, Text(entry.reason))
+    return table
+
+
+def _notes_table(sites: tuple[SiteSummary, ...]) -> Table:
+    """What sites told at roll call; a note that several share stands once, with all of them."""
+    told: dict[str, list[str]] = {}
+    for site in sites:
+        for note in site.notes:
+            told.setdefault(note, []).append(site.name)
+    table = _table("What the sites noted", "Site", "Note")
+    table.columns[0].no_wrap = False
+    table.columns[1].justify = "left"
+    table.columns[1].overflow = "fold"
+    for note, names in told.items():
+        who = "all sites" if 1 < len(sites) == len(names) else ", ".join(names)
+        table.add_row(Text(who), Text(note))
     return table
 
 

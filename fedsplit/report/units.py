@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 NONE = "-"
 
 
@@ -35,6 +37,22 @@ def human_seconds(seconds: float) -> str:
 def percent(share: float | None) -> str:
     """84.5 %, or a dash where nothing was measured."""
     return NONE if share is None else f"{100 * share:.1f} %"
+
+
+def interval(share: float, n: int) -> tuple[float, float]:
+    """The 95 % interval of a share of `n` samples (Wilson, 1927): what other samples of this size may well give."""
+    z = 1.96
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def percent_of(share: float | None, n: int) -> str:
+    """84.5 % (81-88): an accuracy and its 95 % interval, for `n` samples."""
+    if share is None or n < 1:
+        return percent(share)
+    low, high = interval(share, n)
+    return f"{percent(share)} ({100 * low:.0f}-{100 * high:.0f})"
 
 
 def points(difference: float) -> str:

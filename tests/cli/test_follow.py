@@ -42,14 +42,14 @@ def test_snapshots_of_a_run(tmp_path: Path) -> None:
     (run_dir / "metrics.jsonl").write_text(line(1, "halle", 4) + '{"round": 1, "si')
     seen = files.snapshot()
     assert (seen.done, seen.total) == (1, 6)
-    assert seen.accuracy() == (0, 0.4, 1)
+    assert seen.accuracy() == (0, 0.4, 10, 1)
     (run_dir / "metrics.jsonl").write_text(
         line(1, "halle", 4) + line(1, "werk-2", 6) + line(2, "halle", 9)
     )
     status(run_dir, "training", 2, 1)
     seen = files.snapshot()
     assert seen.done == 3
-    assert seen.accuracy() == (1, 0.9, 1)
+    assert seen.accuracy() == (1, 0.9, 10, 1)
     assert not seen.over
 
 
@@ -94,7 +94,11 @@ def test_follow_shows_rounds_and_ends_with_flowers_word(tmp_path: Path) -> None:
     assert snapshot.over
     assert snapshot.done == snapshot.total == 6
     text = shown.getvalue()
-    for part in ("round 1 of 2", "round 2 of 2; accuracy before training: 50.0 % (1 site)", "done"):
+    for part in (
+        "round 1 of 2",
+        "round 2 of 2; accuracy before training: 50.0 % (10 test samples, 1 site)",
+        "done",
+    ):
         assert part in text
 
 

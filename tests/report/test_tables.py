@@ -96,3 +96,26 @@ def test_everything_fits_eighty_columns() -> None:
 def test_lost_sites_are_each_named_once() -> None:
     left = (*samples.LOST, LeftOut(site="site-2", rounds=(3,), reason="again"))
     assert lost_sites(samples.summary(samples.metrics(), left_out=left)) == ("site-2",)
+
+
+def test_a_classifier_of_zeros_is_no_accuracy_to_compare_with() -> None:
+    assert "untrained ->" in shown(samples.summary(samples.metrics(), start="zero"))
+    assert "30.0 % (24-37) -> 90.0 % (85-93)" in shown(samples.summary(samples.metrics()))
+
+
+def test_what_sites_noted_is_shown_once_with_their_names() -> None:
+    record = samples.summary(samples.metrics())
+    notes = (
+        ("pages are left out",),
+        ("pages are left out", "one class has no test sample"),
+        (),
+        (),
+    )
+    sites = tuple(
+        site.model_copy(update={"notes": told})
+        for site, told in zip(record.sites, notes, strict=True)
+    )
+    text = shown(record.model_copy(update={"sites": sites}))
+    assert text.count("pages are left out") == 1
+    assert "site-0, site-1" in text
+    assert "one class has no test sample" in text

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from fedsplit.report.units import factor_less, human_bytes, human_seconds, percent
+from fedsplit.report.units import (
+    factor_less,
+    human_bytes,
+    human_seconds,
+    interval,
+    percent,
+    percent_of,
+)
 
 
 @pytest.mark.parametrize(
@@ -36,3 +43,15 @@ def test_factor(count: float, reference: float, text: str) -> None:
 
 def test_percent_of_nothing_is_a_dash() -> None:
     assert percent(None) == "-"
+
+
+def test_an_accuracy_has_its_interval() -> None:
+    """Wilson's interval, as scipy's binomtest gives it."""
+    from scipy.stats import binomtest
+
+    for right, n in ((0, 5), (5, 18), (18, 18), (980, 1000)):
+        known = binomtest(right, n).proportion_ci(method="wilson")
+        assert interval(right / n, n) == pytest.approx((known.low, known.high), abs=1e-4)
+    assert percent_of(5 / 18, 18) == "27.8 % (12-51)"
+    assert percent_of(0.5, 0) == "50.0 %"
+    assert percent_of(None, 10) == "-"

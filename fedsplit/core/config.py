@@ -204,7 +204,7 @@ class RunConfig(BaseModel):
     deadline_s: float = Field(600.0, gt=0, allow_inf_nan=False)
     """How long a round waits for its sites before it goes on without the missing ones."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Decides the module's start, the partition, the test split and the order of the batches."""
+    """Decides the module's start, the order of the batches and, in simulation, partition and test split."""
     encoder_address: str = ""
     """HOST:PORT that sites dial; empty: the app hosts the encoder on loopback."""
     encoder_bind: str = ""

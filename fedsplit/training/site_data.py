@@ -1,7 +1,7 @@
 """What one site trains and tests on: its own source, or its share of a partitioned one in simulation.
 
-Called by federation/site.py with the run's settings and the site's own (Flower's node config). Split by
-seed and name alone, so the same site sees the same samples in every round and in every process. In simulation
+Called by federation/site.py with the run's settings and the site's own (Flower's node config). Which
+samples test is decided by their content, so a site sees the same ones in every round and in every process. In simulation
 a process may be many sites: the source, its shares and what was prepared of it are kept once for all of them.
 With `method=centralised` one node stands for all sites and has the samples of all shares.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import threading
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -256,7 +255,14 @@ def _load(
 
 def _split(config: RunConfig, site: SiteSettings, examples: Examples) -> tuple[Index, Index, Index]:
     if site.partition is None or site.data is not None:
-        train, test = _train_test(examples, None, config.test_fraction, config.seed, site.name)
+        # Without the seed: real samples must not change sides from one run to another.
+        train, test = train_test_split(
+            examples.labels,
+            examples.digests(),
+            config.test_fraction,
+            site=site.name,
+            groups=examples.groups,
+        )
         return train, test, test
     number, of = site.partition
     shares = _shares(
@@ -278,19 +284,18 @@ def _shares(
         # After the dealing, so that partitions which deal more or less out can be compared at one size.
         rng = np.random.default_rng([seed, most])
         dealt = [np.sort(rng.permutation(share)[:most]) for share in dealt]
+    digests = examples.digests()
     for i, share in enumerate(dealt):
-        train, test = _train_test(examples, share, test_fraction, seed, f"site-{i}")
+        train, test = train_test_split(
+            examples.labels[share],
+            digests[share],
+            test_fraction,
+            seed=seed,
+            site=f"site-{i}",
+            groups=None if examples.groups is None else examples.groups[share],
+        )
         splits.append((share[train], share[test]))
     return _Shares(tuple(splits), np.sort(np.concatenate([test for _, test in splits])))
-
-
-def _train_test(
-    examples: Examples, share: Index | None, test_fraction: float, seed: int, name: str
-) -> tuple[Index, Index]:
-    own = examples if share is None else examples.subset(share)
-    # The name alone decides, so a site that holds its share as files of its own splits it alike.
-    mixed = seed ^ zlib.crc32(name.encode())
-    return train_test_split(own.labels, test_fraction, mixed, site=name, groups=own.groups)
 
 
 # Keyed by the source too, for what it keeps of one source is of no use to the next; two at most, for each may

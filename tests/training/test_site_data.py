@@ -202,15 +202,26 @@ def test_the_same_samples_whatever_else_the_run_sets(vit: Backbone) -> None:
     assert keys(again, again.train) == keys(first, first.train)
 
 
-def test_other_seeds_and_names_split_otherwise(vit: Backbone) -> None:
+def test_real_samples_keep_their_sides_whatever_seed_and_name(vit: Backbone) -> None:
     splits = [
         keys(own, own.test)
         for own in (
-            open_site(config(seed=seed), settings(site=name), vit, None)
+            open_site(config(seed=seed), settings(site=name, data="digits"), vit, None)
             for seed, name in [(0, "a"), (1, "a"), (0, "b")]
         )
     ]
-    assert len({frozenset(s) for s in splits}) == 3
+    assert splits[0] == splits[1] == splits[2]
+
+
+def test_in_simulation_each_seed_splits_otherwise(vit: Backbone) -> None:
+    """As real sites do by seed 0."""
+    alone = [
+        keys(own, own.test)
+        for own in (open_site(config(seed=s), dealt(0, 1), vit, None) for s in (0, 1))
+    ]
+    own = open_site(config(), settings(data="digits"), vit, None)
+    assert alone[0] == keys(own, own.test)
+    assert 0 < len(alone[0] & alone[1]) < len(alone[0]) / 2
 
 
 def test_what_was_opened_is_kept(vit: Backbone) -> None:
@@ -273,7 +284,8 @@ def test_a_site_of_its_own_splits_by_board_too(boards: Path, vit: Backbone) -> N
 def test_a_thousand_sites_cost_one_deal(vit: Backbone, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     path = tmp_path / "many.npz"
-    np.savez(path, x=np.zeros((18_000, 2, 2), np.uint8), y=rng.integers(0, 10, 18_000))
+    pixels = rng.integers(0, 256, (18_000, 4, 4), dtype=np.uint8)
+    np.savez(path, x=pixels, y=rng.integers(0, 10, 18_000))
     import flwr_datasets.partitioner  # noqa: F401  # seconds, once a process, whatever is dealt
 
     run = config(data=f"npz:{path}", partition="pathological:2", max_samples=0)

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from fedsplit.training.data.examples import Examples, Image, Index, Request, build
+from fedsplit.training.data.examples import Examples, Image, Index, Request, build, digest_of
 
 MAX_ARRAY_BYTES = 2 * 2**30
 """Decompressed; a compressed npz can claim a thousand times its size on disk."""
@@ -67,6 +67,10 @@ class ArrayItems:
     def origin(self, i: int) -> str:
         """Array and position."""
         return f"{self.where}[{i}]"
+
+    def digest(self, i: int) -> int:
+        """Of the values as the file has them."""
+        return digest_of(self.array[i].tobytes())
 
 
 def read_digits(request: Request) -> Examples:

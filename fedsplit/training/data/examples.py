@@ -6,6 +6,7 @@ in one place. The loader and the round read `Examples`; nothing here knows file 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -17,6 +18,7 @@ from fedsplit.core.errors import ConfigError, DataError
 
 Image = NDArray[np.uint8]
 Index = NDArray[np.int64]
+Digests = NDArray[np.uint64]
 Kind = Literal["image", "text"]
 
 _SUBSAMPLE_SEED = 0
@@ -33,6 +35,15 @@ class Items(Protocol):
     def origin(self, i: int) -> str:
         """Where sample `i` lies: a path, a path with a line, or an array with a position."""
         ...
+
+    def digest(self, i: int) -> int:
+        """`digest_of` what sample `i` is made of, without its label: equal samples have equal ones."""
+        ...
+
+
+def digest_of(content: bytes) -> int:
+    """64 bits of a sample's content. They decide on which side of the split it is."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")
 
 
 @dataclass(frozen=True)
@@ -94,6 +105,11 @@ class Examples:
     def origin(self, i: int) -> str:
         """Where sample `i` comes from, for error messages."""
         return self.items.origin(int(self.keys[i]))
+
+    def digests(self) -> Digests:
+        """[N] uint64, of what the samples are made of. Reads them all. Raises DataError."""
+        found = (self.items.digest(int(key)) for key in self.keys)
+        return np.fromiter(found, dtype=np.uint64, count=len(self.keys))
 
     def subset(self, indices: Sequence[int] | NDArray[np.integer]) -> Examples:
         """The samples at `indices`, in that order."""

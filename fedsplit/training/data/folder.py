@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image as Pillow
 from PIL import ImageOps
 
-from fedsplit.training.data.examples import Examples, Image, Request, build
+from fedsplit.training.data.examples import Examples, Image, Request, build, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +66,14 @@ class FolderItems:
     def origin(self, i: int) -> str:
         """The file's path."""
         return self.paths[i]
+
+    def digest(self, i: int) -> int:
+        """Of the file's bytes."""
+        path = Path(self.paths[i])
+        try:
+            return digest_of(path.read_bytes())
+        except OSError as err:
+            raise self._broken(str(path), err) from err
 
     def verify(self, i: int) -> None:
         """Check file `i` without decoding it. Raises DataError."""

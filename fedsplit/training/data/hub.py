@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fedsplit.training.data.examples import Examples, Image, Kind, Request, build
+from fedsplit.training.data.examples import Examples, Image, Kind, Request, build, digest_of
 from fedsplit.training.data.folder import to_rgb
 
 _SPLIT = "train"
@@ -39,6 +39,11 @@ class HubItems:
     def origin(self, i: int) -> str:
         """Data set, split and row."""
         return f"{self.where}[{_SPLIT}][{i}]"
+
+    def digest(self, i: int) -> int:
+        """Of the pixels or the text."""
+        value = self.get(i)
+        return digest_of(value.encode() if isinstance(value, str) else value.tobytes())
 
 
 def read_hub(name: str, request: Request) -> Examples:

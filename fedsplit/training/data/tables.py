@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsplit.training.data.examples import Examples, Request, build
+from fedsplit.training.data.examples import Examples, Request, build, digest_of
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +37,10 @@ class TextItems:
     def origin(self, i: int) -> str:
         """`path:line`."""
         return f"{self.path}:{self.lines[i]}"
+
+    def digest(self, i: int) -> int:
+        """Of the text."""
+        return digest_of(self.texts[i].encode())
 
 
 class _Table:

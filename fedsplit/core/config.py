@@ -29,7 +29,7 @@ from fedsplit.core.foreign import MAX_CLASS_CHARS, MAX_CLASSES, checked_name
 from fedsplit.core.methods import METHODS, Method, apply
 from fedsplit.core.misfits import misfits
 from fedsplit.core.names import MAX_RUN_CHARS, MAX_TASK_CHARS, RULE, is_name, normalised
-from fedsplit.core.tasks import parse_holders, parse_tasks
+from fedsplit.core.tasks import parse_classes, parse_holders, parse_tasks
 
 # What a resumed run takes from its new settings; all else is what the run was started with.
 RESUME_KEYS = (
@@ -379,7 +379,7 @@ class RunConfig(BaseModel):
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """The declared classes, or None when the sites' union is to be used."""
-        return tuple(c.strip() for c in self.classes.split(",") if c.strip()) or None
+        return parse_classes(self.classes) or None
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> RunConfig:

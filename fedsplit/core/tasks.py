@@ -5,6 +5,8 @@ Reads the settings `tasks` and `task-holders` and a site's own `tasks`; called b
 
 from __future__ import annotations
 
+import unicodedata
+
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.names import MAX_TASK_CHARS, RULE, is_name, normalised
 
@@ -31,6 +33,12 @@ def parse_holders(text: str) -> dict[str, frozenset[int]]:
 def parse_held(text: str) -> dict[str, str]:
     """Read a site's "NAME;NAME=SOURCE" as name -> its own source, "" where it has none. Raises ConfigError."""
     return _named("tasks", text, "=", "digits;shapes=folder:PATH")
+
+
+def parse_classes(text: str) -> tuple[str, ...]:
+    """Read "CLASS,CLASS" as names of classes, in NFC; "" is none."""
+    names = (unicodedata.normalize("NFC", name).strip() for name in text.split(","))
+    return tuple(name for name in names if name)
 
 
 def _named(key: str, text: str, mark: str, example: str) -> dict[str, str]:

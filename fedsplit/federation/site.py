@@ -5,7 +5,11 @@ Called by client_app/app.py. Imports nothing of the server: no strategy, no enco
 
 from __future__ import annotations
 
+import logging
+
+import numpy as np
 from flwr.app import Context, Message, RecordDict
+from flwr.common.logger import LOGGER_NAME
 from pydantic import ValidationError
 
 from fedsplit import __version__
@@ -21,6 +25,9 @@ from fedsplit.federation.site_round import SiteRound
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.threads import limit_threads
 from fedsplit.training.site_data import SiteData, SiteSettings, open_site
+
+# What Flower's own logger says is in the SuperNode's output.
+_log = logging.getLogger(LOGGER_NAME)
 
 
 def answer(message: Message, context: Context, *, dial: Dial = dial_stream) -> Message:
@@ -54,6 +61,8 @@ def _carry_out(order: Order, content: RecordDict, context: Context, dial: Dial) 
         )
     own = open_site(config, site, backbone, order.classes)
     if order.kind == "roll-call":
+        if site.data:
+            _tell(site, own)
         return messages.write(messages.ANSWER, _roll_call(site, own, backbone, number))
     return SiteRound(order, config, site, backbone, own, dial).carry_out(content)
 
@@ -66,6 +75,18 @@ def _not_held(order: Order, config: RunConfig, site: SiteSettings) -> RecordDict
             f"lose a task while the run lasts, see tasks in its node config"
         )
     return messages.write(messages.NOT_HELD, NotHeld(site=site.name, task=config.task))
+
+
+def _tell(site: SiteSettings, own: SiteData) -> None:
+    """Write into the site's log which names leave it, before they do."""
+    counts = np.bincount(own.examples.labels, minlength=len(own.examples.classes))
+    told = ", ".join(
+        f"{printable(name)} ({count})"
+        for name, count in zip(own.examples.classes, counts, strict=True)
+    )
+    _log.info("site %s tells the server its classes: %s", site.name, printable(told, limit=2000))
+    for note in own.notes:
+        _log.info("site %s: %s", site.name, printable(note))
 
 
 def _roll_call(site: SiteSettings, own: SiteData, backbone: Backbone, number: int) -> RollCall:

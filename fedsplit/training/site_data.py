@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import ConfigError, DataError
-from fedsplit.core.tasks import parse_held
+from fedsplit.core.tasks import parse_classes, parse_held
 from fedsplit.model.backbone import Backbone
 from fedsplit.training.data import (
     CachedTransform,
@@ -41,6 +41,9 @@ NODE_KEYS = (
     "num-partitions",
     "site",
     "data",
+    "text-column",
+    "label-column",
+    "classes",
     "tasks",
     "cut",
     "encoder-tls-ca",
@@ -59,7 +62,7 @@ class SiteSettings:
 
     name: str
     data: str | None
-    """The site's own source; None: the run's, partitioned when `partition` says so."""
+    """The site's own source; None in simulation alone: its share of the run's."""
     cut: Cut | None
     partition: tuple[int, int] | None
     """(this site's number, number of sites) of a partitioned source."""
@@ -75,6 +78,11 @@ class SiteSettings:
     """Where the site keeps what is its own between rounds; empty: a folder in its user's home."""
     tasks: tuple[tuple[str, str], ...] = ()
     """(task, own source or "") of the tasks that the site holds; empty: all that a run has."""
+    text_column: str = "text"
+    label_column: str = "label"
+    """The columns of its own source that the site lets runs read."""
+    classes: tuple[str, ...] = ()
+    """The only names of classes that leave the site; empty: those that its labels have."""
 
     @classmethod
     def from_node(cls, node: NodeConfig, *, node_id: int) -> SiteSettings:
@@ -130,10 +138,17 @@ class SiteSettings:
             lora_rank=int(rank) if isinstance(rank, int) else 0,
             state_dir=str(node.get("state-dir", "")),
             tasks=tuple(tasks.items()),
+            text_column=str(node.get("text-column", cls.text_column)),
+            label_column=str(node.get("label-column", cls.label_column)),
+            classes=parse_classes(str(node.get("classes", ""))),
         )
 
     def for_task(self, config: RunConfig) -> SiteSettings | None:
-        """These settings for the run's `task`, or None where the site does not hold it. Raises ConfigError."""
+        """These settings for the run's `task`, or None where the site does not hold it.
+
+        Raises ConfigError for what a site does not do: read what only a run names, or another column than its own
+        settings say.
+        """
         held = dict(self.tasks)
         if held and config.task not in held:
             return None
@@ -156,7 +171,35 @@ class SiteSettings:
                 return None
             # Dealt among those that hold it: nobody gets a share that is then not used.
             share = (holders.index(number), len(holders))
+        if data:
+            self._check_own(config)
+        elif share is None:
+            example = f"tasks={config.task}=" if config.tasks else "data="
+            raise ConfigError(
+                f"site {self.name!r}: its node config names no data for task {config.task!r}, and a site reads nothing "
+                f"that only a run names; put {example}folder:/PATH into its node config"
+            )
         return replace(self, data=data, partition=share)
+
+    def _check_own(self, config: RunConfig) -> None:
+        """Raise ConfigError where a run wants another column, or other names of classes, than the site lets it have."""
+        faults = [
+            f"the run reads {key}={asked[:100]!r}, this site's node config says {key}={own!r}; start the run with "
+            f"{key}={own}, or change the node config"
+            for key, asked, own in (
+                ("text-column", config.text_column, self.text_column),
+                ("label-column", config.label_column, self.label_column),
+            )
+            if asked != own
+        ]
+        declared = config.class_names
+        if self.classes and declared and set(declared) != set(self.classes):
+            faults.append(
+                f"the run declares classes={','.join(declared)[:200]}, this site's node config says "
+                f"classes={','.join(self.classes)[:200]}; give both the same, or leave classes out of the run"
+            )
+        if faults:
+            raise ConfigError(f"site {self.name!r}: {'; '.join(faults)}")
 
 
 @dataclass(frozen=True)
@@ -224,11 +267,12 @@ def forget() -> None:
 
 
 def _load_for(config: RunConfig, site: SiteSettings, classes: tuple[str, ...] | None) -> Examples:
-    rest = (classes, config.max_samples, config.text_column, config.label_column)
+    rest = (config.max_samples, config.text_column, config.label_column)
     if site.partition is None or site.data is not None:
-        return _load(site.data or config.data, site.name, *rest)
+        examples = _load(site.data or config.data, site.name, site.classes or classes, *rest)
+        return examples.with_classes(classes) if classes and site.classes else examples
     try:
-        return _load(config.data, EVERY_SITE, *rest)
+        return _load(config.data, EVERY_SITE, classes, *rest)
     except DataError as err:
         # Loaded once for all; the fault is told by the site that met it, as with data of its own.
         raise DataError(str(err).replace(repr(EVERY_SITE), repr(site.name), 1)) from err

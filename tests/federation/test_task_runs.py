@@ -237,7 +237,7 @@ def test_sites_with_files_of_their_own(tmp_path: Path, bars: str) -> None:
     nodes = [
         {"site": "a", "tasks": f"digits=digits;bars={bars}"},
         {"site": "b", "tasks": f"bars={bars}"},
-        {"site": "c", "tasks": "digits"},
+        {"site": "c", "tasks": "digits=digits"},
     ]
     config = two(tmp_path, "folder:nowhere", task_holders="", rounds=1)
     with several(config, nodes) as (runs, _):
@@ -246,7 +246,7 @@ def test_sites_with_files_of_their_own(tmp_path: Path, bars: str) -> None:
 
 
 def test_a_task_that_nobody_holds(tmp_path: Path, bars: str) -> None:
-    nodes = [{"site": name, "tasks": "digits"} for name in "ab"]
+    nodes = [{"site": name, "tasks": "digits=digits"} for name in "ab"]
     with (
         several(two(tmp_path, bars, rounds=1), nodes) as (runs, _),
         pytest.raises(
@@ -258,8 +258,8 @@ def test_a_task_that_nobody_holds(tmp_path: Path, bars: str) -> None:
 
 
 def test_too_few_that_hold_it_are_told_from_those_that_do_not(tmp_path: Path, bars: str) -> None:
-    nodes = [{"site": name, "tasks": "digits"} for name in "ab"] + [
-        {"site": "c", "tasks": f"digits;bars={bars}"}
+    nodes = [{"site": name, "tasks": "digits=digits"} for name in "ab"] + [
+        {"site": "c", "tasks": f"digits=digits;bars={bars}"}
     ]
     with (
         several(two(tmp_path, bars, rounds=1), nodes) as (runs, _),

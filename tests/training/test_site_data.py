@@ -402,3 +402,71 @@ def test_a_failure_is_not_remembered(tmp_path: Path, tiny: dict[str, Path]) -> N
         open_text(site, tiny)
     path.write_text("text,label\na,x\nb,y\nc,x\nd,y\n")
     assert len(open_text(site, tiny).examples) == 4
+
+
+# What a run may have of a site's own data.
+
+
+def asked(site: SiteSettings, **run: Any) -> SiteSettings | None:
+    return site.for_task(config(**run))
+
+
+def test_a_deployed_site_reads_nothing_that_only_a_run_names(orders: Path) -> None:
+    for run in ({"data": f"csv:{orders}"}, {"data": "hf:someone/set"}, {}):
+        with pytest.raises(ConfigError, match=r"'press-3'.*names no data.*put data=folder:/PATH"):
+            asked(settings(site="press-3"), **run)
+    tasks = f"a=csv:{orders};b=csv:{orders}"
+    for node in ({}, {"tasks": "a"}):
+        with pytest.raises(ConfigError, match=r"names no data for task 'a'.*put tasks=a=folder"):
+            settings(**node).for_task(config(tasks=tasks).of_task("a"))
+    # A simulated one has its share of the run's, one with data of its own has that.
+    assert asked(dealt(0)) == dealt(0)
+    own = settings(data=f"csv:{orders}")
+    assert asked(own, data="folder:/etc") == own
+
+
+def test_a_run_does_not_choose_the_columns_of_a_site(orders: Path) -> None:
+    own = settings(site="press-3", data=f"csv:{orders}")
+    with pytest.raises(ConfigError) as caught:
+        asked(own, label_column="note", text_column="name")
+    text = str(caught.value)
+    assert (
+        "the run reads label-column='note', this site's node config says label-column='label'"
+        in text
+    )
+    assert "start the run with text-column=text, or change the node config" in text
+    noted = settings(data=f"csv:{orders}", label_column="fault")
+    assert asked(noted, label_column="fault") == noted
+    with pytest.raises(ConfigError, match="label-column='fault'; start the run"):
+        asked(noted)
+
+
+def test_a_run_does_not_choose_the_classes_of_a_site(orders: Path, tiny: dict[str, Path]) -> None:
+    own = settings(data=f"csv:{orders}", classes="leak, tear,dent")
+    with pytest.raises(
+        ConfigError, match=r"classes=leak,note, .*classes=leak,tear,dent; give both"
+    ):
+        asked(own, classes="leak,note")
+    assert asked(own, classes="dent,tear,leak") == own
+    assert open_text(own, tiny).examples.classes == ("leak", "tear", "dent")
+    together = ("dent", "leak", "scratch", "tear")
+    opened = open_text(own, tiny, together).examples
+    assert opened.classes == together
+    assert {opened.classes[label] for label in opened.labels} == {"leak", "tear"}
+    fewer = settings(site="press-3", data=f"csv:{orders}", classes="leak,dent")
+    with pytest.raises(DataError, match=r"'press-3'.*label 'tear' is not one of"):
+        open_text(fewer, tiny, together)
+
+
+@pytest.mark.parametrize("kind", ["many", "long"])
+def test_free_text_is_no_class(kind: str, tmp_path: Path, tiny: dict[str, Path]) -> None:
+    path = tmp_path / "notes.csv"
+    note = "called in by the night shift, " * (1 if kind == "many" else 40)
+    rows = [f"pump {i},{note if i % 2 else 'fine'}{i // 2}" for i in range(9000)]
+    path.write_text("text,label\n" + "\n".join(rows).replace("shift, ", "shift; "))
+    with pytest.raises(
+        DataError, match=r"'a'.*notes\.csv: the labels are 9000 different texts of"
+    ) as caught:
+        open_text(settings(site="a", data=f"csv:{path}"), tiny)
+    assert "night shift" not in str(caught.value)
+    assert "label-column" in str(caught.value)

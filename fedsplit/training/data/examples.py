@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsplit.core.errors import ConfigError, DataError
+from fedsplit.core.foreign import MAX_CLASS_CHARS, MAX_CLASSES
 
 Image = NDArray[np.uint8]
 Index = NDArray[np.int64]
@@ -146,6 +147,8 @@ def build(
     if len(names) == 0:
         raise request.fault(where, "there is no sample in it; add labelled samples")
     labels, classes = _number(request, names, items)
+    if request.classes is None:
+        _check_names(request, where, classes)
     keys = np.arange(len(names), dtype=np.int64)
     if 0 < request.max_samples < len(keys):
         rng = np.random.default_rng(_SUBSAMPLE_SEED)
@@ -179,6 +182,18 @@ def _number(
             )
         labels[i] = number[name]
     return labels, classes
+
+
+def _check_names(request: Request, where: object, classes: Sequence[str]) -> None:
+    """Names of classes leave the site, so what looks like free text is refused before it does."""
+    longest = max(map(len, classes))
+    if len(classes) > MAX_CLASSES or longest > MAX_CLASS_CHARS:
+        raise request.fault(
+            where,
+            f"the labels are {len(classes)} different texts of up to {longest} characters; a task has at most "
+            f"{MAX_CLASSES} classes with names of at most {MAX_CLASS_CHARS} characters. Is this the label? Name the "
+            "right column as label-column, or shorten the names",
+        )
 
 
 def _shown(classes: tuple[str, ...]) -> str:

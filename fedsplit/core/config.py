@@ -220,7 +220,7 @@ class RunConfig(BaseModel):
     encoder_insecure: bool = False
     """Allow the encoder port without TLS beyond loopback."""
     start_module: str = ""
-    """Folder of a trained module to start from, on the ServerApp's machine; empty: a fresh one."""
+    """Folder of a trained module to start from, on the ServerApp's machine; its classes stay, new ones are added. Empty: a fresh one."""
     compare_local_only: bool = False
     """Also train every site alone, for as many epochs, and report how far that gets."""
     runs_dir: str = "runs"

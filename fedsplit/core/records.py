@@ -147,6 +147,8 @@ class Summary(_Record):
     """Why the run ended as it did, in a sentence; empty when complete."""
     module: str
     """Folder of the trained module, relative to the run's."""
+    notes: tuple[str, ...] = ()
+    """What the run itself guessed or found odd, such as classes that a start-module does not know."""
 
     @property
     def tested(self) -> int:

@@ -28,6 +28,8 @@ class Ledger:
     absences: list[tuple[int, str, str]] = field(default_factory=list)
     """(round, site, reason); round 0 is the roll call."""
     local_only: dict[str, LocalOnly] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    """What the run itself found odd, a sentence each."""
     started: float = field(default_factory=time.monotonic)
     wall_before_s: float = 0.0
     """Wall time of the run before it was resumed."""
@@ -94,6 +96,7 @@ class Ledger:
             left_out=self._left_out(),
             reason=reason,
             module="module",
+            notes=self.notes,
         )
 
     def _personal(self) -> float | None:

@@ -45,6 +45,8 @@ class RollCaller:
     """All nodes of a simulation are there from the start, so nobody waits for more."""
     on_waiting: Callable[[str], None]
     """Told how many sites are connected."""
+    classes: tuple[str, ...] | None = None
+    """The classes that are settled before the sites are asked; None: those of the settings, else the sites' own."""
 
     def sites(self) -> list[Site]:
         """Everyone who takes part, in the order in which cuts are dealt. Raises FederationError."""
@@ -178,7 +180,7 @@ class RollCaller:
             round=0,
             fedsplit_version=__version__,
             config=self.config.flat_for_sites(),
-            classes=self.config.class_names,
+            classes=self.classes or self.config.class_names,
             cut="",
             rank=self.config.lora_rank,
             backbone_sha256=self.backbone.sha256,

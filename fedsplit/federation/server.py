@@ -19,6 +19,7 @@ from flwr.serverapp import Grid
 from fedsplit.core.config import RESUME_KEYS, RunConfig
 from fedsplit.core.errors import ConfigError, FedsplitError, RunDirError
 from fedsplit.core.foreign import MAX_CLASSES
+from fedsplit.core.notes import fit
 from fedsplit.core.records import Outcome, Status, Summary
 from fedsplit.core.versions import installed
 from fedsplit.federation import messages
@@ -28,7 +29,7 @@ from fedsplit.federation.messages import LocalOnly
 from fedsplit.federation.orders import Site
 from fedsplit.federation.roll_call import RollCaller
 from fedsplit.federation.run_dir import RunDir
-from fedsplit.federation.start_module import start_from
+from fedsplit.federation.start_module import StartModule
 from fedsplit.federation.strategy import SplitStrategy
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
@@ -114,6 +115,9 @@ class Run:
             raise
 
     def _train(self) -> Iterator[None]:
+        goes_on = bool(self.config.resume) and self.dir.has_checkpoint
+        # Before anybody is asked: what does not fit is known at once.
+        start = None if goes_on else StartModule.read(self.config, self.backbone)
         sites = RollCaller(
             run=self.dir.label,
             config=self.config,
@@ -122,8 +126,10 @@ class Run:
             ledger=self.ledger,
             simulated=self.simulated,
             on_waiting=self._say_waiting,
+            classes=self._saved_classes() if goes_on else None,
         ).sites()
-        classes = self._classes(sites)
+        classes = self._saved_classes() if goes_on else None
+        classes = classes or self._classes(sites, start)
         spec = ModuleSpec.of(self.config, classes)
         self._write_config(classes, sites)
         strategy = self._strategy = SplitStrategy(
@@ -138,27 +144,37 @@ class Run:
             on_update=_log.info,
         )
         yield
-        first, tensors = 1, self._start(spec)
-        if self.config.resume and self.dir.has_checkpoint:
+        first, tensors = 1, module.initial(self.backbone, spec, seed=self.config.seed)
+        if start is not None:
+            tensors = start.onto(tensors, spec)
+        if goes_on:
             first, tensors = self._restore(strategy)
         elif self.config.resume:
             # What an unfinished first round left behind would be counted twice.
             self.dir.forget_after(-1)
         arrays = messages.to_arrays(tensors)
-        if first == 1 and self.config.classifier_init != "zero":
+        if first == 1 and self._solves(start, classes):
             arrays = strategy.closed_form_start(self.grid, arrays)
+            # Without rounds solving the classifier is all the training there is.
+            if start is not None and self.config.rounds:
+                arrays = messages.to_arrays(start.onto(strategy.module, spec))
         if self.config.compare_local_only and first == 1:
             strategy.compare_local_only(self.grid, arrays)
         if self.config.method != "local-only":
             yield from strategy.turns(self.grid, arrays, self.config.rounds, first_round=first)
             self._save_module(strategy)
 
-    def _start(self, spec: ModuleSpec) -> module.ModuleTensors:
-        """The module before the first round. Raises ConfigError where a start-module does not fit."""
-        fresh = module.initial(self.backbone, spec, seed=self.config.seed)
-        if not self.config.start_module:
-            return fresh
-        return start_from(Path(self.config.start_module), self.backbone, spec, fresh)
+    def _solves(self, start: StartModule | None, classes: tuple[str, ...]) -> bool:
+        """Is there a row of the classifier to find in closed form? A start-module's own rows are kept."""
+        if self.config.classifier_init == "zero":
+            return False
+        return start is None or not self.config.rounds or bool(start.added(classes))
+
+    def _saved_classes(self) -> tuple[str, ...] | None:
+        """The classes that the run had before it was resumed: what came or went at the sites does not change them."""
+        saved = self.dir.read_config().get("classes")
+        good = isinstance(saved, list) and all(isinstance(name, str) for name in saved)
+        return tuple(saved) if good and saved else None
 
     def _say_waiting(self, text: str) -> None:
         status = Status(
@@ -166,10 +182,16 @@ class Run:
         )
         self.dir.set_status(status)
 
-    def _classes(self, sites: list[Site]) -> tuple[str, ...]:
-        classes = self.config.class_names or tuple(
-            sorted({name for site in sites for name in site.call.classes})
+    def _classes(self, sites: list[Site], start: StartModule | None) -> tuple[str, ...]:
+        """The run's classes, and into its notes what that makes of a start-module's."""
+        held = {name for site in sites for name in site.call.classes}
+        classes = self.config.class_names or (
+            start.classes(held) if start is not None else tuple(sorted(held))
         )
+        if start is not None:
+            self.ledger.notes = fit(start.notes(classes, {s.name: s.call.classes for s in sites}))
+            for note in self.ledger.notes:
+                _log.info("%s", note)
         if len(classes) < 2:
             raise ConfigError(
                 f"the task has {len(classes)} class ({classes}); two or more are wanted"

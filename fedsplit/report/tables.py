@@ -55,8 +55,8 @@ def summary_view(summary: Summary) -> RenderableType:
         tables.append(_global_block(summary))
     if summary.left_out:
         tables.append(_left_out_table(summary.left_out, summary.rounds))
-    if any(site.notes for site in summary.sites):
-        tables.append(_notes_table(summary.sites))
+    if summary.notes or any(site.notes for site in summary.sites):
+        tables.append(_notes_table(summary))
     return Group("", headline, *(part for table in tables for part in ("", table)))
 
 
@@ -187,9 +187,10 @@ def _left_out_table(left_out: tuple[LeftOut, ...], summary_rounds: int) -> Table
     return table
 
 
-def _notes_table(sites: tuple[SiteSummary, ...]) -> Table:
-    """What sites told at roll call; a note that several share stands once, with all of them."""
-    told: dict[str, list[str]] = {}
+def _notes_table(summary: Summary) -> Table:
+    """What the run and its sites told; a note that several share stands once, with all of them."""
+    sites = summary.sites
+    told: dict[str, list[str]] = {note: ["the run"] for note in summary.notes}
     for site in sites:
         for note in site.notes:
             told.setdefault(note, []).append(site.name)

@@ -5,10 +5,13 @@ A name is held in one form (Unicode's NFC): the same word typed on two systems i
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
 
 MAX_TASK_CHARS = 64
 MAX_RUN_CHARS = 100
+MAX_CERTIFICATE_CHARS = 64
+"""Of a certificate's common name."""
 MAX_BYTES = 240
 """File systems count bytes, at most 255 a name; what is put before or behind a name has to fit too."""
 RULE = "letters or digits of any script, '-', '_', and '.' but not first"
@@ -30,3 +33,14 @@ def is_name(name: str, most: int) -> bool:
 
 def _is_mark(char: str) -> bool:
     return unicodedata.category(char).startswith("M")
+
+
+def certificate_name(site: str) -> str:
+    """The name under which a site stands in its certificate and its files: its own where it is plain, else a digest.
+
+    Certificates and proxies know ASCII, and a file name must not lead out of its folder.
+    """
+    plain = site.isascii() and all(c.isalnum() or c in "-_." for c in site)
+    if plain and 0 < len(site) <= MAX_CERTIFICATE_CHARS and site[0].isalnum():
+        return site
+    return f"site-{hashlib.sha256(normalised(site).encode()).hexdigest()[:16]}"

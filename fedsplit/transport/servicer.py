@@ -11,6 +11,7 @@ import grpc
 
 from fedsplit.core.encoder import EncoderHost
 from fedsplit.core.errors import EncoderError, OverloadedError, RefusedError
+from fedsplit.core.names import certificate_name
 from fedsplit.transport import encoder_pb2 as pb
 from fedsplit.transport.admission import Admission
 from fedsplit.transport.deltas import chunks_of
@@ -144,7 +145,7 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
         if not self._check_names:
             return
         names = {name.decode(errors="replace") for name in context.peer_identities() or ()}
-        if token.grant.site not in names:
+        if not names & {token.grant.site, certificate_name(token.grant.site)}:
             self._admission.refuse("certificate")
             text = (
                 f"the token is for site {token.grant.site!r}, the certificate for {sorted(names)}"

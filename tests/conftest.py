@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,6 +35,15 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _no_state_of_other_tests(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Sites with data of their own keep what they know of it; each test's begin with nothing."""
+    folder = tmp_path_factory.getbasetemp() / "sites" / uuid.uuid4().hex
+    monkeypatch.setattr("fedsplit.federation.site_state.DEFAULT_FOLDER", str(folder))
 
 
 @pytest.fixture(scope="session")

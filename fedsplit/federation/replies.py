@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 
 from fedsplit.core.aggregation import Update, check_update
 from fedsplit.core.errors import FederationError, FedsplitError, UpdateError
+from fedsplit.core.notes import fit
 from fedsplit.core.records import Phase, RoundMetrics, Status
 from fedsplit.federation import messages
 from fedsplit.federation.exchange import Post, exchange
@@ -93,7 +94,9 @@ class Replies:
             raise FederationError(f"it answered for {told}, ({name!r}, {round_}) was asked")
         numbers = answer.metrics
         call = self._ledger.calls[name]
-        if round_ and numbers.test_samples != call.test_samples:
+        # Files may vanish while the run lasts; none may come.
+        fewer = range(min(1, call.test_samples), call.test_samples + 1)
+        if round_ and numbers.test_samples not in fewer:
             raise FederationError(
                 f"it tested {numbers.test_samples} samples, at roll call it had {call.test_samples}"
             )
@@ -112,9 +115,8 @@ class Replies:
         names = self._orders.plan(site, round_)
         try:
             if self._config.gradient == "zeroth-order":
-                scalars = scalars_of(
-                    reply.content, self._config, site=site.name, samples=site.call.samples
-                )
+                samples = min(answer.metrics.samples, site.call.samples)
+                scalars = scalars_of(reply.content, self._config, site=site.name, samples=samples)
                 delta = replayed(
                     scalars,
                     self._config,
@@ -185,6 +187,19 @@ class Replies:
             self.left_out(round_, name, str(err))
             return
         self.account(answer.metrics)
+        self._note_fewer(name, answer.metrics)
+
+    def _note_fewer(self, name: str, metrics: RoundMetrics) -> None:
+        """Say it where a site has fewer samples than at roll call."""
+        call = self._ledger.calls[name]
+        counts = [(metrics.test_samples, call.test_samples, "test")]
+        if metrics.loss is not None:
+            counts.append((metrics.samples, call.samples, "training"))
+        for now, before, kind in counts:
+            note = f"{name}: {now} of its {before} {kind} samples are left, the others are gone or changed since roll call"
+            if now < before and note not in self._ledger.notes:
+                self._ledger.notes = fit([*self._ledger.notes, note])
+                self._say(note)
 
     def _status(self, phase: Phase, round_: int) -> None:
         self._run_dir.set_status(

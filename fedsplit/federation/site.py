@@ -6,6 +6,7 @@ Called by client_app/app.py. Imports nothing of the server: no strategy, no enco
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import numpy as np
 from flwr.app import Context, Message, RecordDict
@@ -18,12 +19,13 @@ from fedsplit.core.errors import BackboneError, ConfigError, DataError, Fedsplit
 from fedsplit.core.foreign import printable
 from fedsplit.core.notes import fit
 from fedsplit.core.versions import installed
-from fedsplit.federation import messages
+from fedsplit.federation import messages, site_state
 from fedsplit.federation.dial import Dial, dial_stream
 from fedsplit.federation.messages import NotHeld, Order, RollCall
 from fedsplit.federation.site_round import SiteRound
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.threads import limit_threads
+from fedsplit.training.data.sides import Record
 from fedsplit.training.site_data import SiteData, SiteSettings, open_site
 
 # What Flower's own logger says is in the SuperNode's output.
@@ -59,7 +61,8 @@ def _carry_out(order: Order, content: RecordDict, context: Context, dial: Dial) 
             f"site {site.name!r}: backbone {backbone.path} has digest {backbone.sha256[:12]}, the server's "
             f"has {order.backbone_sha256[:12]}; copy the server's model files to this site"
         )
-    own = open_site(config, site, backbone, order.classes)
+    record = _record(order, site, context) if site.data else None
+    own = open_site(config, site, backbone, order.classes, record)
     if order.kind == "roll-call":
         if site.data:
             _tell(site, own)
@@ -75,6 +78,12 @@ def _not_held(order: Order, config: RunConfig, site: SiteSettings) -> RecordDict
             f"lose a task while the run lasts, see tasks in its node config"
         )
     return messages.write(messages.NOT_HELD, NotHeld(site=site.name, task=config.task))
+
+
+def _record(order: Order, site: SiteSettings, context: Context) -> Record:
+    """What a real site keeps of its samples. A run that is resumed is a new one to Flower, and gets a new list."""
+    folder = Path(site.state_dir or site_state.DEFAULT_FOLDER)
+    return Record(folder, site.name, f"{context.run_id}/{order.run}")
 
 
 def _tell(site: SiteSettings, own: SiteData) -> None:

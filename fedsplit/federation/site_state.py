@@ -6,6 +6,7 @@ site then starts from what the server sends, as it did in its first round.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -78,7 +79,8 @@ class SiteState:
             part.chmod(0o600)
             part.replace(self._path)
         except (OSError, SafetensorError) as err:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
             raise RunDirError(
                 f"this site cannot keep its own tensors in {self._path.parent}: {err}; free some space, or set "
                 f"state-dir in its node config to another folder"

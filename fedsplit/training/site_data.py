@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -31,6 +31,8 @@ from fedsplit.training.data import (
     partition,
     train_test_split,
 )
+from fedsplit.training.data.sides import Record
+from fedsplit.training.own_data import Own, open_own, without_test
 
 NodeConfig = Mapping[str, str | int | float | bool]
 Index = NDArray[np.int64]
@@ -222,6 +224,7 @@ class _Shares:
 
     splits: tuple[tuple[Index, Index], ...]
     everywhere: Index
+    notes: tuple[str, ...]
 
     @property
     def train(self) -> Index:
@@ -238,26 +241,74 @@ _opening = (
 
 @functools.lru_cache(maxsize=32)
 def open_site(
-    config: RunConfig, site: SiteSettings, backbone: Backbone, classes: tuple[str, ...] | None
+    config: RunConfig,
+    site: SiteSettings,
+    backbone: Backbone,
+    classes: tuple[str, ...] | None,
+    record: Record | None = None,
 ) -> SiteData:
-    """Load, deal and split a site's samples. Raises DataError naming the site and the file."""
+    """Load, deal and split a site's samples. Raises DataError naming the site and the file.
+
+    A real site gives the `record` of the sides that its samples have, and of those that this run uses.
+    """
     with _opening:
-        return _open(config, site, backbone, classes)
+        return _open(config, site, backbone, classes, record)
 
 
 def _open(
-    config: RunConfig, site: SiteSettings, backbone: Backbone, classes: tuple[str, ...] | None
+    config: RunConfig,
+    site: SiteSettings,
+    backbone: Backbone,
+    classes: tuple[str, ...] | None,
+    record: Record | None,
 ) -> SiteData:
-    examples = _load_for(config, site, classes)
+    if record is not None and site.data is not None:
+        own = _open_own(config, site, site.data, classes, record)
+        examples, train, test, everywhere = own.examples, own.train, own.test, own.test
+        notes = own.notes
+    else:
+        examples = _load_for(config, site, classes)
+        train, test, everywhere, without = _split(config, site, examples)
+        notes = (*examples.notes, *without)
     if examples.kind != backbone.family.kind:
         raise DataError(
             f"site {site.name!r}: {site.data or config.data} holds {examples.kind}s, backbone "
             f"{backbone.name!r} reads {backbone.family.kind}s; change data or backbone"
         )
-    train, test, everywhere = _split(config, site, examples)
     transform = _transform(backbone, config.image_size, config.max_length, config.data)
     named = replace(examples, site=site.name)
-    return SiteData(named, train, test, everywhere, transform, notes=examples.notes)
+    return SiteData(named, train, test, everywhere, transform, notes=notes)
+
+
+def _open_own(
+    config: RunConfig,
+    site: SiteSettings,
+    data: str,
+    classes: tuple[str, ...] | None,
+    record: Record,
+) -> Own:
+    def read(
+        classes: tuple[str, ...] | None = None, *, listed: frozenset[str] | None = None
+    ) -> Examples:
+        return load_source(
+            data,
+            site=site.name,
+            # What is on the list was of these classes; what has come since is not looked at.
+            classes=(site.classes or classes) if listed is None else None,
+            max_samples=config.max_samples if listed is None else 0,
+            text_column=config.text_column,
+            label_column=config.label_column,
+            listed=listed,
+        )
+
+    return open_own(
+        read,
+        record,
+        source=f"{config.task}\n{data}\n{config.text_column}\n{config.label_column}",
+        fraction=config.test_fraction,
+        classes=classes,
+        declared=config.class_names is not None,
+    )
 
 
 def forget() -> None:
@@ -297,7 +348,10 @@ def _load(
     )
 
 
-def _split(config: RunConfig, site: SiteSettings, examples: Examples) -> tuple[Index, Index, Index]:
+def _split(
+    config: RunConfig, site: SiteSettings, examples: Examples
+) -> tuple[Index, Index, Index, Sequence[str]]:
+    """Training, test and everybody's test samples, and what there is to say of the classes."""
     if site.partition is None or site.data is not None:
         # Without the seed: real samples must not change sides from one run to another.
         train, test = train_test_split(
@@ -307,14 +361,14 @@ def _split(config: RunConfig, site: SiteSettings, examples: Examples) -> tuple[I
             site=site.name,
             groups=examples.groups,
         )
-        return train, test, test
+        return train, test, test, without_test(examples, test)
     number, of = site.partition
     shares = _shares(
         examples, of, config.partition, config.test_fraction, config.seed, config.max_site_samples
     )
     if str(config.method) == CENTRALISED:
-        return shares.train, shares.everywhere, shares.everywhere
-    return (*shares.splits[number], shares.everywhere)
+        return shares.train, shares.everywhere, shares.everywhere, shares.notes
+    return (*shares.splits[number], shares.everywhere, shares.notes)
 
 
 @functools.lru_cache(maxsize=4)
@@ -339,7 +393,10 @@ def _shares(
             groups=None if examples.groups is None else examples.groups[share],
         )
         splits.append((share[train], share[test]))
-    return _Shares(tuple(splits), np.sort(np.concatenate([test for _, test in splits])))
+    everywhere = np.sort(np.concatenate([test for _, test in splits]))
+    used = examples.subset(np.sort(np.concatenate(dealt)))
+    tests = np.flatnonzero(np.isin(used.keys, examples.keys[everywhere]))
+    return _Shares(tuple(splits), everywhere, tuple(without_test(used, tests)))
 
 
 # Keyed by the source too, for what it keeps of one source is of no use to the next; two at most, for each may

@@ -5,10 +5,14 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
+from flwr.app import Message
 from flwr.common.logger import LOGGER_NAME
+from PIL import Image
 
 from fedsplit.core.errors import FederationError
+from fedsplit.training import site_data
 from tests.federation.conftest import prepared, settings
 
 
@@ -57,3 +61,39 @@ def test_a_site_tells_its_own_log_what_leaves_it(
     finally:
         logger.removeHandler(caplog.handler)
     assert "site line-a tells the server its classes: 0 (" in caplog.text
+
+
+def test_a_run_whose_files_change(tmp_path: Path) -> None:
+    """Pictures come and go after roll call, and each message finds them anew, as a process of its own would."""
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), dtype=np.uint8)
+    nodes = []
+    for name in ("line-a", "line-b"):
+        for i in range(20):
+            path = tmp_path / name / "ab"[i % 2] / f"{i + 10}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[i]).save(path)
+        nodes.append({"site": name, "data": f"folder:{tmp_path / name}"})
+
+    def next_message(place: int, message: Message, reply: Message) -> Message:
+        site_data.forget()
+        if message.metadata.group_id == "0":
+            # Of equal number: were they told apart by their places, training would test from now on.
+            Image.fromarray(pixels[30]).save(tmp_path / "line-a" / "a" / "0.png")
+        if message.metadata.group_id == "0" and place == 2:
+            (tmp_path / "line-b" / "a" / "10.png").unlink()
+        return reply
+
+    config = settings(tmp_path / "runs", cut="0,6", max_samples=0)
+    with prepared(config, nodes, tamper=next_message, workers=1) as (run, _):
+        ended = run.go()
+    assert ended.outcome == "complete", ended
+    assert ended.rounds_done == 2
+    samples = {m.site: m.samples for m in run.dir.read_metrics() if m.loss is not None}
+    assert samples["line-a"] == 16
+    assert [
+        note for note in ended.notes if note.startswith("line-b: ") and "gone or changed" in note
+    ]
+    again = settings(tmp_path / "runs", cut="0,6", max_samples=0, run_name="next", rounds=1)
+    with prepared(again, nodes) as (run, _):
+        (line_a,) = (s for s in run.go().sites if s.name == "line-a")
+    assert "1 new samples since the last run: 1 train, 0 test" in line_a.notes

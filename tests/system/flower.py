@@ -60,6 +60,7 @@ def deployment(home: Path, nodes: list[Mapping[str, Any]]) -> Iterator[dict[str,
             )
             wait_for_http(port)
             for i, node in enumerate(nodes):
+                node = {"state-dir": str(home / "sites"), **node}
                 config = " ".join(f"{k}={toml_value(v)}" for k, v in node.items())
                 start(
                     f"supernode-{i}", "flower-supernode", "--insecure",

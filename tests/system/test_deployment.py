@@ -24,7 +24,8 @@ TOLERANCE = 1e-5
 SETTINGS = {
     "cut": "0,6;2,4",
     "rounds": 2,
-    "seed": 3,
+    # Real sites split alike for every seed, and simulated ones with 0 as they do.
+    "seed": 0,
     "partition": "dirichlet:0.5",
     "min-sites": 2,
     "device-training": "head+tail",

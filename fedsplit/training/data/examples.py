@@ -56,6 +56,8 @@ class Request:
     max_samples: int = 0
     text_column: str = "text"
     label_column: str = "label"
+    listed: frozenset[str] | None = None
+    """Paths of the files that were there at roll call: others are passed over unseen, those that are gone are no fault."""
 
     def __post_init__(self) -> None:
         if self.max_samples < 0:

@@ -129,12 +129,14 @@ def read_folder(path: Path, request: Request) -> Examples:
                 folder, f"cannot be read ({err.strerror}); check its rights"
             ) from err
         images = [str(f) for f in files if f.suffix.lower() in EXTENSIONS and f.is_file()]
-        if not images:
+        if request.listed is not None:
+            images = [path for path in images if path in request.listed]
+        elif not images:
             raise request.fault(
                 folder,
                 f"the class folder has no image; add files ({', '.join(EXTENSIONS)}) or remove it",
             )
-        ignored += len(files) - len(images)
+        ignored += len(files) - len(images) if request.listed is None else 0
         paths += images
         names += [folder.name] * len(images)
     if ignored:

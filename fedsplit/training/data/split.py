@@ -185,4 +185,5 @@ def _fill(units: Sequence[_Unit], site: str) -> None:
 
 def untested(labels: NDArray[np.integer], test: Index) -> list[int]:
     """The labels that occur and of which no sample tests."""
-    return sorted(set(labels.tolist()) - set(labels[test].tolist()))
+    missing: list[int] = np.setdiff1d(labels, labels[test]).tolist()
+    return missing

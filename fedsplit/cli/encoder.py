@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -67,6 +69,12 @@ def serve(
     from fedsplit.model.threads import limit_threads
 
     limit_threads(threads or 0)
+    # On stderr, for whoever runs the service: journald and log files keep it.
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
     # gRPC's own lines about a taken port say less than our error, and say it first.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from fedsplit.model.checkpoint import digest, find_backbone

@@ -70,6 +70,14 @@ class Encoder(Protocol):
         ...
 
 
+class HostedEncoder(Encoder, Protocol):
+    """A session at the host, which also knows what a step costs."""
+
+    def graph_bytes(self, batch: int, tokens: int) -> int:
+        """Bytes that the graph of a step of this shape holds between `encode` with `keep` and its gradient."""
+        ...
+
+
 Estimator = Literal["forward", "central", "one-point"]
 Directions = Literal["gaussian", "sphere"]
 
@@ -154,7 +162,7 @@ class EncoderHost(Protocol):
         """What this host offers."""
         ...
 
-    def open(self, grant: Grant) -> Encoder:
+    def open(self, grant: Grant) -> HostedEncoder:
         """Start a session. Raises RefusedError when the grant does not fit this host."""
         ...
 

@@ -30,7 +30,7 @@ from fedsplit.model.layers import DOWN, MERGED, UP
 from fedsplit.serving.host import MAX_VERSIONS, BackboneHost
 from fedsplit.training.site_data import SiteSettings
 from fedsplit.transport.admission import Limits
-from fedsplit.transport.codec import Codec, check_finite, encode_mask, find_codec
+from fedsplit.transport.codec import Codec, check_range, encode_mask, find_codec
 from fedsplit.transport.frames import CHUNK_BYTES, HEADER_BYTES, Kind, json_frame
 from fedsplit.transport.messages import Hello
 from fedsplit.transport.rules import agree
@@ -273,7 +273,7 @@ class NearEncoder(Closing):
         check_size(len(body.data), self.welcome.max_message_bytes)
         arrived = np.frombuffer(bytearray(body.data), dtype=np.uint8)
         decoded = codec.decode(array.shape, arrived)
-        check_finite(decoded, what)
+        check_range(decoded, what)
         return decoded, len(body.data)
 
     def _count(self, *, up: int = 0, down: int = 0) -> None:

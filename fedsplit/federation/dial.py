@@ -48,8 +48,7 @@ def dial_stream(
     how: Stream, config: RunConfig, site: SiteSettings
 ) -> AbstractContextManager[CountingEncoder]:
     """Open the round's gRPC stream; where the encoder is full, come back when it says so."""
-    ca = site.encoder_tls_ca or how.ca_file
-    tls = ClientTls.of(ca or "system", site.encoder_tls_cert, site.encoder_tls_key)
+    tls = _tls(how, site)
     # Half the round must be left for the work itself.
     give_up = time.monotonic() + config.deadline_s / 2
     while True:
@@ -59,11 +58,22 @@ def dial_stream(
                 how.token,
                 how.grant,
                 codec=config.codec,
-                tls=tls if how.tls else None,
+                tls=tls,
                 max_in_flight=config.in_flight,
-                allow_insecure=config.encoder_insecure,
+                # A site that asks for TLS has it, whatever the run's settings allow.
+                allow_insecure=config.encoder_insecure and not site.encoder_tls_ca,
             )
         except OverloadedError as err:
             if time.monotonic() + err.retry_after_s > give_up:
                 raise
             time.sleep(err.retry_after_s)
+
+
+def _tls(how: Stream, site: SiteSettings) -> ClientTls | None:
+    """What the site's own settings ask for; an order may ask for more than they do, never for less.
+
+    The order's CA file is a path on the machine that simulates all sites. A deployed site has its own, or the system's.
+    """
+    told = how.ca_file if site.partition is not None else ""
+    ca = site.encoder_tls_ca or (told or "system" if how.tls else "")
+    return ClientTls.of(ca, site.encoder_tls_cert, site.encoder_tls_key)

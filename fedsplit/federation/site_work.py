@@ -243,7 +243,9 @@ class SiteWork:
     @functools.cached_property
     def state(self) -> SiteState:
         """This site's file."""
-        folder = self.site.state_dir or self.order.state_dir or DEFAULT_FOLDER
+        # A path of the machine that simulates all sites: at a deployed site an order names no folder.
+        told = self.order.state_dir if self.site.partition is not None else ""
+        folder = self.site.state_dir or told or DEFAULT_FOLDER
         return SiteState(Path(folder), run=self.order.run, site=self.site.name)
 
 

@@ -7,6 +7,8 @@ the module's tensors on the server's blocks are in training_encoder.py and probi
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -18,14 +20,24 @@ from fedsplit.core.errors import ProtocolError, RefusedError
 from fedsplit.model.backbone import Part
 from fedsplit.model.seam import as_tensor
 
+Turn = Callable[[], AbstractContextManager[object]]
+"""Held while a session computes."""
+Graphs = dict[tuple[Cut, int, bool, int], int]
+"""(cut, block to leave after, trains, tokens) -> bytes that the graph of one sample holds."""
+
 
 class LocalEncoder:
     """One session: runs the blocks in this process and holds the graphs of kept steps until backprop."""
 
     trains = False
 
-    def __init__(self, part: Part, cut: Cut) -> None:
+    def __init__(
+        self, part: Part, cut: Cut, *, turn: Turn = nullcontext, graphs: Graphs | None = None
+    ) -> None:
+        """`turn` is held while this session computes; `graphs` keeps what was measured for other sessions like it."""
         self._part = part
+        self._turn = turn
+        self._graphs: Graphs = {} if graphs is None else graphs
         self._cut = cut
         self._pooled = cut.pooled(part.backbone.blocks)
         # The block before which a forward that is kept stops.
@@ -43,7 +55,7 @@ class LocalEncoder:
     ) -> Array:
         """See core.encoder.Encoder."""
         h = as_tensor(h_BTD)
-        with torch.set_grad_enabled(keep):
+        with self._turn(), torch.set_grad_enabled(keep):
             h.requires_grad_(keep)
             z = self._forward(h, mask_BT, self._leave if keep else self._cut.b)
         if keep:
@@ -53,8 +65,38 @@ class LocalEncoder:
     def backprop(self, step: int, dz: Array) -> Array:
         """See core.encoder.Encoder. Raises ProtocolError for a step that is not held."""
         h, z = self._take(step)
-        (dh,) = torch.autograd.grad(z, h, as_tensor(dz))
+        with self._turn():
+            (dh,) = torch.autograd.grad(z, h, as_tensor(dz))
         return dh.contiguous().numpy()
+
+    def graph_bytes(self, batch: int, tokens: int) -> int:
+        """See core.encoder.HostedEncoder: a forward of one sample is measured, once for each number of tokens."""
+        key = (self._cut, self._leave, self.trains, tokens)
+        if key not in self._graphs:
+            with self._turn():
+                self._graphs[key] = self._measured(tokens)
+        return batch * self._graphs[key]
+
+    def _measured(self, tokens: int) -> int:
+        """Bytes that autograd saves for one sample, weights apart: each storage once, however many views are saved."""
+        weights = {
+            p.untyped_storage().data_ptr() for p in self._part.model.parameters() if not p.is_meta
+        }
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            held.append(tensor)  # else a freed place might be counted for two
+            return tensor
+
+        held: list[Tensor] = []
+        h = torch.zeros(1, tokens, self._part.backbone.width, requires_grad=True)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            z = self._forward(h, None, self._leave)
+        saved[h.untyped_storage().data_ptr()] = h.untyped_storage().nbytes()
+        saved[z.untyped_storage().data_ptr()] = z.untyped_storage().nbytes()
+        return sum(n for place, n in saved.items() if place not in weights)
 
     def learn(self, step: int, dz: Array) -> None:
         """See core.encoder.Encoder. Raises RefusedError: nothing trains here."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from itertools import count
 
 import numpy as np
@@ -18,7 +19,7 @@ from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array, Mask
 from fedsplit.core.errors import ProtocolError, RefusedError
 from fedsplit.model.backbone import Part
-from fedsplit.model.encoder import LocalEncoder
+from fedsplit.model.encoder import LocalEncoder, Turn
 from fedsplit.model.seam import as_tensor
 from fedsplit.model.trained_tensors import TrainedTensors, Weights, place, slots_of
 
@@ -36,9 +37,10 @@ class ProbingEncoder(LocalEncoder):
         tensors: TrainedTensors,
         *,
         on_close: Callable[[], None] = lambda: None,
+        turn: Turn = nullcontext,
     ) -> None:
         """`part` is this session's own (`twin`)."""
-        super().__init__(part, cut)
+        super().__init__(part, cut, turn=turn)
         self._on_close = on_close
         self._tensors = tensors
         self._training = tensors.training
@@ -67,7 +69,7 @@ class ProbingEncoder(LocalEncoder):
         """See core.encoder.Encoder."""
         training, h = self._training, as_tensor(h_BTD)
         outputs = []
-        with self._forwards, torch.no_grad():
+        with self._forwards, self._turn(), torch.no_grad():
             number = next(self._numbers)
             snapshot, last, u = self._tensors.snapshot(), -1, dict[str, Array]()
             for query, factor in directions.points(training.estimator, training.queries):

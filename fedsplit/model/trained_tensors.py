@@ -7,7 +7,10 @@ training_encoder.py and probing_encoder.py.
 from __future__ import annotations
 
 import copy
+import math
+import statistics
 import threading
+from collections import deque
 from collections.abc import Mapping
 
 import torch
@@ -21,6 +24,13 @@ from fedsplit.model.backbone import Part
 
 Weights = dict[str, nn.Parameter]
 Slots = dict[str, tuple[nn.Module, str]]
+MAX_RATIO = 1e4
+"""So many times the median length of the last gradients may one be."""
+SMALL_LENGTH = 1e-2
+"""Below it lengths say little: training that is nearly done has tiny gradients, and still meets a hard batch."""
+MAX_LENGTH = 1e6
+"""Of the first gradients, which have none before them."""
+_LENGTHS_NEEDED, _LENGTHS_KEPT = 8, 64
 
 
 def twin(part: Part) -> Part:
@@ -83,6 +93,7 @@ class TrainedTensors:
         self._values = {n: nn.Parameter(p.detach().clone()) for n, p in start.items()}
         self._snapshot: Weights | None = None
         self._stepped: set[str] = set()
+        self._lengths: deque[float] = deque(maxlen=_LENGTHS_KEPT)
         self._lock = threading.Lock()
         kind = torch.optim.AdamW if training.optimizer == "adamw" else torch.optim.SGD
         self._optimizer = kind(
@@ -106,14 +117,18 @@ class TrainedTensors:
     def step(self, grads: Mapping[str, Tensor], *, weight: float = 1.0) -> None:
         """One step of the optimiser on the tensors that have a gradient, with `weight` times the learning rate.
 
-        Raises EncoderError, and changes nothing, when a gradient is not finite.
+        Raises EncoderError, and changes nothing, when a gradient is not finite, or so long that it would wreck the copy
+        for everyone who trains it (`_check_length`).
         """
         if bad := [n for n, g in grads.items() if not bool(torch.isfinite(g).all())]:
             raise EncoderError(
                 f"the gradient of {bad[0]} at the encoder is not finite; nothing was trained with it. Lower the "
                 f"learning rate (now {self.training.learning_rate:g}) or set clip-norm"
             )
+        # As a sum of float64, which a square of float32 cannot overflow.
+        length = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
         with self._lock:
+            self._check_length(length, weight)
             for name, parameter in self._values.items():
                 parameter.grad = grads.get(name)
             if self.training.clip_norm:
@@ -124,7 +139,33 @@ class TrainedTensors:
             self._optimizer.zero_grad(set_to_none=True)
             self._snapshot = None
             self._stepped |= grads.keys()
+            self._lengths.append(length)
             self.steps += 1
+
+    def _check_length(self, length: float, weight: float) -> None:
+        """Raise EncoderError for a gradient that is no honest one's size.
+
+        By what it does: a step of SGD does not go farther than the values are long, and one. By what came before: with
+        AdamW, whose steps have a length of their own, one huge gradient would stop all later ones.
+        """
+        training = self.training
+        if training.mode != "shared" or training.clip_norm:
+            return  # The copy is the site's own, or the gradient is cut to that length.
+        if training.optimizer == "sgd":
+            own = math.sqrt(
+                sum(float(v.detach().double().square().sum()) for v in self._values.values())
+            )
+            most = (1 + own) / (training.learning_rate * weight)
+        else:
+            most = MAX_LENGTH
+        if len(self._lengths) >= _LENGTHS_NEEDED:
+            most = min(most, MAX_RATIO * max(statistics.median(self._lengths), SMALL_LENGTH))
+        if length > most:
+            raise EncoderError(
+                f"the gradient of this step has length {length:.3g} over what trains at the encoder, at most {most:.3g} is "
+                f"taken after those before it; nothing was trained with it. Lower the learning rate (now "
+                f"{training.learning_rate:g}) or set clip-norm"
+            )
 
     def delta(self) -> dict[str, Array]:
         """What training has changed so far, as arrays of their own: of the tensors that a step has had."""

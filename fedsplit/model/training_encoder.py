@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array, Mask
 from fedsplit.model.backbone import Part
-from fedsplit.model.encoder import LocalEncoder
+from fedsplit.model.encoder import Graphs, LocalEncoder, Turn
 from fedsplit.model.seam import as_tensor
 from fedsplit.model.trained_tensors import TrainedTensors, Weights, place, slots_of, trained_at
 from fedsplit.model.turns import Turns
@@ -41,9 +42,11 @@ class TrainingEncoder(LocalEncoder):
         leave: int = 0,
         turns: Turns | None = None,
         on_close: Callable[[], None] = lambda: None,
+        turn: Turn = nullcontext,
+        graphs: Graphs | None = None,
     ) -> None:
         """`part` is this session's own (`twin`); `turns` those of all sessions on a shared copy; `leave` is within the cut."""
-        super().__init__(part, cut)
+        super().__init__(part, cut, turn=turn, graphs=graphs)
         self._leave = leave or cut.b
         self._on_close = on_close
         self._tensors = tensors
@@ -91,13 +94,19 @@ class TrainingEncoder(LocalEncoder):
         self._turns.give(self)
         self._on_close()
 
+    def _measured(self, tokens: int) -> int:
+        with self._forwards:
+            place(self._slots, {n: self._tensors.snapshot()[n] for n in self._here})
+            return super()._measured(tokens)
+
     def _backward(self, step: int, dz: Array, *, wants_dh: bool) -> Tensor | None:
         h, z = self._take(step)
         weights = self._weights.pop(step)
         inputs = [*weights.values(), *([h] if wants_dh else [])]
-        found = torch.autograd.grad(z, inputs, as_tensor(dz), allow_unused=True)
-        grads = {n: g for n, g in zip(weights, found, strict=False) if g is not None}
-        self._tensors.step(grads, weight=self._weight)
+        with self._turn():
+            found = torch.autograd.grad(z, inputs, as_tensor(dz), allow_unused=True)
+            grads = {n: g for n, g in zip(weights, found, strict=False) if g is not None}
+            self._tensors.step(grads, weight=self._weight)
         if not self._weights:
             self._turns.give(self)
         return found[-1] if wants_dh else None

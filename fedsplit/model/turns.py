@@ -1,16 +1,24 @@
-"""Turns of the sessions that step one copy of some tensors (encoder-training=shared). Called by training_encoder.py."""
+"""Who computes next at the encoder: turns of the sessions that step one copy of some tensors, and of sites at the cores.
+
+`Turns` is training_encoder.py's (encoder-training=shared), `FairTurns` every session's (encoder.py).
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
 
 log = logging.getLogger(__name__)
 
 WAIT_S = 60.0
 """What a session waits at the most, well below the time that a site waits for the answer to a step."""
+
+
+_REMEMBERED = 256
 
 
 class Turns:
@@ -60,3 +68,54 @@ class Turns:
         self._queue.popleft()
         self._began = time.monotonic()
         self._changed.notify_all()
+
+
+class FairTurns:
+    """So many computations at a time, given to sites in turn: a site with four streams gets no more than one with one.
+
+    A computation is one forward or backward. The next place goes to the waiting site whose last one began the longest ago,
+    and there to the oldest of what it has waiting.
+    """
+
+    def __init__(self, places: int) -> None:
+        self._free = places
+        self._waiting: dict[Hashable, deque[threading.Event]] = {}
+        self._began: OrderedDict[Hashable, None] = OrderedDict()
+        """Sites in the order in which their last computation began; those of long ago are forgotten."""
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def of(self, site: Hashable) -> Iterator[None]:
+        """Hold a place for a computation of this site. Not to be nested."""
+        mine = threading.Event()
+        with self._lock:
+            if self._free:
+                self._free -= 1
+                self._note(site)
+                mine.set()
+            else:
+                self._waiting.setdefault(site, deque()).append(mine)
+        mine.wait()
+        try:
+            yield
+        finally:
+            self._next()
+
+    def _next(self) -> None:
+        with self._lock:
+            if not self._waiting:
+                self._free += 1
+                return
+            order = {site: place for place, site in enumerate(self._began, 1)}
+            site = min(self._waiting, key=lambda site: order.get(site, 0))
+            queue = self._waiting[site]
+            self._note(site)
+            queue.popleft().set()
+            if not queue:
+                del self._waiting[site]
+
+    def _note(self, site: Hashable) -> None:
+        self._began[site] = None
+        self._began.move_to_end(site)
+        if len(self._began) > _REMEMBERED:
+            self._began.popitem(last=False)

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from functools import partial
 
 from fedsplit import __version__
-from fedsplit.core.encoder import Array, Capabilities, Encoder, Grant
+from fedsplit.core.cpus import usable_cpus
+from fedsplit.core.encoder import Array, Capabilities, Grant, HostedEncoder
 from fedsplit.core.errors import BackboneError, ConfigError, ProtocolError, RefusedError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone, Part
-from fedsplit.model.encoder import LocalEncoder
+from fedsplit.model.encoder import Graphs, LocalEncoder
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.split import server_part
+from fedsplit.model.turns import FairTurns
 from fedsplit.serving.training import TRAINING_BYTES, Trainees
 
 # The version of this round, the one before it, and room for a second run on the same host.
 MAX_VERSIONS = 4
+MAX_SPECS = 16
 
 
 class BackboneHost:
@@ -34,8 +38,12 @@ class BackboneHost:
         self.backbone = backbone
         bare = ModuleSpec(classes=("?",), kind="classifier")
         self._bare = server_part(backbone, bare)
-        self._versions: OrderedDict[str, Part] = OrderedDict()
+        self._versions: OrderedDict[str, tuple[Part, Graphs]] = OrderedDict()
         self._trainees = Trainees(training_bytes)
+        # As many computations as cores: more would only take time from each other, and a site's many from another's one.
+        self._turns = FairTurns(usable_cpus())
+        self._graphs: dict[ModuleSpec, Graphs] = {}
+        """What graphs hold, by what the module is made of: measured once, not once a version."""
         self._lock = threading.Lock()
 
     def capabilities(self) -> Capabilities:
@@ -69,12 +77,14 @@ class BackboneHost:
             raise ProtocolError(f"module version {version!r}: {err}") from err
         with self._lock:
             self._trainees.forget(version)
-            self._versions[version] = part
+            if len(self._graphs) >= MAX_SPECS:
+                self._graphs.clear()
+            self._versions[version] = part, self._graphs.setdefault(spec, {})
             self._versions.move_to_end(version)
             while len(self._versions) > MAX_VERSIONS:
                 self._trainees.forget(self._versions.popitem(last=False)[0])
 
-    def open(self, grant: Grant) -> Encoder:
+    def open(self, grant: Grant) -> HostedEncoder:
         """See core.encoder.EncoderHost."""
         if grant.backbone_sha256 != self.backbone.sha256:
             raise RefusedError(
@@ -86,15 +96,17 @@ class BackboneHost:
                 f"cut {grant.cut} is not for this encoder: 0 <= a < b <= {self.backbone.blocks} is wanted"
             )
         with self._lock:
-            part = self._versions.get(grant.version)
+            found = self._versions.get(grant.version)
             known = tuple(self._versions)
-        if part is None:
+        if found is None:
             raise RefusedError(
                 f"module version {grant.version!r} is not published here; known: {known or 'none'}"
             )
+        part, graphs = found
+        turn = partial(self._turns.of, (grant.run, grant.site))
         if grant.training is None:
-            return LocalEncoder(part, grant.cut)
-        encoder = self._trainees.open(part, grant, grant.training)
+            return LocalEncoder(part, grant.cut, turn=turn, graphs=graphs)
+        encoder = self._trainees.open(part, grant, grant.training, turn=turn, graphs=graphs)
         with self._lock:
             if grant.version not in self._versions:  # evicted meanwhile: nobody can collect it
                 self._trainees.forget(grant.version)

@@ -14,9 +14,10 @@ from functools import partial
 from torch import nn
 
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Array, Encoder, Grant, Training
+from fedsplit.core.encoder import Array, Grant, HostedEncoder, Training
 from fedsplit.core.errors import OverloadedError, RefusedError
 from fedsplit.model.backbone import Part
+from fedsplit.model.encoder import Graphs, Turn
 from fedsplit.model.probing_encoder import ProbingEncoder
 from fedsplit.model.trained_tensors import TrainedTensors, trained_at, twin
 from fedsplit.model.training_encoder import TrainingEncoder
@@ -86,7 +87,9 @@ class Trainees:
         with self._lock:
             return self._held_bytes()
 
-    def open(self, part: Part, grant: Grant, training: Training) -> Encoder:
+    def open(
+        self, part: Part, grant: Grant, training: Training, *, turn: Turn, graphs: Graphs
+    ) -> HostedEncoder:
         """A session that trains. Raises RefusedError when it cannot, OverloadedError when there is no room."""
         start = trained_at(part, grant.cut, training.lora)
         if not start:
@@ -105,13 +108,23 @@ class Trainees:
                 weight=training.weight,
                 leave=training.leave,
                 turns=turns,
+                turn=turn,
+                graphs=graphs,
             )
         copy = self._begin(start, grant, training)
         assert copy.tensors is not None, "a copy that has just begun is in training"
         end = partial(self._end, grant.version, grant.site, copy)
         if training.mode == "zeroth-order":
-            return ProbingEncoder(own, grant.cut, copy.tensors, on_close=end)
-        return TrainingEncoder(own, grant.cut, copy.tensors, leave=training.leave, on_close=end)
+            return ProbingEncoder(own, grant.cut, copy.tensors, on_close=end, turn=turn)
+        return TrainingEncoder(
+            own,
+            grant.cut,
+            copy.tensors,
+            leave=training.leave,
+            on_close=end,
+            turn=turn,
+            graphs=graphs,
+        )
 
     def collect(self, version: str) -> dict[str, Delta]:
         """site -> delta, of all who took a step; what it gives is forgotten here."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedsplit.core.errors import OverloadedError, RefusedError
+from fedsplit.core.memory import available_bytes
 from fedsplit.transport.tokens import LEEWAY_S, SiteToken
 
 
@@ -26,14 +27,16 @@ class Limits(BaseModel):
 
     max_sessions: int = Field(default=32, ge=1, le=1024)
     """Live streams in all; each has two threads."""
-    max_sessions_per_site: int = Field(default=4, ge=1)
-    """Live streams of one site of one run."""
+    max_sessions_per_site: int = Field(default=2, ge=1)
+    """Live streams of one site of one run: the present one, and a lost one that nobody has missed yet."""
     max_message_bytes: int = Field(default=64 << 20, ge=1 << 10, lt=1 << 32)
     """Payload of one tensor as it travels."""
     max_kept_steps: int = Field(default=8, ge=1)
     """Steps of a session whose graph waits for its gradient."""
-    max_kept_bytes: int = Field(default=512 << 20, ge=1 << 10)
-    """Activations (float32) of those steps; the graphs take a multiple that depends on the backbone."""
+    max_kept_bytes: int = Field(default_factory=lambda: available_bytes() // 2, ge=1 << 10)
+    """Graphs of all sessions' kept steps together, as measured; by default half of the memory that is free at the start."""
+    room_timeout_s: float = Field(default=60.0, gt=0)
+    """So long a step waits for room that other sessions' graphs take."""
     max_publish_bytes: int = Field(default=256 << 20, ge=1)
     """One module version."""
     hello_timeout_s: float = Field(default=20.0, gt=0)
@@ -47,12 +50,12 @@ class Limits(BaseModel):
 
     @property
     def session_bytes(self) -> int:
-        """Most tensor bytes that one session holds here outside the host.
+        """Most tensor bytes that one session holds here outside the host; graphs are held to `max_kept_bytes` in all.
 
         In messages: one in assembly, two ahead, one in work and decoded to float32 (2, were it fp16), the
-        answer (2) and its encoding: 9. Plus what is kept.
+        answer (2) and its encoding: 9.
         """
-        return 9 * self.max_message_bytes + self.max_kept_bytes
+        return 9 * self.max_message_bytes
 
 
 class Stats(BaseModel):
@@ -62,6 +65,7 @@ class Stats(BaseModel):
 
     live_sessions: int
     kept_steps: int
+    kept_bytes: int
     sessions: int
     encoded: int
     backpropped: int
@@ -89,6 +93,10 @@ class Admission:
     _tokens: dict[str, _Used] = field(default_factory=dict)
     _counts: Counter[str] = field(default_factory=Counter)
     _refused: Counter[str] = field(default_factory=Counter)
+    _kept_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self._room = threading.Condition(self._lock)
 
     @contextmanager
     def admit(self, token: SiteToken) -> Iterator[None]:
@@ -120,6 +128,32 @@ class Admission:
                 )
             used.steps += 1
 
+    def keep(self, size: int, *, held: bool) -> None:
+        """Take room for the graph of a step: `size` bytes. `held`: this session holds one already, so it does not wait.
+
+        Raises RefusedError for a step that never fits, OverloadedError where others' graphs leave no room.
+        """
+        most = self.limits.max_kept_bytes
+        if size > most:
+            raise RefusedError(
+                f"the graph of this step takes {size} bytes at the encoder, {most} are allowed for all sessions; use a "
+                f"smaller batch-size or a cut with fewer blocks at the server, or give the encoder more memory"
+            )
+        wait_s = 0.0 if held else self.limits.room_timeout_s
+        with self._room:
+            if not self._room.wait_for(lambda: self._kept_bytes + size <= most, wait_s):
+                raise OverloadedError(
+                    f"graphs of other steps take {self._kept_bytes} of {most} bytes and this step wants {size}",
+                    retry_after_s=self.limits.retry_after_s,
+                )
+            self._kept_bytes += size
+
+    def release(self, size: int) -> None:
+        """Give room back."""
+        with self._room:
+            self._kept_bytes -= size
+            self._room.notify_all()
+
     def count(self, what: str, by: int = 1) -> None:
         """Count something for `stats`: encoded, backpropped, probed, scored, published, kept (also downwards)."""
         with self._lock:
@@ -137,6 +171,7 @@ class Admission:
             return Stats(
                 live_sessions=self._sites.total(),
                 kept_steps=c["kept"],
+                kept_bytes=self._kept_bytes,
                 sessions=c["sessions"],
                 encoded=c["encoded"],
                 backpropped=c["backpropped"],

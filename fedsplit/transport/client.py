@@ -26,7 +26,7 @@ from fedsplit.core.errors import (
     UnreachableError,
 )
 from fedsplit.transport.calls import capabilities, collect, publish
-from fedsplit.transport.codec import Dims, Encoded, check_finite, encode_mask, find_codec
+from fedsplit.transport.codec import Dims, Encoded, check_range, encode_mask, find_codec
 from fedsplit.transport.duplex import Duplex, Reply
 from fedsplit.transport.frames import Flag, Kind, frames_of
 from fedsplit.transport.messages import Hello
@@ -164,7 +164,7 @@ class StreamEncoder(Closing):
             raise ProtocolError(
                 f"step {step} has losses of shape {losses.shape}: ({self.welcome.probes},) is wanted"
             )
-        check_finite(losses, f"the losses of step {step}")
+        check_range(losses, f"the losses of step {step}")
         with self._in_flight():
             self._done(self._post_losses(step, losses), f"SCORE step {step}")
 
@@ -325,7 +325,7 @@ class StreamEncoder(Closing):
     def _answer(self, reply: Reply, what: str) -> Array:
         message = self._duplex.wait(reply, what, self._step_timeout_s)
         array = self._codec.decode(message.header.dims, message.payload)
-        check_finite(array, f"the encoder's answer to {what}")
+        check_range(array, f"the encoder's answer to {what}")
         with self._order:
             self._payload_down += message.header.total
         return array

@@ -39,7 +39,7 @@ class Kept(NamedTuple):
 
     h_dims: Dims
     z_dims: Dims
-    h_bytes: int
+    graph_bytes: int
 
 
 def agree(
@@ -144,16 +144,17 @@ class Rules:
         else:
             self._admit_backprop(header, self._welcome, self._codec)
 
-    def keep(self, step: int, h_dims: Dims, out_dims: Dims) -> None:
-        """Note a step whose graph the host will hold. Raises RefusedError when too much is kept already."""
-        h_bytes = 4 * h_dims[0] * h_dims[1] * h_dims[2]
-        limits, held = self._limits, sum(k.h_bytes for k in self.kept.values())
-        if len(self.kept) >= limits.max_kept_steps or held + h_bytes > limits.max_kept_bytes:
+    def keep(self, step: int, h_dims: Dims, out_dims: Dims, graph_bytes: int) -> None:
+        """Note a step whose graph the host will hold."""
+        self.kept[step] = Kept(h_dims, out_dims, graph_bytes)
+
+    def check_keep(self, step: int) -> None:
+        """Raise RefusedError when too many steps are kept already."""
+        if len(self.kept) >= self._limits.max_kept_steps:
             raise RefusedError(
-                f"step {step} cannot be kept: {len(self.kept)} steps of {held} bytes wait for their gradient, "
-                f"{limits.max_kept_steps} steps and {limits.max_kept_bytes} bytes are allowed; backprop them first"
+                f"step {step} cannot be kept: {len(self.kept)} steps wait for their gradient, "
+                f"{self._limits.max_kept_steps} are allowed; backprop them first"
             )
-        self.kept[step] = Kept(h_dims, out_dims, h_bytes)
 
     def release(self, step: int) -> Kept:
         """Take a kept step out. Raises ProtocolError when there is none."""

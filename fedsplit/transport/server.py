@@ -17,6 +17,7 @@ import grpc
 from fedsplit.core.closing import Closing
 from fedsplit.core.encoder import EncoderHost
 from fedsplit.core.errors import ConfigError, UnreachableError
+from fedsplit.core.foreign import printable
 from fedsplit.transport.admission import Admission, Limits, Stats
 from fedsplit.transport.servicer import Servicer
 from fedsplit.transport.tokens import check_key
@@ -26,7 +27,9 @@ __all__ = ["EncoderServer", "Limits", "ServerTls", "Stats"]
 
 log = logging.getLogger(__name__)
 
-_SPARE_CALLS = 8  # threads for the small calls and for refusing streams
+_SMALL_CALLS = 8
+_QUEUED_CALLS = 1000
+_SPARE_CALLS = 4  # threads for refusing, which takes no time: the token stands in the headers
 
 
 class EncoderServer(Closing):
@@ -51,13 +54,18 @@ class EncoderServer(Closing):
             )
         self._admission = Admission(limits or Limits())
         self._calls = Servicer(
-            host, key, self._admission, check_names=tls is not None and tls.client_ca is not None
+            host,
+            key,
+            self._admission,
+            check_names=tls is not None and tls.client_ca is not None,
+            small_calls=_SMALL_CALLS,
         )
-        threads = self._admission.limits.max_sessions + _SPARE_CALLS
+        threads = self._admission.limits.max_sessions + _SMALL_CALLS + _SPARE_CALLS
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="fedsplit-encoder")
-        # A stream holds its thread for life, so more calls than threads must fail at once, not wait.
+        # Sessions and small calls hold a thread each and are refused beyond their number, so the spare threads are always
+        # free to look at the next call: what waits there waits for milliseconds.
         self._server = grpc.server(
-            self._pool, options=server_options(), maximum_concurrent_rpcs=threads
+            self._pool, options=server_options(), maximum_concurrent_rpcs=threads + _QUEUED_CALLS
         )
         self._server.add_generic_rpc_handlers((self._calls,))
         self.address = _bind(self._server, bind, tls)
@@ -92,9 +100,10 @@ class EncoderServer(Closing):
         self._watch.join()
 
     def _watch_senders(self) -> None:
-        """Cancel streams whose peer lives, but reads nothing: only the sending thread would know, and it is stuck."""
-        idle_s = self._admission.limits.idle_timeout_s
-        while not self._closing.wait(min(1.0, idle_s / 4)):
+        """Cancel streams whose peer reads nothing, and small calls whose peer says nothing: their threads are stuck."""
+        limits = self._admission.limits
+        idle_s = limits.idle_timeout_s
+        while not self._closing.wait(min(1.0, idle_s / 4, limits.hello_timeout_s / 4)):
             for session, context in self._calls.live():
                 since = session.sending_since
                 if since is not None and time.monotonic() - since > idle_s:
@@ -103,6 +112,12 @@ class EncoderServer(Closing):
                     )
                     self._admission.refuse("unavailable")
                     context.cancel()
+            for context in self._calls.small.silent(limits.hello_timeout_s):
+                log.warning(
+                    "a call from %s says nothing; it is cancelled", printable(context.peer())
+                )
+                self._admission.refuse("unavailable")
+                context.cancel()
 
 
 def _bind(server: Any, bind: str, tls: ServerTls | None) -> str:

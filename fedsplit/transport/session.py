@@ -16,13 +16,14 @@ from collections.abc import Iterable, Iterator
 
 import grpc
 
-from fedsplit.core.encoder import Array, Encoder, EncoderHost, Mask
+from fedsplit.core.encoder import Array, Encoder, EncoderHost, HostedEncoder, Mask
 from fedsplit.core.errors import EncoderError, UnreachableError
+from fedsplit.core.foreign import printable
 from fedsplit.transport.admission import Admission
-from fedsplit.transport.codec import Codec, Dims, check_finite, decode_mask, find_codec
+from fedsplit.transport.codec import Codec, Dims, check_range, decode_mask, find_codec
 from fedsplit.transport.frames import Assembler, Flag, Kind, Message, frames_of, json_frame
 from fedsplit.transport.messages import Hello, Welcome, code_of, error_frame, read_body
-from fedsplit.transport.rules import Rules, agree
+from fedsplit.transport.rules import Kept, Rules, agree
 from fedsplit.transport.shapes import ACK, LOSSES, probed_dims, z_dims
 from fedsplit.transport.tokens import SiteToken
 
@@ -97,11 +98,12 @@ class Session:
         self._limits = admission.limits
         self._rules = Rules(admission.limits)
         self._inbox = Inbox()
-        self._encoder: Encoder | None = None
+        self._encoder: HostedEncoder | None = None
 
     def __str__(self) -> str:
         grant = self._token.grant
-        return f"session {self.id:x} (run {grant.run}, site {grant.site}, round {grant.round})"
+        who = f"run {printable(grant.run)}, site {printable(grant.site)}, round {grant.round}"
+        return f"session {self.id:x} ({who})"
 
     def run(self) -> Iterator[bytes]:
         """The frames to send, until the session is over. An error becomes an ERROR frame."""
@@ -120,8 +122,8 @@ class Session:
         try:
             yield from self._serve()
         except EncoderError as error:
-            kind, text = type(error).__name__, str(error)
-            log.warning("%s ends: %s: %r", self, kind, text)  # %r: a peer's words forge no lines
+            # A peer's words forge no lines.
+            log.warning("%s ends: %s: %s", self, type(error).__name__, printable(error))
             self._admission.refuse(code_of(error))
             yield error_frame(error, session=self.id)
         except Exception:  # the outermost handler of the stream
@@ -184,7 +186,12 @@ class Session:
                 yield from self._backprop(encoder, codec, message)
 
     def _encode(
-        self, encoder: Encoder, codec: Codec, welcome: Welcome, message: Message, mask: Mask | None
+        self,
+        encoder: HostedEncoder,
+        codec: Codec,
+        welcome: Welcome,
+        message: Message,
+        mask: Mask | None,
     ) -> Iterator[bytes]:
         header = message.header
         step, keep = header.step, bool(header.flags & Flag.KEEP)
@@ -192,7 +199,10 @@ class Session:
         h_BTD = _tensor_of(codec, message)
         self._admission.take_step(self._token)
         if keep:
-            self._rules.keep(step, header.dims, out_dims)
+            self._rules.check_keep(step)
+            size = encoder.graph_bytes(*header.dims[:2])
+            self._admission.keep(size, held=bool(self._rules.kept))
+            self._rules.keep(step, header.dims, out_dims, size)
             self._admission.count("kept")
         z = encoder.encode(step, h_BTD, mask, keep=keep)
         self._admission.count("encoded")
@@ -203,6 +213,15 @@ class Session:
         dz = _tensor_of(codec, message)
         kept = self._rules.release(step)
         self._admission.count("kept", -1)
+        try:
+            yield from self._answer_backprop(encoder, codec, message, dz, kept)
+        finally:
+            self._admission.release(kept.graph_bytes)
+
+    def _answer_backprop(
+        self, encoder: Encoder, codec: Codec, message: Message, dz: Array, kept: Kept
+    ) -> Iterator[bytes]:
+        step = message.header.step
         if message.header.flags & Flag.QUIET:
             encoder.learn(step, dz)
             answer = self._ack(step)
@@ -236,6 +255,7 @@ class Session:
     def _reply(
         self, kind: Kind, codec: Codec, step: int, array: Array, dims: Dims
     ) -> Iterator[bytes]:
+        check_range(array, f"the answer to {kind.name} step {step}")
         if array.shape != dims:  # the host's fault, not the site's
             raise RuntimeError(
                 f"the host answered {kind.name} step {step} with shape {array.shape}, not {dims}"
@@ -244,6 +264,7 @@ class Session:
 
     def _close_encoder(self) -> None:
         self._admission.count("kept", -len(self._rules.kept))
+        self._admission.release(sum(kept.graph_bytes for kept in self._rules.kept.values()))
         self._rules.kept.clear()
         if self._encoder is not None:
             try:
@@ -254,5 +275,5 @@ class Session:
 
 def _tensor_of(codec: Codec, message: Message) -> Array:
     array = codec.decode(message.header.dims, message.payload)
-    check_finite(array, f"{message.header.kind.name} step {message.header.step}")
+    check_range(array, f"{message.header.kind.name} step {message.header.step}")
     return array

@@ -14,6 +14,7 @@ from fedsplit.core.errors import (
     RefusedError,
     UnreachableError,
 )
+from fedsplit.core.foreign import printable
 from fedsplit.transport.wiring import RETRY_AFTER_KEY, is_loopback
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ _TLS_WORDS = ("certificate", "handshake", "ssl", "tls")
 
 def translate(error: Any, address: str, *, tls: bool) -> EncoderError:
     """The EncoderError for a grpc.RpcError; raise it `from` the original."""
-    code, details = error.code(), error.details() or ""
+    code, details = error.code(), printable(error.details() or "", limit=1000)
     log.debug("gRPC call to %s failed: %s: %s", address, code, details)
     status = grpc.StatusCode
     if code in (status.UNAUTHENTICATED, status.PERMISSION_DENIED):

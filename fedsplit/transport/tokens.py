@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from fedsplit.core.encoder import Grant
 from fedsplit.core.errors import ConfigError, RefusedError
+from fedsplit.core.foreign import printable
 
 ISSUER = "fedsplit"
 SITE_AUDIENCE = "fedsplit-encoder"
@@ -126,7 +127,9 @@ def _verify(audience: str | list[str], token: str, key: bytes, leeway_s: float) 
             "(sites get theirs from the ServerApp; publishing needs a publisher's token)"
         ) from error
     except jwt.InvalidTokenError as error:
-        raise RefusedError(f"the token is not a valid one: {error}") from error
+        # Its words may quote the token's header, which anybody can write.
+        text = printable(error, limit=200)
+        raise RefusedError(f"the token is not a valid one: {text}") from error
     _check_times(claims, leeway_s)
     return claims
 

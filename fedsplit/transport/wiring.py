@@ -25,6 +25,8 @@ RETRY_AFTER_KEY = "retry-after-s"
 _BOTH: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", MAX_GRPC_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_GRPC_MESSAGE_BYTES),
+    # Only messages as they are: a few bytes of gzip can stand for megabytes, and tensors do not shrink.
+    ("grpc.compression_enabled_algorithms_bitset", 1),
     # A dead peer is noticed within 15 s, by both sides, also when the stream is idle.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Training
@@ -211,7 +212,7 @@ def test_who_took_no_step_has_no_delta(host: BackboneHost) -> None:
 
 def test_memory_is_bounded_and_freed(host: BackboneHost) -> None:
     backbone = host.backbone
-    part = host._versions["v"]
+    part = host._versions["v"][0]
     one = copy_bytes(trained_at(part, Cut(1, 3)), ADAMW)
     delta_bytes = one // 6
     small = BackboneHost(backbone, training_bytes=2 * one)
@@ -309,3 +310,53 @@ def test_what_a_session_may_not_do(host: BackboneHost) -> None:
     ):
         with pytest.raises(RefusedError):
             call()
+
+
+@pytest.mark.parametrize("training", [None, SGD, shared(0.5)], ids=["frozen", "hosted", "shared"])
+def test_a_graph_is_counted_with_what_it_really_holds(
+    host: BackboneHost, training: Training | None
+) -> None:
+    """Against the storages that the kept graph itself refers to, found by walking it."""
+    session = open_site(host, training)
+    counted = session.graph_bytes(2, 5)
+    weights = {p.untyped_storage().data_ptr() for p in session._part.model.parameters() if not p.is_meta}  # fmt: skip
+    seen: dict[int, int] = {}
+    kept: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            seen[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)
+        return tensor
+
+    h_BTD = make_h()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        z = session.encode(0, h_BTD, keep=True)
+    real = sum(seen.values())
+    # Tensors of a size of their own (masks, weights of the moment) are counted for each sample; ends once or twice.
+    assert 0.95 * real <= counted <= 1.35 * real + 4 * h_BTD.nbytes + z.nbytes
+    # Many times the activations at the cut, which is what used to be counted.
+    assert counted > 10 * h_BTD.nbytes
+    session.close()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_one_huge_gradient_does_not_wreck_the_copy_of_all(
+    host: BackboneHost, optimizer: Any
+) -> None:
+    training = shared(0.5).model_copy(update={"optimizer": optimizer})
+    honest, hostile = (open_site(host, training, site=s) for s in ("honest", "hostile"))
+    for step in range(8):
+        z = honest.encode(step, make_h(step), keep=True)
+        honest.backprop(step, np.ones_like(z) / z.size)
+    before = {n: v.clone() for n, v in honest._tensors._values.items()}
+    z = hostile.encode(0, make_h(), keep=True)
+    with pytest.raises(EncoderError, match=r"has length .* nothing was trained with it"):
+        hostile.backprop(0, np.full_like(z, 1e11))
+    assert all(torch.equal(v, before[n]) for n, v in honest._tensors._values.items())
+    hostile.close()
+    z = honest.encode(9, make_h(9), keep=True)
+    honest.backprop(9, np.ones_like(z) / z.size)
+    assert np.isfinite(honest.encode(10, make_h())).all()
+    honest.close()

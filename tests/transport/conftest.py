@@ -55,6 +55,9 @@ class FakeEncoder:
             z_BTD *= mask_BT[..., None]
         return z_BTD.mean(axis=1)[:, :POOLED] if self.pooled else z_BTD
 
+    def graph_bytes(self, batch: int, tokens: int) -> int:
+        return 1000 * batch * tokens
+
     def backprop(self, step: int, dz: Array) -> Array:
         shape = self.kept.pop(step)
         if not self.pooled:

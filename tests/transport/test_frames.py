@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from fedsplit.core.encoder import Training
 from fedsplit.core.errors import ConfigError, EncoderError, ProtocolError, RefusedError
 from fedsplit.transport.admission import Limits
-from fedsplit.transport.codec import CODECS, CodecId, Dtype, Encoded, check_finite, find_codec
+from fedsplit.transport.codec import CODECS, CodecId, Dtype, Encoded, check_range, find_codec
 from fedsplit.transport.frames import (
     HEADER_BYTES,
     VERSION,
@@ -129,7 +129,7 @@ def test_mutated_headers_never_get_past_the_rules(
         rules.welcome(
             agree(hello, what, FakeHost().capabilities(), Limits(), 1), find_codec("fp32")
         )
-        rules.keep(2, (2, 3, WIDTH), (2, 3, WIDTH))
+        rules.keep(2, (2, 3, WIDTH), (2, 3, WIDTH), 1)
         rules.await_losses(2)
     raw = bytearray(tensor_frames(np.ones(3, np.float32) if kind is Kind.SCORE else make_h())[0])
     raw[5] = kind
@@ -229,4 +229,4 @@ def test_unknown_codec_and_non_finite_values() -> None:
     with pytest.raises(ConfigError, match="one of fp32, fp16"):
         find_codec("zip")
     with pytest.raises(ProtocolError, match="1 of 2 values"):
-        check_finite(np.array([1, np.nan], np.float32), "x")
+        check_range(np.array([1, np.nan], np.float32), "x")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -135,8 +136,9 @@ SESSIONS: dict[str, tuple[Sends, str]] = {
         lambda raw: raw.tensor(Kind.ENCODE, make_h(), chunk_bytes=16),
         "all but the last",
     ),
-    "NaN": (lambda raw: _nan(raw, np.nan), "NaN or infinite"),
-    "infinite": (lambda raw: _nan(raw, -np.inf), "NaN or infinite"),
+    "NaN": (lambda raw: _nan(raw, np.nan), "NaN, infinite or beyond"),
+    "3e38": (lambda raw: _nan(raw, 3e38), "NaN, infinite or beyond"),
+    "infinite": (lambda raw: _nan(raw, -np.inf), "NaN, infinite or beyond"),
     "wrong width": (lambda raw: raw.tensor(Kind.ENCODE, make_h(2, 3, WIDTH + 1)), "is wanted"),
     "two dims": (lambda raw: raw.tensor(Kind.ENCODE, make_h(2, WIDTH)), "is wanted"),
     "too many samples": (
@@ -246,15 +248,60 @@ def test_too_many_kept_steps(server: EncoderServer) -> None:
     assert "8 steps" in error.message
 
 
-def test_too_many_kept_bytes() -> None:
-    with EncoderServer(FakeHost(), key=KEY, limits=Limits(max_kept_bytes=1024)) as server:
-        assert server.stats().live_sessions == 0
-        with RawClient(server.address) as raw:
-            raw.greet()
-            for step in range(6):  # of 192 bytes each
-                raw.send(*raw.tensor(Kind.ENCODE, make_h(), step, Flag.KEEP))
-            assert [raw.receive().header.kind for _ in range(5)] == 5 * [Kind.ENCODED]
-            assert "1024 bytes are allowed" in raw.error().message
+def test_graphs_of_all_sessions_share_one_bound() -> None:
+    """The fake's graphs take 1000 bytes a token: 6000 a step."""
+    limits = Limits(max_kept_bytes=13_000, room_timeout_s=0.2)
+    with (
+        EncoderServer(FakeHost(), key=KEY, limits=limits) as server,
+        RawClient(server.address) as raw,
+        RawClient(server.address, make_grant(site="site-2")) as other,
+    ):
+        raw.greet()
+        for step in range(2):
+            raw.send(*raw.tensor(Kind.ENCODE, make_h(), step, Flag.KEEP))
+            raw.receive()
+        assert server.stats().kept_bytes == 12_000
+        other.greet()
+        other.send(*other.tensor(Kind.ENCODE, make_h(), 0, Flag.KEEP))
+        error = other.error()
+        assert error.code == "overloaded"
+        assert "12000 of 13000 bytes" in error.message
+        # Who holds graphs does not wait for room that itself takes up.
+        raw.send(*raw.tensor(Kind.ENCODE, make_h(), 2, Flag.KEEP))
+        assert raw.error().code == "overloaded"
+    assert server.stats().kept_bytes == 0
+
+
+def test_a_step_waits_for_the_room_that_another_gives_back() -> None:
+    limits = Limits(max_kept_bytes=6000)
+    h_BTD = make_h()
+    with (
+        EncoderServer(FakeHost(), key=KEY, limits=limits) as server,
+        connect(server.address) as first,
+        connect(server.address, make_grant(site="site-2")) as second,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        first.encode(0, h_BTD, keep=True)
+        waiting = pool.submit(second.encode, 0, h_BTD, keep=True)
+        assert server.stats().kept_bytes == 6000
+        assert not waiting.done()
+        first.backprop(0, h_BTD)
+        np.testing.assert_array_equal(waiting.result(20), 2 * h_BTD + 1)
+        second.backprop(0, h_BTD)
+        eventually(lambda: server.stats().kept_bytes == 0)
+
+
+def test_a_step_that_never_fits_is_refused() -> None:
+    with (
+        EncoderServer(FakeHost(), key=KEY, limits=Limits(max_kept_bytes=5000)) as server,
+        RawClient(server.address) as raw,
+    ):
+        raw.greet()
+        raw.send(*raw.tensor(Kind.ENCODE, make_h(), 0, Flag.KEEP))
+        error = raw.error()
+    assert error.code == "refused"
+    assert "6000 bytes" in error.message
+    assert "smaller batch-size" in error.message
 
 
 def test_chunks_out_of_order_and_a_message_cut_in_two() -> None:

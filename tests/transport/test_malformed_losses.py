@@ -81,7 +81,7 @@ ZEROTH_ORDER: dict[str, tuple[Sends, str]] = {
     ),
     "losses that are not finite": (
         lambda raw: _probe(raw) + raw.tensor(Kind.SCORE, np.array([1, np.nan, 1], np.float32)),
-        "NaN or infinite",
+        "NaN, infinite or beyond",
     ),
     "answer of the encoder's": (lambda raw: raw.tensor(Kind.PROBED, make_h()), "not a site's"),
     "acknowledgement": (lambda raw: raw.tensor(Kind.ACK, make_h()), "not a site's"),

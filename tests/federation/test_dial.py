@@ -1,0 +1,55 @@
+"""An order may ask for more than the site's own settings do, never for less."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsplit.core.config import RunConfig
+from fedsplit.federation import dial
+from fedsplit.federation.messages import Stream
+from fedsplit.training.site_data import SiteSettings
+from fedsplit.transport.wiring import ClientTls
+from tests.transport.conftest import make_grant
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, node: dict[str, Any], **how: Any) -> dict[str, Any]:
+    """What a stream is opened with."""
+    found: dict[str, Any] = {}
+    monkeypatch.setattr(dial, "StreamEncoder", lambda *_, **options: found.update(options))
+    order = {
+        "address": "plant:9095",
+        "token": "t",
+        "grant": make_grant(),
+        "tls": False,
+        "ca_file": "",
+    }
+    config = RunConfig.from_flat({"encoder-insecure": True})
+    site = SiteSettings.from_node(node, node_id=7)
+    dial.dial_stream(Stream.model_validate(order | how), config, site)
+    return found
+
+
+def test_a_site_that_wants_tls_has_it_whatever_the_order_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = asked(monkeypatch, {"data": "digits", "encoder-tls-ca": "/own/ca.pem"})
+    assert found["tls"] == ClientTls(root_ca=Path("/own/ca.pem"))
+    assert not found["allow_insecure"]
+
+
+def test_a_deployed_site_reads_no_path_of_an_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = asked(monkeypatch, {"data": "digits"}, tls=True, ca_file="/any/file")
+    assert found["tls"] == ClientTls()
+
+
+def test_a_simulated_site_takes_the_runs_ca(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = {"partition-id": 0, "num-partitions": 2}
+    found = asked(monkeypatch, node, tls=True, ca_file="/run/ca.pem")
+    assert found["tls"] == ClientTls(root_ca=Path("/run/ca.pem"))
+
+
+def test_without_tls_on_either_side_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked(monkeypatch, {"data": "digits"})["tls"] is None

@@ -38,6 +38,12 @@ class Ledger:
         """Note that a site had no part in a round."""
         self.absences.append((round_, site, reason))
 
+    def explain(self, round_: int, site: str, reason: str) -> None:
+        """Put a better reason in place of the one of an absence."""
+        self.absences = [
+            (r, s, reason if (r, s) == (round_, site) else why) for r, s, why in self.absences
+        ]
+
     def wall_s(self) -> float:
         """Wall time of the run so far."""
         return self.wall_before_s + time.monotonic() - self.started

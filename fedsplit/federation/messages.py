@@ -26,6 +26,7 @@ from fedsplit.core.records import RoundMetrics
 
 ORDER, ANSWER, FAULT, MODULE, DELTA = "order", "answer", "fault", "module", "delta"
 NOT_HELD = "not-held"
+SITE_GONE = "it is not connected any more; look whether its SuperNode runs and reaches the server"
 STATISTICS, FIT, HELD_OUT = "statistics", "fit", "held-out"
 SCALARS, HISTORY = "scalars", "history"
 MAX_JSON_CHARS = 1_000_000
@@ -92,6 +93,8 @@ class Order(_Part):
     history: tuple[Round, ...] = ()
     module_digest: str = ""
     """Digest of what the replay must arrive at."""
+    deadline_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Seconds from the message's making within which an answer counts; 0: the site need not look at its clock."""
     state_dir: str = ""
     """Simulation only: where the sites of this machine keep what is their own."""
 
@@ -213,10 +216,7 @@ def check_version(content: RecordDict) -> None:
 def fault_of(message: Message) -> Fault | None:
     """Why a reply is no answer: Flower's own error or the site's; None for a good one."""
     if message.has_error() and message.error.code == ErrorCode.NODE_UNAVAILABLE:
-        return Fault(
-            kind="SiteGone",
-            message="it is not connected any more; look whether its SuperNode runs and reaches the server",
-        )
+        return Fault(kind="SiteGone", message=SITE_GONE)
     if message.has_error():
         reason = (message.error.reason or "").strip()
         # The end is looked at first: a reason may be as long as its sender likes.

@@ -38,6 +38,8 @@ class Site:
     call: RollCall
 
 
+# How long after its deadline an order still takes an answer: word of how late it is.
+LATE_S = 60.0
 # Orders that only test or measure.
 _FORWARD: tuple[Kind, ...] = ("evaluate", "statistics", "calibrate")
 
@@ -54,6 +56,7 @@ class Orders:
     sites: Sequence[Site]
     endpoint: Endpoint
     log: ReplayLog
+    simulated: bool = False
     state_dir: str = ""
     ranks: dict[str, int] = field(default_factory=dict)
     """Ranks of the sites that have pruned their own."""
@@ -124,14 +127,16 @@ class Orders:
             backbone_sha256=self.backbone.sha256,
             stream=stream,
             encoder_digest=encoder_digest,
+            # A simulation's sites wait for one another, and that is no lateness of theirs.
+            deadline_s=0 if self.simulated else self.deadline_s(kind),
             state_dir=self.state_dir,
         )
         return Message(
             self._content(order, site, self.received(site, tensors)),
             site.node_id,
             "evaluate" if kind == "evaluate" else "train",
-            # A site that was away must not start on a round that is over.
-            ttl=self.deadline_s(kind),
+            # A site that was away must not start on a round that is over; one that is late may still say so.
+            ttl=self.deadline_s(kind) + (0 if self.simulated else LATE_S),
             group_id=str(round_),
         )
 

@@ -12,10 +12,11 @@ from flwr.serverapp import Grid
 
 from fedsplit.core.aggregation import Update, check_update
 from fedsplit.core.errors import FederationError, FedsplitError, UpdateError
+from fedsplit.core.foreign import printable
 from fedsplit.core.notes import fit
 from fedsplit.core.records import Phase, RoundMetrics, Status
 from fedsplit.federation import messages
-from fedsplit.federation.exchange import Post, exchange
+from fedsplit.federation.exchange import Post, exchange, expired
 from fedsplit.federation.ledger import Ledger
 from fedsplit.federation.messages import Answer
 from fedsplit.federation.orders import Orders, Site
@@ -23,6 +24,9 @@ from fedsplit.federation.run_dir import RunDir
 from fedsplit.federation.zeroth_order import replayed, scalars_of
 from fedsplit.model.module import ModuleTensors
 from fedsplit.training.rank_pruning import kept_rank
+
+# So many rounds after its own an answer is still listened for.
+LATE_ROUNDS = 4
 
 
 class Replies:
@@ -46,6 +50,8 @@ class Replies:
         self._window = window
         self._say = on_update
         self._replied: list[str] = []
+        self._late: list[tuple[int, float, Post[Site]]] = []
+        """(round, its deadline, orders that nobody answered in time)."""
         self.pruned: dict[str, int] = {}
         """Ranks that sites have come down to in the round's updates, from the next round on."""
 
@@ -69,18 +75,40 @@ class Replies:
                 asked.append(site.name)
                 yield site, order
 
+        def more() -> Iterable[tuple[Site, Message]]:
+            self._hear_the_late()
+            return ()
+
         self._replied, self.pruned, self._by_order = [], {}, {}
         self._status(phase, round_)
         post = Post[Site](grid)
-        for site, reply in exchange(post, whose(), deadline_s=wait_s, window=self._window):
+        came = exchange(post, whose(), deadline_s=wait_s, window=self._window, more=more)
+        for site, reply in came:
             self._by_order[reply.metadata.reply_to_message_id] = site
             if round_ > 0:
                 self._note(round_, site.name, reply)
             self._replied.append(site.name)
             self._status(phase, round_)
             yield reply
+        silent = {sent.whose.name for sent in post.out.values()}
         for name in sorted(set(asked) - set(self._replied)):
-            self.left_out(round_, name, f"no answer within {wait_s:g} s")
+            why = f"no answer within {wait_s:g} s" if name in silent else messages.SITE_GONE
+            self.left_out(round_, name, why)
+        if not self._orders.simulated:
+            self._late.append((round_, wait_s, post))
+
+    def _hear_the_late(self) -> None:
+        """Say how late an answer is that came after its round's deadline; Flower forgets the order at last."""
+        for round_, wait_s, post in self._late:
+            for sent, reply in post.replies():
+                if expired(reply):
+                    continue
+                fault = messages.fault_of(reply)
+                late = f"its answer came after {sent.age_s:.0f} s, deadline-s={wait_s:g}; raise deadline-s"
+                why = printable(fault.message if fault else late)
+                self._ledger.explain(round_, sent.whose.name, why)
+                self._say(f"round {round_}: {sent.whose.name} was late: {why}")
+        self._late = [entry for entry in self._late if entry[2].out][-LATE_ROUNDS:]
 
     def site_of(self, reply: Message) -> Site:
         """Whose reply it is: the site's that was sent the order. Flower answers itself for a site that is gone."""

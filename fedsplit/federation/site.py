@@ -23,6 +23,7 @@ from fedsplit.federation import messages, site_state
 from fedsplit.federation.dial import Dial, dial_stream
 from fedsplit.federation.messages import NotHeld, Order, RollCall
 from fedsplit.federation.site_round import SiteRound
+from fedsplit.federation.time_limit import TimeLimit
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.threads import limit_threads
 from fedsplit.training.data.sides import Record
@@ -37,7 +38,10 @@ def answer(message: Message, context: Context, *, dial: Dial = dial_stream) -> M
     try:
         messages.check_version(message.content)
         order = messages.read(message.content, messages.ORDER, Order)
-        content = _carry_out(order, message.content, context, dial)
+        limit = TimeLimit.of(message, order.deadline_s)
+        # What waited behind another order for too long is not begun.
+        limit.check()
+        content = _carry_out(order, message.content, context, dial, limit)
     except FedsplitError as err:
         name = str(context.node_config.get("site", ""))
         if not name and "partition-id" in context.node_config:
@@ -46,7 +50,9 @@ def answer(message: Message, context: Context, *, dial: Dial = dial_stream) -> M
     return Message(content, reply_to=message)
 
 
-def _carry_out(order: Order, content: RecordDict, context: Context, dial: Dial) -> RecordDict:
+def _carry_out(
+    order: Order, content: RecordDict, context: Context, dial: Dial, limit: TimeLimit
+) -> RecordDict:
     site = SiteSettings.from_node(context.node_config, node_id=context.node_id)
     config = RunConfig.from_flat(order.config)
     number = site.partition[0] if site.partition else -1
@@ -67,7 +73,7 @@ def _carry_out(order: Order, content: RecordDict, context: Context, dial: Dial) 
         if site.data:
             _tell(site, own)
         return messages.write(messages.ANSWER, _roll_call(site, own, backbone, number))
-    return SiteRound(order, config, site, backbone, own, dial).carry_out(content)
+    return SiteRound(order, config, site, backbone, own, dial, limit).carry_out(content)
 
 
 def _not_held(order: Order, config: RunConfig, site: SiteSettings) -> RecordDict:

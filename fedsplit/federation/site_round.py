@@ -37,6 +37,7 @@ class SiteRound(SiteWork):
 
     def carry_out(self, content: RecordDict) -> RecordDict:
         """Do what the order says. Raises FedsplitError."""
+        self.limit.planned = self.planned()
         tensors = self.module_of(content)
         received = messages.array_bytes(content)
         if self.order.kind == "local-only":

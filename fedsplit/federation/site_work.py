@@ -9,7 +9,7 @@ import functools
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
@@ -27,6 +27,7 @@ from fedsplit.federation.messages import Order
 from fedsplit.federation.plan import Plan, plan
 from fedsplit.federation.replay_log import caught_up
 from fedsplit.federation.site_state import DEFAULT_FOLDER, Saved, SiteState
+from fedsplit.federation.time_limit import TimeLimit
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec, ModuleTensors
@@ -96,6 +97,7 @@ class SiteWork:
     backbone: Backbone
     own: SiteData
     dial: Dial
+    limit: TimeLimit = field(default_factory=TimeLimit)
 
     def module_of(self, content: RecordDict) -> ModuleTensors:
         """The module that came, or the one that the site kept with the rounds since replayed."""
@@ -168,19 +170,36 @@ class SiteWork:
 
     def batches(self, indices: NDArray[np.int64]) -> Iterator[data.Batch]:
         """These samples in their order."""
-        return data.batches(
-            self.own.examples, indices, self.own.transform, batch_size=self.config.batch_size
+        return self.limit.timed(
+            data.batches(
+                self.own.examples, indices, self.own.transform, batch_size=self.config.batch_size
+            )
         )
 
     def epoch(self, epoch: int | str) -> Iterator[data.Batch]:
         """The training samples in the epoch's order."""
-        return data.batches(
-            self.own.examples,
-            self.own.train,
-            self.own.transform,
-            batch_size=self.config.batch_size,
-            seed=self.seed(epoch),
+        return self.limit.timed(
+            data.batches(
+                self.own.examples,
+                self.own.train,
+                self.own.transform,
+                batch_size=self.config.batch_size,
+                seed=self.seed(epoch),
+            )
         )
+
+    def planned(self) -> int:
+        """Samples that will pass through the device, about."""
+        c, train, test = self.config, len(self.own.train), len(self.own.test)
+        if self.order.kind in ("statistics", "calibrate"):
+            return train
+        if self.order.kind == "evaluate":
+            return test
+        if self.order.kind == "local-only":
+            return c.rounds * c.local_epochs * train + test + len(self.own.test_everywhere)
+        epochs = c.local_epochs * (2 if c.personalisation == "ditto" else 1) * c.keep_hardest
+        before = c.local_loss_epochs + (1 if c.keep_hardest < 1 else 0)
+        return round((epochs + before) * train) + 2 * test
 
     def seed(self, what: int | str) -> int:
         """A seed that depends on the run's, the site and the round alone: a resumed run draws the same."""

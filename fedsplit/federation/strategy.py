@@ -77,6 +77,7 @@ class SplitStrategy(Strategy):
             rule=rule,
             sites=tuple(self.sites.values()),
             endpoint=endpoint,
+            simulated=simulated,
             state_dir=str(run_dir.path / "sites") if simulated else "",
         )
         self._replies = Replies(

@@ -35,7 +35,7 @@ def simulated(sites: int) -> list[dict[str, Any]]:
 
 @contextmanager
 def prepared(
-    config: RunConfig, nodes: list[dict[str, Any]], **grid: Any
+    config: RunConfig, nodes: list[dict[str, Any]], *, in_simulation: bool = True, **grid: Any
 ) -> Iterator[tuple[Run, InProcessGrid]]:
     """A run that is ready to go, with its encoder up."""
     with hosting(config, None) as (server, host, key):
@@ -44,7 +44,7 @@ def prepared(
         )
         net = InProcessGrid(nodes, **grid)
         try:
-            yield Run(net, config, endpoint, simulated=True), net
+            yield Run(net, config, endpoint, simulated=in_simulation), net
         finally:
             net.close()
             assert server.stats().live_sessions == 0

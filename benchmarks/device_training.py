@@ -31,7 +31,9 @@ from fedsplit.training import data
 
 MODES = ("head+tail", "tail")
 CUT = Cut(2, 5)
-SETTINGS = {"cut": str(CUT), "sites": 4, "rounds": 6, "partition": "dirichlet:0.3"}
+SETTINGS = {
+    "cut": str(CUT), "sites": 4, "rounds": 6, "partition": "dirichlet:0.3", "classifier-init": "zero",
+}  # fmt: skip
 
 
 def run(seeds: int = 3) -> dict[str, Any]:

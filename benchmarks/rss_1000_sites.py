@@ -82,6 +82,7 @@ def settings(job: Job) -> dict[str, Any]:
         "cut": CUT,
         "device-training": "head+tail",
         "partition": "iid",
+        "classifier-init": "zero",
         "test-fraction": 0.25,
         # A site of 1,000 has three samples to train on: with larger batches the few sites' steps would cost more.
         "batch-size": 4,

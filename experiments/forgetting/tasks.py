@@ -59,7 +59,12 @@ class Plan:
 
 # In both ways the classifier starts at zero and takes the default's long strides; weights that are good already do not.
 WAYS: Mapping[str, Mapping[str, Value]] = {
-    "fedyolo": {"method": "fedyolo", "module": "lora", "lora-learning-rate": 2e-3},
+    "fedyolo": {
+        "method": "fedyolo",
+        "module": "lora",
+        "lora-learning-rate": 2e-3,
+        "classifier-init": "zero",
+    },
     "full": {"method": "fedavg-full", "lora-learning-rate": 3e-4},
 }
 

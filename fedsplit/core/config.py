@@ -113,8 +113,8 @@ class RunConfig(BaseModel):
     """Where module=prompt puts tokens: in front of the first block, or new ones in front of every block (VPT-deep)."""
     adapter_width: int = Field(16, ge=1, le=4096)
     """Inner width of module=adapter."""
-    classifier_init: Literal["zero", "class-means", "ridge"] = "zero"
-    """The classifier's start: zero, or in closed form from summed statistics of frozen features."""
+    classifier_init: Literal["auto", "zero", "class-means", "ridge"] = "auto"
+    """The classifier's start: zero, or in closed form from summed statistics of frozen features. auto: the method's own, else ridge; zero with a start-module or a robust-rule."""
     ridge_lambda: float = Field(100.0, gt=0, allow_inf_nan=False)
     """Regularisation of classifier-init=ridge, in units of the features' mean variance."""
     calibrate: bool = True
@@ -349,6 +349,11 @@ class RunConfig(BaseModel):
         """Raise one ConfigError with every setting that does not fit a backbone of `blocks` blocks."""
         if faults := misfits(self, blocks):
             raise ConfigError("\n  - ".join(faults))
+
+    @property
+    def classifier_start(self) -> Literal["zero", "class-means", "ridge"]:
+        """How the classifier starts; `from_flat` has settled an auto already."""
+        return "ridge" if self.classifier_init == "auto" else self.classifier_init
 
     @property
     def ranks(self) -> tuple[int, ...]:

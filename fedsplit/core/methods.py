@@ -32,6 +32,8 @@ class Method:
     """Key -> the values that fit the method."""
 
 
+# A rival's and a bound's classifier starts as published; ours start in closed form.
+_ZERO: Mapping[str, Value] = {"classifier-init": "zero"}
 _WHOLE: Mapping[str, Value] = {"encoder-training": "frozen"}
 _FESTA: Mapping[str, Value] = {
     "module": "full",
@@ -84,49 +86,57 @@ METHODS: dict[str, Method] = {
         source="upper bound",
         placement="device",
         fixes={"min-sites": 1, **_WHOLE},
+        prefers=_ZERO,
     ),
     "local-only": Method(
         summary="Every site trains alone, for as many epochs as the rounds have, and nothing is averaged.",
         source="lower bound",
         fixes={"compare-local-only": True},
+        prefers=_ZERO,
     ),
     "linear-probe": Method(
         summary="The classifier alone, on frozen features, by FedAvg.",
         source="baseline",
         fixes={"module": "classifier", "loss": "softmax", **_WHOLE},
+        prefers=_ZERO,
     ),
     "one-vs-all-probe": Method(
         summary="The classifier alone, on frozen features, one yes-or-no question a class, by FedAvg.",
         source="OvA-LP",
         fixes={"module": "classifier", "loss": "one-vs-all", **_WHOLE},
+        prefers=_ZERO,
     ),
     "head-tail": Method(
         summary="All weights of head and tail train, the encoder's stay frozen.",
         source="baseline",
         placement="split",
         fixes={"module": "full", "device-training": "head+tail", **_WHOLE},
+        prefers=_ZERO,
     ),
     "fedavg-full": Method(
         summary="Every site trains all weights of the whole model; they are averaged each round.",
         source="FedAvg, arXiv 1602.05629",
         placement="device",
         fixes={"module": "full", **_WHOLE},
+        prefers=_ZERO,
     ),
     "fedavg-lora": Method(
         summary="Every site runs the whole model and trains LoRA and the classifier; no split.",
         source="FedIT, arXiv 2305.05644",
         placement="device",
         fixes={"module": "lora", **_WHOLE},
+        prefers=_ZERO,
     ),
     "fedprox": Method(
         summary="Local training is held near the received module by proximal-mu / 2 times the squared distance.",
         source="FedProx, arXiv 1812.06127",
-        prefers={"proximal-mu": 0.01},
+        prefers={**_ZERO, "proximal-mu": 0.01},
     ),
     "ditto": Method(
         summary="Beside the averaged module each site keeps a personal one, held near it by ditto-lambda.",
         source="Ditto, arXiv 2012.04221",
         fixes={"personalisation": "ditto", "gradient": "exact"},
+        prefers=_ZERO,
     ),
     "fed-rod": Method(
         summary=(
@@ -135,6 +145,7 @@ METHODS: dict[str, Method] = {
         ),
         source="Fed-RoD, arXiv 2107.00778",
         fixes={"personalisation": "fed-rod", "gradient": "exact"},
+        prefers=_ZERO,
     ),
     "festa": Method(
         summary=(
@@ -144,6 +155,7 @@ METHODS: dict[str, Method] = {
         source="FESTA, arXiv 2111.01338, as FeSViBS (arXiv 2306.14638) runs it, without its sampling of blocks",
         placement="split",
         fixes=_FESTA,
+        prefers=_ZERO,
     ),
     "fesvibs": Method(
         summary=(
@@ -153,7 +165,7 @@ METHODS: dict[str, Method] = {
         source="FeSViBS, arXiv 2306.14638, with the backbone's norm and pooling in place of its projection network",
         placement="split",
         fixes=_FESTA,
-        prefers={"block-sampling": 1},
+        prefers={**_ZERO, "block-sampling": 1},
     ),
     "sfprompt": Method(
         summary=(
@@ -163,7 +175,7 @@ METHODS: dict[str, Method] = {
         source="SFPrompt, arXiv 2407.17533; scores: EL2N, arXiv 2107.07075",
         placement="split",
         fixes={"module": "prompt", "device-training": "head+tail", **_WHOLE},
-        prefers={"local-loss-epochs": 1, "keep-hardest": 0.8},
+        prefers={**_ZERO, "local-loss-epochs": 1, "keep-hardest": 0.8},
     ),
     "splitfrozen": Method(
         summary=(
@@ -173,7 +185,7 @@ METHODS: dict[str, Method] = {
         source="SplitFrozen, arXiv 2503.18986, in U-shape",
         placement="split",
         fixes={"module": "lora", "device-training": "tail"},
-        prefers={"encoder-training": "shared"},
+        prefers={**_ZERO, "encoder-training": "shared"},
         one_of={"encoder-training": ("shared", "hosted")},
     ),
 }
@@ -201,9 +213,20 @@ def apply(
     for key, value in method.prefers.items():
         if flat.get(key, defaults[key]) == defaults[key]:
             settled[key] = value
+    if settled.get("classifier-init", "auto") == "auto":
+        settled["classifier-init"] = _start(settled)
     for key, values in method.one_of.items():
         given = settled.get(key, defaults[key])
         if given not in values:
             options = ", ".join(map(str, values))
             faults.append(f"{key}={given} does not fit method={name}; use one of {options}")
     return settled, faults
+
+
+def _start(flat: Mapping[str, Value]) -> Value:
+    """The classifier's start where nobody names one.
+
+    An earlier module brings its classifier; and sums have no robust rule: one hostile site would decide a ridge.
+    """
+    others = flat.get("start-module") or flat.get("robust-rule", "mean") != "mean"
+    return "zero" if others else "ridge"

@@ -83,7 +83,7 @@ class ClosedFormStart:
             # In the order of the names, so that who answered first changes no bit.
             for site in sorted(part):
                 total += part[site]
-        if self._config.classifier_init == "ridge":
+        if self._config.classifier_start == "ridge":
             return ridge(total, scaled_alpha(total, self._config.ridge_lambda))
         return class_means(total)
 

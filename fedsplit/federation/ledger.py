@@ -87,7 +87,7 @@ class Ledger:
             sites=tuple(self._site(name) for name in sorted(self.calls)),
             accuracy_global=curve[-1],
             accuracy_global_start=curve[0],
-            start="module" if self.config.start_module else self.config.classifier_init,
+            start="module" if self.config.start_module else self.config.classifier_start,
             accuracy_personal=self._personal(),
             accuracy_by_round=known,
             accuracy_local_only=sum(alone) / len(alone) if alone else None,

@@ -153,13 +153,14 @@ class Run:
             # What an unfinished first round left behind would be counted twice.
             self.dir.forget_after(-1)
         arrays = messages.to_arrays(tensors)
+        if self.config.compare_local_only and first == 1:
+            # From the module as it is before the sites' sums are in it: who is alone has none but its own.
+            strategy.compare_local_only(self.grid, arrays)
         if first == 1 and self._solves(start, classes):
             arrays = strategy.closed_form_start(self.grid, arrays)
             # Without rounds solving the classifier is all the training there is.
             if start is not None and self.config.rounds:
                 arrays = messages.to_arrays(start.onto(strategy.module, spec))
-        if self.config.compare_local_only and first == 1:
-            strategy.compare_local_only(self.grid, arrays)
         if self.config.method != "local-only":
             yield from strategy.turns(self.grid, arrays, self.config.rounds, first_round=first)
             self._save_module(strategy)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fedsplit.core.records import RoundMetrics
 from fedsplit.federation import messages
+from fedsplit.federation.closed_form_start import ClosedFormStart
 from fedsplit.federation.messages import Answer, Calibration, LocalOnly
 from fedsplit.federation.site_learning import learn, settings_of
 from fedsplit.federation.site_work import HELD, KEPT, PERSONAL, OpenModel, SiteWork
@@ -93,17 +94,22 @@ class SiteRound(SiteWork):
         sure of the samples that it was solved from.
         """
         reply = RecordDict()
-        fit, held_out = self._held_out()
         with self.opened(tensors) as run:
-            arrays: dict[str, NDArray[np.float32]] = {}
-            for prefix, indices in ((messages.FIT, fit), (messages.HELD_OUT, held_out)):
-                found = collect(run.model, self.batches(indices), run.flow)
-                arrays |= {f"{prefix}/{n}": a for n, a in found.arrays().items()}
+            arrays = self._sums(run)
             run.tested += len(self.own.train)
             flops = self.flops(run)
         reply[messages.STATISTICS] = messages.to_arrays(arrays)
         metrics = self._metrics(run, received, reply, flops=flops)
         return _with_answer(reply, Answer(metrics=metrics))
+
+    def _sums(self, run: OpenModel) -> dict[str, NDArray[np.float32]]:
+        arrays: dict[str, NDArray[np.float32]] = {}
+        for prefix, indices in zip(
+            (messages.FIT, messages.HELD_OUT), self._held_out(), strict=True
+        ):
+            found = collect(run.model, self.batches(indices), run.flow)
+            arrays |= {f"{prefix}/{n}": a for n, a in found.arrays().items()}
+        return arrays
 
     def _calibrate(self, tensors: ModuleTensors, received: int) -> RecordDict:
         """The loss of the module that came over the held-out samples, at several temperatures."""
@@ -125,6 +131,10 @@ class SiteRound(SiteWork):
     def _local_only(self, tensors: ModuleTensors) -> LocalOnly:
         """Train alone for as many epochs as the whole run has, then test at home and everywhere."""
         with self.opened(tensors) as run:
+            # A start-module has brought a classifier, which stays.
+            fresh = not tensors[module.final_linear(self.backbone, self.spec)[0]].any()
+            if fresh and self.config.classifier_init != "zero":
+                module.load(run.model.part, tensors | self._own_start(run, tensors))
             rounds = range(1, self.config.rounds + 1)
             # Alone there is no average to stay near, and no rank to save traffic by.
             settings = replace(settings_of(self, rounds), proximal_mu=0.0, rank_penalty=0.0)
@@ -138,6 +148,16 @@ class SiteRound(SiteWork):
             correct_everywhere=everywhere.correct,
             total_everywhere=everywhere.total,
         )
+
+    def _own_start(self, run: OpenModel, tensors: ModuleTensors) -> ModuleTensors:
+        """The closed-form classifier of this site's own samples."""
+        start = ClosedFormStart(self.config, self.backbone, self.spec, tensors)
+        start.add(self.site.name, self._sums(run))
+        if self.config.calibrate:
+            module.load(run.model.part, tensors | start.provisional())
+            _, held_out = self._held_out()
+            start.add_nll(list(calibration(run.model, self.batches(held_out), flow=run.flow)))
+        return start.final()
 
     def _metrics(
         self,

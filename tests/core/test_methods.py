@@ -61,8 +61,8 @@ def test_a_device_method_runs_every_block_on_the_device() -> None:
         ({"robust-rule": "krum", "lora-aggregation": "flexlora"}, "judges tensors"),
         ({"sites": 10, "participation": 0.01}, "participation=0.01 of sites=10 selects nobody"),
         ({"sites": 10, "participation": 0.1}, "selects 1 a round, min-sites=2 are wanted"),
-        ({"classifier-training": "fixed"}, "never tells classes apart"),
-        ({"rounds": 0}, "rounds=0 trains nothing"),
+        ({"classifier-training": "fixed", "classifier-init": "zero"}, "never tells classes apart"),
+        ({"rounds": 0, "robust-rule": "median"}, "rounds=0 trains nothing"),
         ({"warmup-rounds": 5}, "warmup-rounds=5 leaves none of rounds=5"),
         ({"method": "fedprox", "gradient": "zeroth-order"}, "steps by SGD, optimizer=adamw"),
         ({"cache-activations": True, "augmentation": "flip"}, "use one of them"),
@@ -101,3 +101,26 @@ def test_the_learning_rate_rises_then_falls() -> None:
 def test_the_last_round_always_syncs() -> None:
     config = RunConfig.from_flat({"rounds": 5, "sync-every": 2})
     assert [config.syncs(r) for r in range(1, 6)] == [False, True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("flat", "start"),
+    [
+        ({}, "ridge"),
+        ({"method": "fedyolo"}, "ridge"),
+        ({"method": "fedavg-full"}, "zero"),
+        # What is given wins over a method's preference, though ridge is what others get by default.
+        ({"method": "fedavg-full", "classifier-init": "ridge"}, "ridge"),
+        ({"method": "sfprompt"}, "zero"),
+        ({"start-module": "m"}, "zero"),
+        ({"start-module": "m", "classifier-init": "ridge"}, "ridge"),
+        ({"robust-rule": "median"}, "zero"),
+        ({"method": "closed-form", "start-module": "m"}, "ridge"),
+    ],
+)
+def test_a_run_starts_from_ridge_unless_something_else_brings_a_classifier(
+    flat: dict[str, Any], start: str
+) -> None:
+    config = RunConfig.from_flat(flat)
+    assert config.classifier_init == start
+    assert RunConfig.from_flat(config.flat()) == config

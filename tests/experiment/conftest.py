@@ -26,6 +26,7 @@ batch-size = 16
 rounds = 1
 sites = 2
 cut = "1,3"
+classifier-init = "zero"
 {defaults}
 """
 METHODS = """

@@ -26,6 +26,8 @@ def settings(runs: Path, **other: Any) -> RunConfig:
         "partition": "iid",
         "deadline-s": 60.0,
     }
+    if other.get("method") != "closed-form":
+        flat["classifier-init"] = "zero"  # so that two rounds have something to learn
     return RunConfig.from_flat(flat | {k.replace("_", "-"): v for k, v in other.items()})
 
 

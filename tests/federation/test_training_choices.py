@@ -80,6 +80,18 @@ def test_a_ridge_start_is_better_than_no_start_and_calibrated(tmp_path: Path) ->
     assert ridge.accuracy_global_start > from_zero.accuracy_global_start + 0.3
 
 
+def test_who_trains_alone_starts_from_its_own_sums(tmp_path: Path) -> None:
+    """From everybody's sums it would not be alone: sites of two classes each would know all."""
+    same = {"partition": "pathological:2", "sites": 5, "max_samples": 300, "learning_rate": 1e-6}
+    same |= {"lora_learning_rate": 1e-6, "rounds": 1, "compare_local_only": True}
+    summary, _, _ = trained(tmp_path, classifier_init="ridge", **same)
+    assert summary.accuracy_global_start > 0.6
+    assert summary.accuracy_local_only < 0.35
+    # Not from nothing either: at home its own sums tell its two classes apart.
+    own = [site.accuracy_local_only_personal for site in summary.sites]
+    assert sum(own) / len(own) > 0.8
+
+
 def test_a_fixed_classifier_stays_and_lora_moves(tmp_path: Path) -> None:
     _, before, _ = trained(tmp_path / "a", method="closed-form", rounds=0)
     _, after, _run = trained(

@@ -79,7 +79,8 @@ def open_own(
     """
     listed = record.listed(source)
     if listed is None:
-        return _first(read, record, source, fraction, classes, declared)
+        with record.alone():
+            return _first(read, record, source, fraction, classes, declared)
     found = read(listed=frozenset(listed.origins))
     at = _places(listed, found)
     here = np.flatnonzero(at >= 0)

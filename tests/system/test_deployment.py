@@ -1,9 +1,11 @@
-"""Real SuperLink, real SuperNodes, real image folders: the module equals the one from simulation."""
+"""Real SuperLink, real SuperNodes, real image folders that grow: the module equals the one from simulation."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -62,16 +64,29 @@ def deal(pictures: Path, to: Path) -> list[Path]:
     return folders
 
 
+def keep_on_saving(folder: Path, state: Path) -> None:
+    """As a camera does: once the sites have answered the roll call, pictures come that sort first, also of a new class."""
+    end = time.monotonic() + 200
+    while len(list(state.glob("*.list.npz"))) < 2 and time.monotonic() < end:
+        time.sleep(0.1)
+    for i, name in enumerate(["0", "1", "burn"]):
+        (folder / name).mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 50 + i).save(folder / name / "0000-new.png")
+
+
 def test_deployment_equals_simulation(pictures: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
+    folders = deal(pictures, tmp_path)
     nodes = [
         {"site": f"site-{i}", "data": f"folder:{folder}", "cut": cut, "threads": 1}
-        for i, (folder, cut) in enumerate(
-            zip(deal(pictures, tmp_path), ("0,6", "2,4"), strict=True)
-        )
+        for i, (folder, cut) in enumerate(zip(folders, ("0,6", "2,4"), strict=True))
     ]
+    camera = threading.Thread(target=keep_on_saving, args=(folders[0], tmp_path / "home" / "sites"))
+    camera.start()
     with deployment(tmp_path / "home", nodes) as env:
         deployed, log = flwr_run(env, runs, SETTINGS | {"run-name": "deployed"}, timeout_s=300)
+    camera.join()
+    assert (folders[0] / "burn").is_dir()
     assert deployed.outcome == "complete", deployed
     # Where the run's folder is on another machine, this line in Flower's log is all a CLI has.
     (line,) = [line for line in log.splitlines() if SUMMARY_MARK in line]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -259,3 +260,18 @@ def test_a_disk_that_takes_nothing(camera: Camera, vit: Backbone, tmp_path: Path
     record = Record(tmp_path / "file" / "state", "a", "run")
     with pytest.raises(RunDirError, match=r"'a' cannot keep in .*which samples test.*state-dir"):
         open_site(RunConfig.from_flat({}), given, vit, None, record)
+
+
+def test_runs_at_once_lose_no_side(tmp_path: Path) -> None:
+    """A site may be in several runs: what one keeps the other does not write over."""
+    digests = np.arange(80, dtype=np.uint64).reshape(8, 10)
+
+    def run(i: int) -> None:
+        record = Record(tmp_path, "line-a", str(i))
+        with record.alone():
+            record.add(digests[i], np.full(10, i % 2, np.int8))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(run, range(8)))
+    found = Record(tmp_path, "line-a", "").sides(digests.ravel())
+    assert found.reshape(8, 10).tolist() == [[i % 2] * 10 for i in range(8)]

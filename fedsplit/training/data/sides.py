@@ -14,12 +14,14 @@ import os
 import uuid
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from fedsplit.core.errors import RunDirError
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 
 LISTS_KEPT = 8
 """Of one source; runs beyond that many are over, or start anew."""
+LOCK_S = 120.0
+"""Dealing takes as long as reading all files does."""
 
 _ERRORS = (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
@@ -77,6 +81,20 @@ class Record:
             sides = np.concatenate([kept["sides"], sides])
         unique, first = np.unique(digests, return_index=True)
         self._write(self._sides, {"digests": unique, "sides": sides[first]})
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """No other process of this site deals sides meanwhile: a site may be in two runs. Raises RunDirError."""
+        lock = FileLock(self._folder / f"{_key(self.site)}.lock", timeout=LOCK_S, mode=0o600)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock.acquire()
+        except (OSError, Timeout) as err:
+            raise self._cannot(err) from err
+        try:
+            yield
+        finally:
+            lock.release()
 
     @property
     def damaged(self) -> bool:
@@ -161,7 +179,6 @@ class Record:
     def _write(self, path: Path, arrays: Mapping[str, NDArray[Any]]) -> None:
         part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             # What it says of the samples is nobody else's business.
             with os.fdopen(
                 os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb"
@@ -171,10 +188,13 @@ class Record:
         except OSError as err:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
-            raise RunDirError(
-                f"site {self.site!r} cannot keep in {path.parent} which samples test: {err}; free some space, or set "
-                f"state-dir in its node config to another folder"
-            ) from err
+            raise self._cannot(err) from err
+
+    def _cannot(self, err: Exception) -> RunDirError:
+        return RunDirError(
+            f"site {self.site!r} cannot keep in {self._folder} which samples test: {err}; free some space, or set "
+            f"state-dir in its node config to another folder"
+        )
 
 
 def _key(*parts: str) -> str:

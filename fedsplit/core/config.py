@@ -33,11 +33,11 @@ from fedsplit.core.tasks import parse_classes, parse_holders, parse_tasks
 
 # What a resumed run takes from its new settings; all else is what the run was started with.
 RESUME_KEYS = (
-    "runs-dir", "deadline-s", "min-sites", "encoder-address", "encoder-bind",
+    "runs-dir", "deadline-s", "roster", "min-sites", "encoder-address", "encoder-bind",
     "encoder-secret-file", "encoder-tls-cert", "encoder-tls-key", "encoder-tls-ca", "encoder-insecure",
 )  # fmt: skip
 _SERVER_KEYS = (
-    "runs-dir", "run-name", "resume", "start-module", "encoder-bind", "encoder-secret-file", "encoder-tls-cert", "encoder-tls-key",
+    "runs-dir", "run-name", "resume", "start-module", "roster", "encoder-bind", "encoder-secret-file", "encoder-tls-cert", "encoder-tls-key",
 )  # fmt: skip
 PARTITIONS = "iid, dirichlet:ALPHA, pathological:CLASSES or quantity:ALPHA"
 
@@ -199,6 +199,8 @@ class RunConfig(BaseModel):
     """Longest text in tokens; longer ones are cut."""
     sites: int = Field(0, ge=0)
     """Sites the run waits for; 0: all that are connected."""
+    roster: str = ""
+    """Comma-separated names of the sites that take part, in place of `sites`; empty: whoever is connected."""
     min_sites: int = Field(2, ge=1)
     """Fewer useful updates than this in a round end the run."""
     deadline_s: float = Field(600.0, gt=0, allow_inf_nan=False)
@@ -301,6 +303,16 @@ class RunConfig(BaseModel):
             raise ValueError(unknown_method(value))
         return value
 
+    @field_validator("roster")
+    @classmethod
+    def _check_roster(cls, value: str) -> str:
+        names = [name.strip() for name in value.split(",")] if value else []
+        if not all(names) or len(set(names)) != len(names):
+            raise ValueError(
+                f"roster {value[:100]!r} is no list of names; give each site's name once, e.g. line-a,line-b"
+            )
+        return value
+
     @field_validator("lora_ranks")
     @classmethod
     def _check_ranks(cls, value: str) -> str:
@@ -368,6 +380,21 @@ class RunConfig(BaseModel):
             return 1.0
         done, all_ = round_ - self.warmup_rounds - 1, self.rounds - self.warmup_rounds
         return 0.5 * (1 + math.cos(math.pi * done / all_))
+
+    @property
+    def roster_names(self) -> tuple[str, ...]:
+        """The names of the sites that take part; empty: whoever is connected."""
+        return tuple(name.strip() for name in self.roster.split(",") if name.strip())
+
+    @property
+    def expected_sites(self) -> int:
+        """How many sites take part; 0: as many as are connected."""
+        return len(self.roster_names) or self.sites
+
+    @property
+    def wanted_sites(self) -> int:
+        """How many sites the run waits for."""
+        return self.expected_sites or self.min_sites
 
     def selected(self, sites: int) -> int:
         """How many of `sites` sites train in a round."""

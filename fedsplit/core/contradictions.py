@@ -24,18 +24,24 @@ def _federation(c: RunConfig) -> list[_Check]:
     split = c.method_description.placement == "split"
     local = all(cut.a == cut.b for cut in c.cuts)
     default_cut = c.cut == type(c).model_fields["cut"].default
+    expected = c.expected_sites
+    sites = f"roster, which names {expected}" if c.roster_names else f"sites={expected}"
     return [
         (
-            bool(c.sites) and c.min_sites > c.sites,
-            f"min-sites={c.min_sites} is more than sites={c.sites}; lower min-sites",
+            bool(c.sites) and c.sites < len(c.roster_names),
+            f"roster names {len(c.roster_names)} sites, sites={c.sites}; leave sites out",
         ),
         (
-            bool(c.sites) and c.selected(c.sites) < 1,
-            f"participation={c.participation:g} of sites={c.sites} selects nobody; raise one of them",
+            bool(expected) and c.min_sites > expected,
+            f"min-sites={c.min_sites} is more than {sites}; lower min-sites",
         ),
         (
-            c.min_sites <= c.sites and 1 <= c.selected(c.sites) < c.min_sites,
-            f"participation={c.participation:g} of sites={c.sites} selects {c.selected(c.sites)} a round, "
+            bool(expected) and c.selected(expected) < 1,
+            f"participation={c.participation:g} of {sites} selects nobody; raise one of them",
+        ),
+        (
+            c.min_sites <= expected and 1 <= c.selected(expected) < c.min_sites,
+            f"participation={c.participation:g} of {sites} selects {c.selected(expected)} a round, "
             f"min-sites={c.min_sites} are wanted; raise participation or lower min-sites",
         ),
         (
@@ -43,10 +49,10 @@ def _federation(c: RunConfig) -> list[_Check]:
             "robust-rule=trimmed-mean with byzantine-sites=0 trims nobody; set byzantine-sites",
         ),
         (
-            bool(c.sites)
-            and 1 <= c.selected(c.sites) < sites_needed(c.robust_rule, c.byzantine_sites),
+            bool(expected)
+            and 1 <= c.selected(expected) < sites_needed(c.robust_rule, c.byzantine_sites),
             f"robust-rule={c.robust_rule} with byzantine-sites={c.byzantine_sites} needs "
-            f"{sites_needed(c.robust_rule, c.byzantine_sites)} sites a round, {c.selected(c.sites)} train; add "
+            f"{sites_needed(c.robust_rule, c.byzantine_sites)} sites a round, {c.selected(expected)} train; add "
             f"sites or lower byzantine-sites",
         ),
         (

@@ -29,7 +29,11 @@ def closed_form(
     start = ClosedFormStart(orders.config, orders.backbone, orders.spec, tensors)
 
     def asked(kind: Kind, module: ModuleTensors) -> Iterator[tuple[Site, Message]]:
-        for reply in replies.awaited(grid, 0, orders.messages(kind, 0, module), "starting"):
+        def again(site: Site) -> Iterator[Message]:
+            return orders.messages(kind, 0, module, only=site)
+
+        first = orders.messages(kind, 0, module)
+        for reply in replies.awaited(grid, 0, first, "starting", again=again):
             yield replies.site_of(reply), reply
 
     for site, reply in asked("statistics", tensors):
@@ -65,8 +69,13 @@ def local_only(
 ) -> Iterator[tuple[str, LocalOnly]]:
     """Let every site train alone, for as many epochs as the run has: (its name, what it reached) as they answer."""
     asked = orders.messages("local-only", 0, tensors)
+
+    def again(site: Site) -> Iterator[Message]:
+        return orders.messages("local-only", 0, tensors, only=site)
+
     deadline_s = orders.deadline_s("local-only")
-    for reply in replies.awaited(grid, 0, asked, "training", deadline_s=deadline_s):
+    answers = replies.awaited(grid, 0, asked, "training", again=again, deadline_s=deadline_s)
+    for reply in answers:
         site = replies.site_of(reply)
         try:
             alone = messages.answer_of(reply, LocalOnly)

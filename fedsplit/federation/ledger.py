@@ -38,6 +38,10 @@ class Ledger:
         """Note that a site had no part in a round."""
         self.absences.append((round_, site, reason))
 
+    def back(self, round_: int, site: str) -> None:
+        """Take back that a site was lost in a round: it is asked once more."""
+        self.absences = [a for a in self.absences if a[:2] != (round_, site)]
+
     def explain(self, round_: int, site: str, reason: str) -> None:
         """Put a better reason in place of the one of an absence."""
         self.absences = [

@@ -27,9 +27,9 @@ from fedsplit.model.module import ModuleSpec, ModuleTensors
 from fedsplit.training.activation_cache import version_of as digest_of
 
 
-@dataclass(frozen=True)
+@dataclass
 class Site:
-    """One site of the run."""
+    """One site of the run. It is its name; attendance.py says at which node it is."""
 
     name: str
     node_id: int
@@ -89,13 +89,19 @@ class Orders:
         return all(site.cut.local(self.backbone.blocks) for site in self.sites)
 
     def messages(
-        self, kind: Kind, round_: int, tensors: ModuleTensors, sites: Sequence[Site] | None = None
+        self,
+        kind: Kind,
+        round_: int,
+        tensors: ModuleTensors,
+        sites: Sequence[Site] | None = None,
+        *,
+        only: Site | None = None,
     ) -> Iterator[Message]:
-        """One message a site, each made when it is asked for."""
+        """One message a site of `sites`, each made when it is asked for; or `only` for one of them, once more."""
         digests: dict[Cut, str] = {}
         chosen = self.sites if sites is None else sites
         samples = sum(site.call.samples for site in chosen)
-        for site in chosen:
+        for site in chosen if only is None else [only]:
             if site.cut not in digests:
                 held = module.device_names(self.backbone, self.spec, site.cut)
                 digests[site.cut] = digest_of({n: t for n, t in tensors.items() if n not in held})

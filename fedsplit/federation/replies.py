@@ -16,6 +16,7 @@ from fedsplit.core.foreign import printable
 from fedsplit.core.notes import fit
 from fedsplit.core.records import Phase, RoundMetrics, Status
 from fedsplit.federation import messages
+from fedsplit.federation.attendance import Attendance
 from fedsplit.federation.exchange import Post, exchange, expired
 from fedsplit.federation.ledger import Ledger
 from fedsplit.federation.messages import Answer
@@ -36,6 +37,7 @@ class Replies:
         self,
         orders: Orders,
         *,
+        attendance: Attendance,
         ledger: Ledger,
         run_dir: RunDir,
         window: int,
@@ -44,12 +46,14 @@ class Replies:
         """`window`: orders that may be out at once."""
         self._orders = orders
         self._config = orders.config
+        self._attendance = attendance
         self._by_order: dict[str, Site] = {}
         self._ledger = ledger
         self._run_dir = run_dir
         self._window = window
         self._say = on_update
         self._replied: list[str] = []
+        self._good: set[str] = set()
         self._late: list[tuple[int, float, Post[Site]]] = []
         """(round, its deadline, orders that nobody answered in time)."""
         self.pruned: dict[str, int] = {}
@@ -62,10 +66,15 @@ class Replies:
         orders: Iterable[Message],
         phase: Phase,
         *,
+        again: Callable[[Site], Iterable[Message]],
         deadline_s: float | None = None,
     ) -> Iterator[Message]:
-        """Send; note who answers and who does not, as it happens."""
+        """Send; note who answers and who does not, as it happens.
+
+        `again` makes the order once more for a site that is back, as another node, before it has answered.
+        """
         wait_s = deadline_s or self._config.deadline_s
+        self._attendance.look()
         sites = {site.node_id: site for site in self._orders.sites}
         asked: list[str] = []
 
@@ -77,21 +86,30 @@ class Replies:
 
         def more() -> Iterable[tuple[Site, Message]]:
             self._hear_the_late()
-            return ()
+            for site in self._attendance.look():
+                if site.name in asked and site.name not in self._good:
+                    # The order at its old node is nobody's any more.
+                    post.out = {i: sent for i, sent in post.out.items() if sent.whose is not site}
+                    self._ledger.back(round_, site.name)
+                    yield from ((site, order) for order in again(site))
 
-        self._replied, self.pruned, self._by_order = [], {}, {}
+        self._replied, self.pruned, self._by_order, self._good = [], {}, {}, set()
         self._status(phase, round_)
         post = Post[Site](grid)
         came = exchange(post, whose(), deadline_s=wait_s, window=self._window, more=more)
         for site, reply in came:
             self._by_order[reply.metadata.reply_to_message_id] = site
+            if messages.fault_of(reply) is None:
+                self._good.add(site.name)
             if round_ > 0:
                 self._note(round_, site.name, reply)
-            self._replied.append(site.name)
+            if site.name not in self._replied:
+                self._replied.append(site.name)
             self._status(phase, round_)
             yield reply
         silent = {sent.whose.name for sent in post.out.values()}
-        for name in sorted(set(asked) - set(self._replied)):
+        # One that is back may be silent where the node that it was before had an answer, Flower's.
+        for name in sorted((set(asked) - set(self._replied)) | (silent - self._good)):
             why = f"no answer within {wait_s:g} s" if name in silent else messages.SITE_GONE
             self.left_out(round_, name, why)
         if not self._orders.simulated:

@@ -1,195 +1,266 @@
 """Before the first round: wait for the sites, ask each who it is, deal the cuts.
 
-A site that cannot take part is left out here, by name and with its reason; `min-sites` decides whether the
-rest is enough. A site that does not hold the run's task is none of its sites: neither a fault nor an absence.
+A node is asked as soon as it is connected. A site that cannot take part is left out here, by name and with its reason;
+`min-sites` decides whether the rest is enough. No site, and so neither a fault nor an absence: one that does not hold the
+run's task, one that `roster` does not name, and a node that is gone before it has said its name (where a SuperNode was
+killed, Flower takes its number for connected for a minute more).
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from flwr.app import Message
 from flwr.common.logger import LOGGER_NAME
 from flwr.serverapp import Grid
 
-from fedsplit import __version__
 from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import FederationError, FedsplitError
 from fedsplit.core.foreign import printable
 from fedsplit.core.notes import fit
-from fedsplit.core.versions import differences, installed
 from fedsplit.federation import messages
-from fedsplit.federation.exchange import Post, exchange
+from fedsplit.federation.exchange import POLL_S, Post, gone
 from fedsplit.federation.ledger import Ledger
-from fedsplit.federation.messages import NotHeld, Order, RollCall
+from fedsplit.federation.messages import RollCall
 from fedsplit.federation.orders import Site
-from fedsplit.model.backbone import Backbone
+from fedsplit.federation.question import Question
 
 _log = logging.getLogger(LOGGER_NAME)
+
+_CONNECT_POLL_S = 0.5
+# Once all sites that are wanted have answered: how long the other nodes that were asked may still say who they are.
+GRACE_S = 15.0
+
+
+@dataclass
+class Heard:
+    """What the nodes have said so far, in the order in which they answered."""
+
+    here: set[int] = field(default_factory=set)
+    """Nodes that were connected at the last look."""
+    asked: set[int] = field(default_factory=set)
+    gone: set[int] = field(default_factory=set)
+    """Asked, and not connected any more."""
+    silent: set[int] = field(default_factory=set)
+    """Asked, and no answer in time."""
+    calls: dict[int, RollCall] = field(default_factory=dict)
+    without: dict[int, str] = field(default_factory=dict)
+    """Names of sites that do not hold the task."""
+    faults: dict[int, tuple[str, str]] = field(default_factory=dict)
+    """(name or "", reason) of those that cannot take part."""
+
+    @property
+    def answers(self) -> int:
+        """How many nodes have answered, whatever they said."""
+        return len(self.calls) + len(self.without) + len(self.faults)
+
+    @property
+    def names(self) -> set[str]:
+        """The sites that have answered."""
+        told = {call.site for call in self.calls.values()} | set(self.without.values())
+        return told | {name for name, _ in self.faults.values() if name}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RollCaller:
     """Finds out who takes part in a run."""
 
-    run: str
-    config: RunConfig
-    backbone: Backbone
+    question: Question
     grid: Grid
     ledger: Ledger
-    simulated: bool
-    """All nodes of a simulation are there from the start, so nobody waits for more."""
     on_waiting: Callable[[str], None]
     """Told how many sites are connected."""
-    classes: tuple[str, ...] | None = None
-    """The classes that are settled before the sites are asked; None: those of the settings, else the sites' own."""
+    known: Mapping[str, int] = field(default_factory=dict)
+    """Names of sites and the nodes that had them in the run before."""
+    asked: set[int] = field(default_factory=set)
+    """Every node that was asked, once `sites` has been called."""
+
+    @property
+    def config(self) -> RunConfig:
+        """The run's settings."""
+        return self.question.config
 
     def sites(self) -> list[Site]:
         """Everyone who takes part, in the order in which cuts are dealt. Raises FederationError."""
-        return self._roll_call(self._wait_for_nodes())
-
-    def _wait_for_nodes(self) -> list[int]:
-        wanted = self.config.sites or self.config.min_sites
-        end = time.monotonic() + (0.0 if self.simulated else self.config.deadline_s)
-        nodes: list[int] = []
-        while len(nodes) < wanted:
-            found = sorted(self.grid.get_node_ids())
-            if found != nodes or not found:
-                nodes = found
-                of = f" of {wanted}" if len(nodes) <= wanted else ""
-                text = f"{len(nodes)}{of} sites are connected"
-                self.on_waiting(text)
-                _log.info("%s", text)
-            if time.monotonic() >= end:
-                break
-            time.sleep(0.5)
-        if self.simulated and len(nodes) < wanted:
-            raise FederationError(
-                f"sites={wanted} are wanted, the simulation has {len(nodes)}; start it with "
-                f"--federation-config 'num-supernodes={wanted}'"
-            )
+        if self.question.simulated:
+            self._check_simulation(len(list(self.grid.get_node_ids())))
+        heard = self._gather()
+        self.asked.update(heard.asked)
+        nodes = heard.asked - heard.gone
         if len(nodes) < self.config.min_sites:
             raise FederationError(
                 f"{len(nodes)} sites are connected after {self.config.deadline_s:g} s, "
                 f"min-sites={self.config.min_sites} are wanted; start flower-supernode on the missing ones"
             )
-        for number in range(len(nodes), wanted):
-            self.ledger.absent(0, f"(site {number + 1} of {wanted})", "it was not connected")
-        return nodes
-
-    def _roll_call(self, nodes: list[int]) -> list[Site]:
-        """Ask every node who it is; deal the cuts in the order of the sites' numbers and names."""
-        orders = {str(node): self._roll_call_order(node) for node in nodes}
-        calls: dict[int, RollCall] = {}
-        answered = set()
-        without: list[str] = []
-        for name, reply in exchange(
-            Post(self.grid), orders.items(), deadline_s=self.config.deadline_s
-        ):
-            answered.add(name)
-            if (other := self._not_held(reply)) is not None:
-                without.append(other)
-                continue
-            fault = messages.fault_of(reply)
-            try:
-                call = self._call_of(reply)
-            except FedsplitError as err:
-                reason = str(err)
-            else:
-                if call.site not in {c.site for c in calls.values()}:
-                    calls[int(name)] = call
-                    continue
-                reason = f"another site is called {call.site!r} too; give each its own name"
-            who = fault.site if fault and fault.site else f"node {name}"
-            self.ledger.absent(0, who, reason)
-            _log.warning("%s left out: %s", who, reason)
-        for name in sorted(orders.keys() - answered):
-            self.ledger.absent(0, f"node {name}", "no answer to the roll call")
-        if without and len(without) == len(nodes):
-            raise FederationError(
-                f"none of the {len(nodes)} sites holds task {self.config.task!r}; name it in task-holders, or in "
-                f"tasks of a site's node config"
-            )
-        if len(calls) < self.config.min_sites:
-            # Most reasons name their site themselves.
-            why = "; ".join(
-                f"{site}: {reason.removeprefix(f'site {site!r}: ')}"
-                for _, site, reason in self.ledger.absences
-            )
-            others = (
-                f" ({len(without)} more do not hold task {self.config.task!r})" if without else ""
-            )
-            raise FederationError(
-                f"{len(calls)} of {len(nodes) - len(without)} sites can take part, "
-                f"min-sites={self.config.min_sites} are wanted{others}{': ' if why else ''}{why}"
-            )
+        calls = self._named(heard)
+        self._note_absences(heard)
+        self._check_enough(heard, len(calls))
         ordered = sorted(calls.items(), key=lambda item: (item[1].number, item[1].site))
         # Centralised training is one site's, which in simulation holds everybody's samples.
-        ordered = ordered[: 1 if self.config.method == "centralised" else self.config.sites or None]
-        return [self._site(node, call, i) for i, (node, call) in enumerate(ordered)]
+        most = 1 if self.config.method == "centralised" else len(ordered)
+        if self.config.sites and not self.config.roster_names:
+            most = min(most, self.config.sites)
+        if self.config.method != "centralised":
+            for _, call in ordered[most:]:
+                self._absent(
+                    call.site,
+                    f"sites={most} are wanted and {len(ordered)} answered, the first by name take part; name those "
+                    f"that are to in roster, or raise sites",
+                )
+        return [self._site(node, call, i) for i, (node, call) in enumerate(ordered[:most])]
 
-    def _not_held(self, reply: Message) -> str | None:
-        """The name of a site that does not hold the task; None for any other answer."""
-        if reply.has_error() or messages.NOT_HELD not in reply.content.config_records:
-            return None
-        try:
-            told = messages.read(reply.content, messages.NOT_HELD, NotHeld)
-        except FedsplitError:
-            return None  # An answer like any other that cannot be read.
-        return told.site if told.task == self.config.task else None
-
-    def _call_of(self, reply: Message) -> RollCall:
-        """What a site says of itself. Raises FedsplitError when it cannot take part."""
-        if (fault := messages.fault_of(reply)) is not None:
-            raise FederationError(fault.message)
-        call = messages.read(reply.content, messages.ANSWER, RollCall)
-        if call.fedsplit_version != __version__:
+    def _check_simulation(self, nodes: int) -> None:
+        wanted = self.config.wanted_sites
+        if nodes < wanted:
             raise FederationError(
-                f"it runs fedsplit {printable(call.fedsplit_version)}, the server {__version__}; install the same "
-                f"version on both"
-            )
-        if call.cut:
-            self._check_cut(Cut.parse(call.cut))
-        if call.rank > self.config.lora_rank:
-            raise FederationError(
-                f"its lora-rank={call.rank} is above the run's lora-rank={self.config.lora_rank}, the largest; "
-                f"lower it in the site's node config"
-            )
-        others = differences(call.versions, installed())
-        return call.model_copy(update={"notes": fit([*others, *call.notes])})
-
-    def _check_cut(self, cut: Cut) -> None:
-        """Raise FederationError unless a site's own cut fits backbone and method."""
-        placement = self.config.method_description.placement
-        local = cut.local(self.backbone.blocks)
-        if placement != "any" and local != (placement == "device"):
-            wanted = "runs the whole model on the device" if placement == "device" else "is a split"
-            raise FederationError(
-                f"its cut={cut} does not fit method={self.config.method}, which {wanted}; leave cut out of the "
-                f"site's node config"
+                f"sites={wanted} are wanted, the simulation has {nodes}; start it with "
+                f"--federation-config 'num-supernodes={wanted}'"
             )
 
-    def _roll_call_order(self, node: int) -> Message:
-        order = Order(
-            kind="roll-call",
-            run=self.run,
-            round=0,
-            fedsplit_version=__version__,
-            config=self.config.flat_for_sites(),
-            classes=self.classes or self.config.class_names,
-            cut="",
-            rank=self.config.lora_rank,
-            backbone_sha256=self.backbone.sha256,
-            stream=None,
+    def _gather(self) -> Heard:
+        """Ask every node as it comes, until all that are wanted have answered or the time is over."""
+        post, heard = Post[int](self.grid), Heard()
+        deadline_s = self.config.deadline_s
+        end = time.monotonic() + (0.0 if self.question.simulated else deadline_s)
+        complete_at: float | None = None
+        shown = ""
+        while True:
+            heard.here = set(self.grid.get_node_ids())
+            for node in sorted(heard.here - heard.asked):
+                heard.asked.add(node)
+                if not post.send(node, self.question.order(node)):
+                    heard.gone.add(node)
+            shown = self._show(len(heard.here), shown)
+            before = heard.answers
+            for sent, reply in post.replies():
+                self._hear(sent.whose, reply, heard)
+            now = time.monotonic()
+            awaited = any(sent.age_s < deadline_s for sent in post.out.values())
+            if self._complete(heard):
+                complete_at = now if complete_at is None else complete_at
+                # Where all that are connected are wanted, all of them are waited for.
+                grace = GRACE_S if self.config.expected_sites else deadline_s
+                if not awaited or now - complete_at > grace:
+                    break
+            elif now >= end and not awaited:
+                break
+            if heard.answers == before:
+                time.sleep(POLL_S if post.out else _CONNECT_POLL_S)
+        heard.silent = {sent.whose for sent in post.out.values()}
+        return heard
+
+    def _complete(self, heard: Heard) -> bool:
+        """Have all the sites that are wanted answered, well or not?"""
+        if roster := self.config.roster_names:
+            nameless = sum(1 for name, _ in heard.faults.values() if not name)
+            return len(set(roster) - heard.names) <= nameless
+        return heard.answers >= self.config.wanted_sites
+
+    def _show(self, nodes: int, shown: str) -> str:
+        """Tell how many are connected, once a change."""
+        wanted = self.config.wanted_sites
+        of = f" of {wanted}" if nodes <= wanted else ""
+        if (text := f"{nodes}{of} sites are connected") != shown:
+            self.on_waiting(text)
+            _log.info("%s", text)
+        return text
+
+    def _hear(self, node: int, reply: Message, heard: Heard) -> None:
+        if gone(reply):
+            heard.gone.add(node)
+            _log.info("node %s was gone before it said its name", node)
+        elif (other := self.question.not_held(reply)) is not None:
+            heard.without[node] = other
+        else:
+            fault = messages.fault_of(reply)
+            try:
+                heard.calls[node] = self.question.call_of(reply)
+            except FedsplitError as err:
+                heard.faults[node] = (fault.site if fault else "", str(err))
+
+    def _named(self, heard: Heard) -> dict[int, RollCall]:
+        """One node a name: who has it is who had it in the run before, else who said it first. All others are told."""
+        calls: dict[int, RollCall] = {}
+        for name in dict.fromkeys(call.site for call in heard.calls.values()):
+            if self.config.roster_names and name not in self.config.roster_names:
+                _log.info("%s passed over: roster does not name it", printable(name))
+                continue
+            claims = [node for node, call in heard.calls.items() if call.site == name]
+            # Stable: the first of those that are alike.
+            claims.sort(key=lambda n: (n not in heard.here, n != self.known.get(name)))
+            calls[claims[0]] = heard.calls[claims[0]]
+            for node in claims[1:]:
+                if node in heard.here:
+                    self._absent(
+                        f"node {node}",
+                        f"another site is called {name!r} too; give each its own name",
+                    )
+            if self.known.get(name, claims[0]) != claims[0]:
+                self._tell(
+                    f"{printable(name)}: another node than in the run before says this name; where its SuperNode was "
+                    f"not restarted without a key, look who it is"
+                )
+        if not self.question.simulated:
+            _log.info(
+                "names are what the nodes say: in this run each is held by the node that has it now, which only a key "
+                "of its SuperNode binds to a machine"
+            )
+        return calls
+
+    def _note_absences(self, heard: Heard) -> None:
+        roster = self.config.roster_names
+        for node, (name, reason) in heard.faults.items():
+            if not roster or not name or name in roster:
+                self._absent(name or f"node {node}", reason)
+        if self._complete(heard):
+            for node in sorted(heard.silent):
+                _log.warning("node %s has not said who it is and takes no part", node)
+        else:
+            for node in sorted(heard.silent):
+                self._absent(f"node {node}", "no answer to the roll call")
+        nodes, wanted = len(heard.asked - heard.gone), self.config.wanted_sites
+        if roster:
+            for name in roster:
+                if name not in heard.names:
+                    self._absent(name, "it was not connected, or did not answer the roll call")
+        else:
+            for number in range(nodes, wanted):
+                self._absent(f"(site {number + 1} of {wanted})", "it was not connected")
+
+    def _check_enough(self, heard: Heard, useful: int) -> None:
+        nodes, without = len(heard.asked - heard.gone), len(heard.without)
+        if without and without == nodes:
+            raise FederationError(
+                f"none of the {nodes} sites holds task {self.config.task!r}; name it in task-holders, or in "
+                f"tasks of a site's node config"
+            )
+        if useful >= self.config.min_sites:
+            return
+        # Most reasons name their site themselves.
+        why = "; ".join(
+            f"{site}: {reason.removeprefix(f'site {site!r}: ')}"
+            for _, site, reason in self.ledger.absences
         )
-        return Message(messages.write(messages.ORDER, order), node, "query", group_id="0")
+        others = f" ({without} more do not hold task {self.config.task!r})" if without else ""
+        raise FederationError(
+            f"{useful} of {nodes - without} sites can take part, "
+            f"min-sites={self.config.min_sites} are wanted{others}{': ' if why else ''}{why}"
+        )
+
+    def _absent(self, who: str, reason: str) -> None:
+        self.ledger.absent(0, who, reason)
+        _log.warning("%s left out: %s", printable(who), printable(reason))
+
+    def _tell(self, note: str) -> None:
+        self.ledger.notes = fit([*self.ledger.notes, note])
+        _log.warning("%s", note)
 
     def _site(self, node: int, call: RollCall, place: int) -> Site:
-        cuts, ranks = self.config.cuts_on(self.backbone.blocks), self.config.ranks
+        cuts, ranks = self.config.cuts_on(self.question.backbone.blocks), self.config.ranks
         cut = Cut.parse(call.cut) if call.cut else cuts[place % len(cuts)]
         self.ledger.calls[call.site] = call
         for note in call.notes:

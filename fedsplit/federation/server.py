@@ -9,7 +9,7 @@ import json
 import logging
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -22,11 +22,13 @@ from fedsplit.core.foreign import MAX_CLASSES
 from fedsplit.core.notes import fit
 from fedsplit.core.records import Outcome, Status, Summary
 from fedsplit.core.versions import installed
-from fedsplit.federation import messages
+from fedsplit.federation import known_nodes, messages
+from fedsplit.federation.attendance import Attendance
 from fedsplit.federation.endpoint import Endpoint
 from fedsplit.federation.ledger import Ledger
 from fedsplit.federation.messages import LocalOnly
 from fedsplit.federation.orders import Site
+from fedsplit.federation.question import Question
 from fedsplit.federation.roll_call import RollCaller
 from fedsplit.federation.run_dir import RunDir
 from fedsplit.federation.start_module import StartModule
@@ -118,16 +120,15 @@ class Run:
         goes_on = bool(self.config.resume) and self.dir.has_checkpoint
         # Before anybody is asked: what does not fit is known at once.
         start = None if goes_on else StartModule.read(self.config, self.backbone)
-        sites = RollCaller(
+        question = Question(
             run=self.dir.label,
             config=self.config,
             backbone=self.backbone,
-            grid=self.grid,
-            ledger=self.ledger,
             simulated=self.simulated,
-            on_waiting=self._say_waiting,
             classes=self._saved_classes() if goes_on else None,
-        ).sites()
+        )
+        attendance = self._roll_call(question)
+        sites = attendance.sites
         classes = self._saved_classes() if goes_on else None
         classes = classes or self._classes(sites, start)
         spec = ModuleSpec.of(self.config, classes)
@@ -136,7 +137,7 @@ class Run:
             config=self.config,
             backbone=self.backbone,
             spec=spec,
-            sites=sites,
+            attendance=attendance,
             endpoint=self.endpoint,
             run_dir=self.dir,
             ledger=self.ledger,
@@ -165,6 +166,27 @@ class Run:
             yield from strategy.turns(self.grid, arrays, self.config.rounds, first_round=first)
             self._save_module(strategy)
 
+    def _roll_call(self, question: Question) -> Attendance:
+        runs = Path(self.config.runs_dir)
+        caller = RollCaller(
+            question=question,
+            grid=self.grid,
+            ledger=self.ledger,
+            on_waiting=self._say_waiting,
+            known={} if self.simulated else known_nodes.read(runs),
+        )
+        sites = caller.sites()
+        if not self.simulated:
+            known_nodes.write(runs, {site.name: site.node_id for site in sites})
+        return Attendance(
+            sites,
+            asked=caller.asked,
+            grid=self.grid,
+            question=question,
+            ledger=self.ledger,
+            on_update=_log.info,
+        )
+
     def _solves(self, start: StartModule | None, classes: tuple[str, ...]) -> bool:
         """Is there a row of the classifier to find in closed form? A start-module's own rows are kept."""
         if self.config.classifier_init == "zero":
@@ -183,15 +205,16 @@ class Run:
         )
         self.dir.set_status(status)
 
-    def _classes(self, sites: list[Site], start: StartModule | None) -> tuple[str, ...]:
+    def _classes(self, sites: Sequence[Site], start: StartModule | None) -> tuple[str, ...]:
         """The run's classes, and into its notes what that makes of a start-module's."""
         held = {name for site in sites for name in site.call.classes}
         classes = self.config.class_names or (
             start.classes(held) if start is not None else tuple(sorted(held))
         )
         if start is not None:
-            self.ledger.notes = fit(start.notes(classes, {s.name: s.call.classes for s in sites}))
-            for note in self.ledger.notes:
+            notes = start.notes(classes, {s.name: s.call.classes for s in sites})
+            self.ledger.notes = fit([*self.ledger.notes, *notes])
+            for note in notes:
                 _log.info("%s", note)
         if len(classes) < 2:
             raise ConfigError(
@@ -206,7 +229,7 @@ class Run:
             )
         return classes
 
-    def _write_config(self, classes: tuple[str, ...], sites: list[Site]) -> None:
+    def _write_config(self, classes: tuple[str, ...], sites: Sequence[Site]) -> None:
         packages = ("flwr", "grpcio", "pydantic", "numpy")
         self.dir.write_json(
             "config.json",

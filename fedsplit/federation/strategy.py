@@ -18,11 +18,13 @@ from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.lora_rules import rule_of
 from fedsplit.federation import before_rounds, messages
+from fedsplit.federation.attendance import Attendance
 from fedsplit.federation.best import Best
 from fedsplit.federation.combiner import Combiner
 from fedsplit.federation.endpoint import Endpoint
 from fedsplit.federation.exchange import WINDOW, WINDOW_SIMULATED
 from fedsplit.federation.ledger import Ledger
+from fedsplit.federation.messages import Kind
 from fedsplit.federation.orders import Orders, Site
 from fedsplit.federation.replay_log import ReplayLog, replayable
 from fedsplit.federation.replies import Replies
@@ -41,7 +43,7 @@ class SplitStrategy(Strategy):
         config: RunConfig,
         backbone: Backbone,
         spec: ModuleSpec,
-        sites: Iterable[Site],
+        attendance: Attendance,
         endpoint: Endpoint,
         run_dir: RunDir,
         ledger: Ledger,
@@ -51,7 +53,7 @@ class SplitStrategy(Strategy):
         self.config = config
         self.backbone = backbone
         self.spec = spec
-        self.sites = {site.node_id: site for site in sites}
+        self.sites = attendance.sites
         self.endpoint = endpoint
         self.run_dir = run_dir
         self.ledger = ledger
@@ -66,8 +68,8 @@ class SplitStrategy(Strategy):
             log=ReplayLog(
                 replayable(
                     config,
-                    [s.cut for s in self.sites.values()],
-                    [s.rank for s in self.sites.values()],
+                    [s.cut for s in self.sites],
+                    [s.rank for s in self.sites],
                 )
             ),
             run=run_dir.label,
@@ -75,13 +77,14 @@ class SplitStrategy(Strategy):
             backbone=backbone,
             spec=spec,
             rule=rule,
-            sites=tuple(self.sites.values()),
+            sites=self.sites,
             endpoint=endpoint,
             simulated=simulated,
             state_dir=str(run_dir.path / "sites") if simulated else "",
         )
         self._replies = Replies(
             self._orders,
+            attendance=attendance,
             ledger=ledger,
             run_dir=run_dir,
             window=WINDOW_SIMULATED if simulated else WINDOW,
@@ -94,7 +97,7 @@ class SplitStrategy(Strategy):
 
     def summary(self) -> None:
         """Log the set-up."""
-        cuts = ", ".join(f"{s.name} at {s.cut}" for s in self.sites.values())
+        cuts = ", ".join(f"{s.name} at {s.cut}" for s in self.sites)
         self._say(f"{self.config.method} on {self.backbone.name}: {cuts}")
 
     def configure_train(
@@ -167,7 +170,8 @@ class SplitStrategy(Strategy):
         for round_ in range(first_round, num_rounds + 1):
             self._publish(round_)
             orders = self.configure_train(round_, arrays, nothing, grid)
-            replies = self._replies.awaited(grid, round_, orders, "training")
+            again = self._once_more("train", round_)
+            replies = self._replies.awaited(grid, round_, orders, "training", again=again)
             new_arrays, numbers = self.aggregate_train(round_, replies)
             assert new_arrays is not None
             assert numbers is not None
@@ -188,7 +192,8 @@ class SplitStrategy(Strategy):
         last = self.rounds_done + 1
         self._publish(last)
         orders = self.configure_evaluate(last, arrays, nothing, grid)
-        replies = self._replies.awaited(grid, last, orders, "evaluating")
+        again = self._once_more("evaluate", last)
+        replies = self._replies.awaited(grid, last, orders, "evaluating", again=again)
         if (tested := self.aggregate_evaluate(last, replies)) is not None:
             result.evaluate_metrics_clientapp[self.rounds_done] = tested
 
@@ -241,9 +246,15 @@ class SplitStrategy(Strategy):
         packed = module.pack(self.spec, {n: self.module[n] for n in names})
         self.endpoint.publish(self._orders.version(round_), packed)
 
+    def _once_more(self, kind: Kind, round_: int) -> Callable[[Site], Iterator[Message]]:
+        """Makes the order of a round again for a site that is back."""
+        selected = self._selected(round_) if kind == "train" else None
+        tensors = self.module
+        return lambda site: self._orders.messages(kind, round_, tensors, selected, only=site)
+
     def _selected(self, round_: int) -> list[Site]:
         """The sites that train in a round: all, or a draw by seed and round."""
-        sites = list(self.sites.values())
+        sites = self.sites
         count = self.config.selected(len(sites))
         if count < 1:
             raise ConfigError(

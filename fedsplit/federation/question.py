@@ -1,0 +1,94 @@
+"""What a node is asked before it takes part: who it is; and what makes of its answer a site of the run.
+
+Called by roll_call.py before the first round and by attendance.py for the nodes that come later.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flwr.app import Message
+
+from fedsplit import __version__
+from fedsplit.core.config import RunConfig
+from fedsplit.core.cut import Cut
+from fedsplit.core.errors import FederationError, FedsplitError
+from fedsplit.core.foreign import printable
+from fedsplit.core.notes import fit
+from fedsplit.core.versions import differences, installed
+from fedsplit.federation import messages
+from fedsplit.federation.messages import NotHeld, Order, RollCall
+from fedsplit.model.backbone import Backbone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """The roll call's order, and how its answers are read."""
+
+    run: str
+    config: RunConfig
+    backbone: Backbone
+    simulated: bool
+    classes: tuple[str, ...] | None = None
+    """The classes that are settled before the sites are asked; None: those of the settings, else the sites' own."""
+
+    def not_held(self, reply: Message) -> str | None:
+        """The name of a site that does not hold the task; None for any other answer."""
+        if reply.has_error() or messages.NOT_HELD not in reply.content.config_records:
+            return None
+        try:
+            told = messages.read(reply.content, messages.NOT_HELD, NotHeld)
+        except FedsplitError:
+            return None  # An answer like any other that cannot be read.
+        return told.site if told.task == self.config.task else None
+
+    def call_of(self, reply: Message) -> RollCall:
+        """What a site says of itself. Raises FedsplitError when it cannot take part."""
+        if (fault := messages.fault_of(reply)) is not None:
+            raise FederationError(fault.message)
+        call = messages.read(reply.content, messages.ANSWER, RollCall)
+        if call.fedsplit_version != __version__:
+            raise FederationError(
+                f"it runs fedsplit {printable(call.fedsplit_version)}, the server {__version__}; install the same "
+                f"version on both"
+            )
+        if call.cut:
+            self._check_cut(Cut.parse(call.cut))
+        if call.rank > self.config.lora_rank:
+            raise FederationError(
+                f"its lora-rank={call.rank} is above the run's lora-rank={self.config.lora_rank}, the largest; "
+                f"lower it in the site's node config"
+            )
+        others = differences(call.versions, installed())
+        return call.model_copy(update={"notes": fit([*others, *call.notes])})
+
+    def _check_cut(self, cut: Cut) -> None:
+        """Raise FederationError unless a site's own cut fits backbone and method."""
+        placement = self.config.method_description.placement
+        local = cut.local(self.backbone.blocks)
+        if placement != "any" and local != (placement == "device"):
+            wanted = "runs the whole model on the device" if placement == "device" else "is a split"
+            raise FederationError(
+                f"its cut={cut} does not fit method={self.config.method}, which {wanted}; leave cut out of the "
+                f"site's node config"
+            )
+
+    def order(self, node: int) -> Message:
+        """What a node is asked."""
+        # A simulation's sites wait for one another, and that is no lateness of theirs.
+        deadline_s = self.config.deadline_s
+        order = Order(
+            kind="roll-call",
+            run=self.run,
+            round=0,
+            fedsplit_version=__version__,
+            config=self.config.flat_for_sites(),
+            classes=self.classes or self.config.class_names,
+            cut="",
+            rank=self.config.lora_rank,
+            backbone_sha256=self.backbone.sha256,
+            stream=None,
+            deadline_s=0 if self.simulated else deadline_s,
+        )
+        content = messages.write(messages.ORDER, order)
+        return Message(content, node, "query", ttl=deadline_s, group_id="0")

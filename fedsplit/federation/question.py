@@ -62,6 +62,15 @@ class Question:
         others = differences(call.versions, installed())
         return call.model_copy(update={"notes": fit([*others, *call.notes])})
 
+    def name_of(self, reply: Message) -> str:
+        """The site's name where the answer says it, whatever else is wrong with it; else empty."""
+        if (fault := messages.fault_of(reply)) is not None:
+            return fault.site
+        try:
+            return messages.read(reply.content, messages.ANSWER, RollCall).site
+        except FedsplitError:
+            return ""
+
     def _check_cut(self, cut: Cut) -> None:
         """Raise FederationError unless a site's own cut fits backbone and method."""
         placement = self.config.method_description.placement

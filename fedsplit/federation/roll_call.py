@@ -22,7 +22,6 @@ from fedsplit.core.cut import Cut
 from fedsplit.core.errors import FederationError, FedsplitError
 from fedsplit.core.foreign import printable
 from fedsplit.core.notes import fit
-from fedsplit.federation import messages
 from fedsplit.federation.exchange import POLL_S, Post, gone
 from fedsplit.federation.ledger import Ledger
 from fedsplit.federation.messages import RollCall
@@ -176,11 +175,10 @@ class RollCaller:
         elif (other := self.question.not_held(reply)) is not None:
             heard.without[node] = other
         else:
-            fault = messages.fault_of(reply)
             try:
                 heard.calls[node] = self.question.call_of(reply)
             except FedsplitError as err:
-                heard.faults[node] = (fault.site if fault else "", str(err))
+                heard.faults[node] = (self.question.name_of(reply), str(err))
 
     def _named(self, heard: Heard) -> dict[int, RollCall]:
         """One node a name: who has it is who had it in the run before, else who said it first. All others are told."""

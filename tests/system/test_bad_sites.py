@@ -46,7 +46,9 @@ def test_site_with_another_version(
     fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedsplit.federation.site.__version__", "9.9.9")
-    assert "this site 9.9.9; install the same version on both" in fails()
+    message = fails()
+    assert "site-0: it runs fedsplit 9.9.9" in message
+    assert "install the same version on both" in message
 
 
 def test_node_config_with_every_kind_of_fault(fails: Callable[..., str]) -> None:

@@ -44,9 +44,11 @@ def _backbone(config: RunConfig) -> None:
     from fedsplit.model import module
     from fedsplit.model.backbone import Backbone
     from fedsplit.model.module import ModuleSpec
+    from fedsplit.model.probe import check_backbone
 
     backbone = Backbone.find(config.backbone)
     config.check_blocks(backbone.blocks)
+    check_backbone(backbone, image_size=config.image_size)
     spec = ModuleSpec.of(config, config.class_names or ("a", "b"))
     if faults := module.spec_faults(backbone, spec):
         raise ConfigError("\n  - ".join(faults))

@@ -77,10 +77,10 @@ def serve(
     )
     # gRPC's own lines about a taken port say less than our error, and say it first.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from fedsplit.model.checkpoint import digest, find_backbone
+    from fedsplit.model.backbone import Backbone
     from fedsplit.serving.process import serve_encoder
 
-    sha256 = digest(find_backbone(backbone))
+    sha256 = Backbone.find(backbone).sha256
 
     def ready(address: str) -> None:
         out.result({"address": address, "backbone_sha256": sha256})

@@ -17,6 +17,7 @@ from fedsplit.experiment.cells import Cell, Faults, faults_of
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec
+from fedsplit.model.probe import check_backbone
 from fedsplit.training.data import Examples, load_source, partition
 
 
@@ -57,6 +58,7 @@ def _model_faults(config: RunConfig) -> tuple[str, ...]:
     try:
         backbone = Backbone.find(config.backbone)
         spec = ModuleSpec.of(config, config.class_names or ("a", "b"))
+        check_backbone(backbone, image_size=config.image_size)
         faults = module.spec_faults(backbone, spec)
     except (BackboneError, ConfigError) as err:
         return tuple(faults_of(err))

@@ -15,7 +15,7 @@ from fedsplit.core.config import RunConfig
 from fedsplit.core.encoder import Array, Capabilities, Grant
 from fedsplit.core.errors import ConfigError
 from fedsplit.federation.messages import Stream
-from fedsplit.model.checkpoint import digest, find_backbone
+from fedsplit.model.backbone import Backbone
 from fedsplit.transport import tokens
 from fedsplit.transport.client import capabilities, collect, publish
 from fedsplit.transport.keys import read_key
@@ -99,10 +99,11 @@ def _check_fits(config: RunConfig, offered: Capabilities) -> None:
             f"the encoder at {config.encoder_address} runs fedsplit {offered.fedsplit_version}, the "
             f"ServerApp {__version__}; install the same version on both"
         )
-    path = find_backbone(config.backbone)
-    if offered.backbone_sha256 != digest(path):
+    backbone = Backbone.find(config.backbone)
+    if offered.backbone_sha256 != backbone.sha256:
         raise ConfigError(
             f"the encoder at {config.encoder_address} hosts {offered.backbone!r} with digest "
-            f"{offered.backbone_sha256[:12]}, backbone={config.backbone} of the run has {digest(path)[:12]}; "
-            f"start the encoder with --backbone {path}, or set backbone to what it hosts"
+            f"{offered.backbone_sha256[:12]}, backbone={config.backbone} of the run has {backbone.sha256[:12]} "
+            f"({backbone.differs(offered.backbone_sha256)}); "
+            f"start the encoder with --backbone {backbone.path}, or set backbone to what it hosts"
         )

@@ -36,6 +36,7 @@ from fedsplit.federation.strategy import SplitStrategy
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec
+from fedsplit.model.probe import check_backbone
 
 SUMMARY_MARK = "FEDSPLIT_SUMMARY"
 # Flower forwards what its own logger says to `flwr log`, and nothing else.
@@ -70,6 +71,7 @@ class Run:
         self.simulated = simulated
         self.backbone = Backbone.find(config.backbone)
         config.check_blocks(self.backbone.blocks)
+        check_backbone(self.backbone, image_size=config.image_size)
         runs = Path(config.runs_dir)
         if run_dir is not None:
             self.dir = run_dir

@@ -65,7 +65,8 @@ def _carry_out(
     if order.backbone_sha256 != backbone.sha256:
         raise BackboneError(
             f"site {site.name!r}: backbone {backbone.path} has digest {backbone.sha256[:12]}, the server's "
-            f"has {order.backbone_sha256[:12]}; copy the server's model files to this site"
+            f"has {order.backbone_sha256[:12]} ({backbone.differs(order.backbone_sha256)}); copy the server's model "
+            f"files to this site"
         )
     record = _record(order, site, context) if site.data else None
     own = open_site(config, site, backbone, order.classes, record)

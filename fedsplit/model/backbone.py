@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache, reduce
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.core.errors import BackboneError
-from fedsplit.model.checkpoint import digest, find_backbone, load_tensors, weight_files
+from fedsplit.model.checkpoint import find_backbone, load_tensors, refuse_pointers, weight_files
+from fedsplit.model.digest import difference, digest
 from fedsplit.model.families import Family, family_of
 from fedsplit.model.layers import PROMPT, adapted, prompted, widen_mask, without_prompt
+from fedsplit.model.preprocess import read_preprocess
 
 # What transformers raises for a config.json that is not what it expects.
 _BAD_CONFIG = (ValueError, KeyError, TypeError)
@@ -46,6 +49,7 @@ class Backbone:
             stamp = (path / "config.json").stat().st_mtime_ns
         except OSError:
             stamp = 0  # transformers says it better.
+        refuse_pointers(path)
         weight_files(path)
         return _found(name, path, stamp)
 
@@ -71,8 +75,17 @@ class Backbone:
 
     @property
     def sha256(self) -> str:
-        """Digest of configuration and weights."""
-        return digest(self.path)
+        """Digest of configuration, weights and what its files make of an input; see digest.py."""
+        return digest(self.path, self.family.kind)
+
+    def differs(self, sha256: str) -> str:
+        """In words what of this backbone differs from that with the other digest; empty where nothing does."""
+        return difference(self.sha256, sha256, self.family.kind)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What was guessed of its input or is not followed, a sentence each. Raises BackboneError."""
+        return read_preprocess(self.path).notes if self.family.kind == "image" else ()
 
     def max_tokens(self, image_size: int, max_length: int, prompt_tokens: int = 0) -> int:
         """Most tokens of a sample: patches and special tokens of an image, `max_length` of a text; a prompt's too.
@@ -124,14 +137,47 @@ def _found(name: str, path: Path, stamp: int) -> Backbone:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     except (*_BAD_CONFIG, OSError, RecursionError, StrictDataclassError) as err:
         reason = " ".join(str(err).split())[:300]
         raise BackboneError(
             f"backbone {path} has no usable config.json ({reason}); give a directory in Hugging "
-            f"Face format"
+            f"Face format, of a model that transformers has itself: fedsplit never runs code from a backbone's folder"
         ) from err
-    return Backbone(name, path, family_of(config.model_type, where=str(path)), config)
+    family = family_of(config.model_type, where=str(path))
+    if problem := _refusal(config, family):
+        raise BackboneError(f"backbone {path}: {problem}")
+    return Backbone(name, path, family, config)
+
+
+def _refusal(config: Any, family: Family) -> str:
+    """Why a backbone of a known family is of no use here all the same; empty for most."""
+    if getattr(config, "quantization_config", None):
+        return (
+            "its config.json has a quantization_config; gradients through quantised weights are not exact: use the "
+            "checkpoint that it was made from, in float16, bfloat16 or float32"
+        )
+    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+        return (
+            "its config.json says is_decoder or add_cross_attention; encoders with attention to both sides are "
+            "what fedsplit splits: use a checkpoint of an encoder"
+        )
+    channels = getattr(config, "num_channels", 3)
+    if family.kind == "image" and channels != 3:
+        return f"it reads pictures of {channels} channels (num_channels), fedsplit gives it 3: use one for RGB"
+    return ""
+
+
+def frozen_paths(
+    family: Family, blocks: Sequence[int], *, embeddings: bool = True, pool: bool = True
+) -> list[str]:
+    """Paths of the submodules of the whole model that these blocks and ends are."""
+    paths = [f"{family.base}.{family.blocks}.{i}" for i in blocks]
+    if embeddings:
+        paths.append(f"{family.base}.{family.embeddings}")
+    if pool:
+        paths += [f"{family.base}.{name}" for name in family.pool_modules]
+    return paths
 
 
 class Part:
@@ -162,11 +208,7 @@ class Part:
         self.prompt_tokens = 0
         self.full_from: int | None = None
         self.module_parameters: dict[str, nn.Parameter] | None = None
-        paths = [f"{self.family.base}.{self.family.blocks}.{i}" for i in self.held]
-        if embeddings:
-            paths.append(f"{self.family.base}.{self.family.embeddings}")
-        if pool:
-            paths += [f"{self.family.base}.{name}" for name in self.family.pool_modules]
+        paths = frozen_paths(self.family, self.held, embeddings=embeddings, pool=pool)
         self._materialise(paths, share, weights)
         if embeddings:
             for name in self.family.classifier:
@@ -197,7 +239,8 @@ class Part:
     def embed(self, inputs: dict[str, Tensor]) -> Tensor:
         """Model inputs -> embeddings [B, T, D], a prompt among them. The attention mask is not an input of this."""
         embeddings = getattr(self.base, self.family.embeddings)
-        known = {k: v for k, v in inputs.items() if k != "attention_mask"}
+        # Tokenizers may give type ids, all 0 for one text, to a family that has none.
+        known = {k: v for k, v in inputs.items() if k in signature(embeddings.forward).parameters}
         if self.family.kind == "image":
             out: Tensor = embeddings(known["pixel_values"], **dict(self.family.embed_kwargs))
         else:

@@ -1,15 +1,16 @@
-"""Finds a backbone's files, digests them, and reads single tensors by the whole model's names.
+"""Finds a backbone's files and reads single tensors by the whole model's names.
 
-Names on disk may be older than the names in memory: transformers' own renaming rules map them. Only the
-tensors that are asked for are read, so a device never touches the blocks that the server runs.
+Names on disk may be older than the names in memory: transformers' own rules map them, and cut what older exports
+keep in one tensor. Only the tensors that are asked for are read, so a device never touches the blocks that the
+server runs; `check_tensors` looks at all of them, one at a time.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import sys
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 BUNDLED = ("vit-glyphs",)
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+_LFS_POINTER = b"version https://git-lfs"
+_MAX_POINTER_BYTES = 1024
+# What of a file is a number as fp32 has them: integers and 8-bit floats mean nothing without their scales.
+_FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def find_backbone(name: str) -> Path:
@@ -72,6 +77,23 @@ def _from_hub(name: str) -> Path:
         ) from err
 
 
+def refuse_pointers(path: Path) -> None:
+    """Raise BackboneError for a file that git left as a pointer to the real one."""
+    for file in sorted(f for pattern in _HUB_FILES for f in path.glob(pattern)):
+        try:
+            if file.stat().st_size > _MAX_POINTER_BYTES:
+                continue
+            with file.open("rb") as handle:
+                start = handle.read(len(_LFS_POINTER))
+        except OSError:
+            continue  # who needs the file says it better
+        if start == _LFS_POINTER:
+            raise BackboneError(
+                f"backbone {path}: {file.name} is a git-lfs pointer, not the file itself; run git lfs pull in the "
+                f"repository that it came from, and copy the folder again"
+            )
+
+
 def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a backbone, in a fixed order. Raises BackboneError when there are none."""
     if (path / SINGLE).is_file():
@@ -92,60 +114,142 @@ def weight_files(path: Path) -> list[Path]:
     )
 
 
-@functools.lru_cache(maxsize=8)
-def digest(path: Path) -> str:
-    """sha256 of the configuration and the weight files: two sites with one digest run one function."""
-    total = hashlib.sha256()
-    for file in (path / "config.json", *weight_files(path)):
-        with file.open("rb") as handle:
-            total.update(hashlib.file_digest(handle, "sha256").digest())
-    return total.hexdigest()
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor in memory lies on disk: a whole tensor of a file, or one of equal pieces of it."""
+
+    key: str
+    piece: int = 0
+    pieces: int = 1
+    dim: int = 0
 
 
 def load_tensors(path: Path, model: nn.Module, wanted: Collection[str]) -> dict[str, Tensor]:
-    """Read the tensors `wanted` (names of `model` in memory) as fp32. Raises BackboneError if one lacks."""
+    """Read the tensors `wanted` (names of `model` in memory) as fp32. Raises BackboneError if one is not to be had."""
     wanted = set(wanted)
-    found: dict[str, Tensor] = {}
+    # A copy: the file's memory map must not stay resident behind the model.
+    found = {n: t.to(torch.float32, copy=True) for n, t in _tensors(path, model, wanted)}
+    _check_names(path, wanted, found.keys())
+    return found
+
+
+def check_tensors(path: Path, model: nn.Module, wanted: Collection[str]) -> None:
+    """Raise what `load_tensors` would, for all of `wanted`, holding one tensor at a time."""
+    wanted = set(wanted)
+    _check_names(path, wanted, {n for n, _ in _tensors(path, model, wanted)})
+
+
+def _tensors(path: Path, model: nn.Module, wanted: set[str]) -> Iterator[tuple[str, Tensor]]:
+    shapes = {n: p.shape for n, p in model.state_dict().items() if n in wanted}
+    rules = _rules(model)
+    for file in weight_files(path):
+        with _opened(path, file) as handle:
+            for key in handle.keys():  # noqa: SIM118
+                for name, stored in _in_memory(key, model, rules):
+                    if name in wanted:
+                        tensor = _piece(handle.get_tensor(key), stored)
+                        _check_tensor(path, name, tensor, shapes[name])
+                        yield name, tensor
+
+
+@contextmanager
+def _opened(path: Path, file: Path) -> Iterator[Any]:
     try:
-        for file in weight_files(path):
-            with safe_open(file, framework="pt") as handle:
-                for on_disk, in_memory in _renamed(list(handle.keys()), model):
-                    if in_memory in wanted:
-                        # A copy: the file's memory map must not stay resident behind the model.
-                        found[in_memory] = handle.get_tensor(on_disk).to(torch.float32, copy=True)
+        with safe_open(file, framework="pt") as handle:
+            yield handle
     except (SafetensorError, OSError) as err:
         raise BackboneError(
             f"backbone {path}: its weights cannot be read ({err}); copy the files again"
         ) from err
-    _check(path, model, wanted, found)
-    return found
 
 
-def _check(path: Path, model: nn.Module, wanted: set[str], found: dict[str, Tensor]) -> None:
-    if missing := sorted(wanted - found.keys()):
+def _piece(tensor: Tensor, stored: _Stored) -> Tensor:
+    if stored.pieces == 1:
+        return tensor
+    pieces = torch.chunk(tensor, stored.pieces, dim=stored.dim)
+    return pieces[stored.piece] if len(pieces) == stored.pieces else tensor
+
+
+def _check_tensor(path: Path, name: str, tensor: Tensor, shape: torch.Size) -> None:
+    if tensor.dtype not in _FLOATS:
         raise BackboneError(
-            f"backbone {path} lacks {len(missing)} tensors that its family needs, e.g. {missing[:3]}; "
-            f"is it a checkpoint of this model?"
+            f"backbone {path}: {name} is stored as {str(tensor.dtype).removeprefix('torch.')}; float16, bfloat16, float32 or "
+            f"float64 is wanted. Quantised weights cannot be trained through here: use the checkpoint that they "
+            f"were made from"
         )
-    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name in wanted}
-    if wrong := [n for n, t in found.items() if t.shape != shapes[n]]:
-        name = wrong[0]
+    if tensor.shape != shape:
         raise BackboneError(
-            f"backbone {path}: {name} has shape {tuple(found[name].shape)}, config.json wants "
-            f"{tuple(shapes[name])}; the weights belong to another model"
+            f"backbone {path}: {name} has shape {tuple(tensor.shape)}, config.json wants {tuple(shape)}; the "
+            f"weights belong to another model"
+        )
+    # Both ends are NaN where a value is, and no mask as large as the tensor is made.
+    if tensor.numel() and not all(end.isfinite() for end in torch.aminmax(tensor)):
+        raise BackboneError(
+            f"backbone {path}: {name} holds NaN or infinite values; copy the files again, or use another checkpoint"
         )
 
 
-def _renamed(keys: list[str], model: Any) -> Iterator[tuple[str, str]]:
-    """(name on disk, name in memory) by transformers' rules for this model."""
+def _check_names(path: Path, wanted: set[str], found: Collection[str]) -> None:
+    missing = sorted(wanted - set(found))
+    if not missing:
+        return
+    if all(".pooler." in name for name in missing):
+        raise BackboneError(
+            f"backbone {path} has no pooler ({missing[0]}), which its family's classification reads; it was saved "
+            f"from a model without one, such as a masked language model: use a checkpoint that has it"
+        )
+    raise BackboneError(
+        f"backbone {path} lacks {len(missing)} tensors that its family needs, e.g. {missing[:3]}; "
+        f"is it a checkpoint of this model?"
+    )
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """transformers' rules for the names of a model, and the tensors that they cut in pieces."""
+
+    renamings: list[Any]
+    cuts: list[Any]
+    in_memory: dict[str, Tensor]
+
+
+def _rules(model: Any) -> _Rules:
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, rename_source_key
+    from transformers.core_model_loading import WeightRenaming
 
     rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    in_memory = model.state_dict()
-    for key in keys:
-        # Rules that rebuild tensors (fused weights of old exports) are left out: such a name then
-        # misses in `wanted` and is reported as lacking, instead of being read wrongly.
-        name, _ = rename_source_key(key, renamings, [], model.base_model_prefix, in_memory)
-        yield key, name
+    # Other rules rebuild tensors in ways that no family here needs: such a name then misses in `wanted` and is
+    # reported as lacking, instead of being read wrongly.
+    return _Rules(
+        [rule for rule in rules if isinstance(rule, WeightRenaming)],
+        [rule for rule in rules if _cuts(rule)],
+        model.state_dict(),
+    )
+
+
+def _cuts(rule: Any) -> bool:
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    return (
+        isinstance(rule, WeightConverter)
+        and len(rule.source_patterns) == 1
+        and len(rule.operations) == 1
+        and isinstance(rule.operations[0], Chunk)
+        and rule.operations[0].num_shards_attribute is None
+    )
+
+
+def _in_memory(key: str, model: Any, rules: _Rules) -> Iterator[tuple[str, _Stored]]:
+    """(name in memory, where it lies) of what is stored under `key`."""
+    from transformers.core_model_loading import rename_source_key
+
+    name, source = rename_source_key(
+        key, rules.renamings, rules.cuts, model.base_model_prefix, rules.in_memory
+    )
+    cut = next((rule for rule in rules.cuts if source in rule.source_patterns), None)
+    if cut is None:
+        yield name, _Stored(key)
+        return
+    first, dim = cut.target_patterns[0], cut.operations[0].dim
+    for i, target in enumerate(cut.target_patterns):
+        yield name.replace(first, target), _Stored(key, i, len(cut.target_patterns), dim)

@@ -52,6 +52,10 @@ class Family:
     embed_kwargs: tuple[tuple[str, Any], ...] = ()
     """Extra arguments of the embeddings' forward."""
     embeddings: str = "embeddings"
+    processor: str = "ViTImageProcessor"
+    """transformers' image processor class of a `preprocessor_config.json` that names none."""
+    pixels: tuple[tuple[str, Any], ...] = ()
+    """How published checkpoints of image models want pictures, for backbones without that file."""
 
 
 def _norm_first(backbone: Any, h_BTD: Tensor) -> Tensor:
@@ -85,6 +89,13 @@ def _pre_relu(model: Any, pooled_BP: Tensor) -> Tensor:
 # interpolate_pos_encoding is the identity at the size a backbone was trained with.
 _ANY_SIZE = (("interpolate_pos_encoding", True),)
 
+_HALF = (("resample", 2), ("image_mean", (0.5, 0.5, 0.5)), ("image_std", (0.5, 0.5, 0.5)))
+_IMAGENET = (
+    ("resample", 3),
+    ("image_mean", (0.485, 0.456, 0.406)),
+    ("image_std", (0.229, 0.224, 0.225)),
+)
+
 _VIT = Family(
     model_type="vit",
     kind="image",
@@ -95,12 +106,20 @@ _VIT = Family(
     pool=_norm_first,
     pool_modules=("layernorm",),
     embed_kwargs=_ANY_SIZE,
+    pixels=_HALF,
 )
 FAMILIES: dict[str, Family] = {
     family.model_type: family
     for family in (
         _VIT,
-        replace(_VIT, model_type="deit", model_class="DeiTForImageClassification", base="deit"),
+        replace(
+            _VIT,
+            model_type="deit",
+            model_class="DeiTForImageClassification",
+            base="deit",
+            processor="DeiTImageProcessor",
+            pixels=_IMAGENET,
+        ),
         Family(
             model_type="dinov2",
             kind="image",
@@ -112,6 +131,8 @@ FAMILIES: dict[str, Family] = {
             pool_modules=("layernorm",),
             pool_factor=2,
             idle=("dinov2.embeddings.mask_token",),
+            processor="BitImageProcessor",
+            pixels=_IMAGENET,
         ),
         Family(
             model_type="bert",

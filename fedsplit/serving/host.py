@@ -89,7 +89,8 @@ class BackboneHost:
         if grant.backbone_sha256 != self.backbone.sha256:
             raise RefusedError(
                 f"site {grant.site!r} was granted backbone {grant.backbone_sha256[:12]}, this encoder "
-                f"hosts {self.backbone.sha256[:12]} ({self.backbone.name}); use the same model files"
+                f"hosts {self.backbone.sha256[:12]} ({self.backbone.name}): "
+                f"{self.backbone.differs(grant.backbone_sha256)}; use the same model files"
             )
         if not grant.a < grant.b <= self.backbone.blocks:
             raise RefusedError(

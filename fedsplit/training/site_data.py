@@ -277,7 +277,7 @@ def _open(
         )
     transform = _transform(backbone, config.image_size, config.max_length, config.data)
     named = replace(examples, site=site.name)
-    return SiteData(named, train, test, everywhere, transform, notes=notes)
+    return SiteData(named, train, test, everywhere, transform, notes=(*notes, *backbone.notes))
 
 
 def _open_own(

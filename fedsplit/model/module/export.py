@@ -122,7 +122,7 @@ def _check_fits(
     if sha256 != backbone.sha256:
         raise BackboneError(
             f"module {folder} was trained on a backbone with digest {str(sha256)[:12]}, {backbone.name!r} has "
-            f"{backbone.sha256[:12]}; use the backbone of that run"
+            f"{backbone.sha256[:12]} ({backbone.differs(str(sha256))}); use the backbone of that run"
         )
     wanted = shapes(backbone, spec)
     got = {n: t.shape for n, t in tensors.items() if t.dtype == np.float32}

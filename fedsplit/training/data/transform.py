@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image as Pillow
 
-from fedsplit.core.errors import BackboneError
+from fedsplit.model.preprocess import Preprocess, read_positions, read_preprocess
+from fedsplit.model.tokenizer import read_tokenizer
 from fedsplit.training.data.examples import Examples, Image, Index
-from fedsplit.training.data.preprocess import Preprocess, read_positions, read_preprocess
 
 Prepared = NDArray[Any]
 
@@ -120,26 +120,8 @@ class TextTransform:
     @classmethod
     def from_backbone(cls, directory: Path | str, max_length: int = 128) -> TextTransform:
         """Load the directory's tokenizer; `max_length` is lowered to what the model can place."""
-        from transformers import AutoTokenizer
-
         where = Path(directory)
-        try:
-            tokenizer: Any = AutoTokenizer.from_pretrained(where, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as err:
-            reason = " ".join(str(err).split())[:300]
-            raise BackboneError(
-                f"{where}: its tokenizer cannot be loaded ({reason}); "
-                "a text backbone needs its tokenizer files beside config.json"
-            ) from err
-        # Without its files transformers builds a tokenizer that knows nothing: every word is [UNK].
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):
-            raise BackboneError(
-                f"{where}: its tokenizer has no words; put tokenizer.json or the vocabulary beside config.json"
-            )
-        if tokenizer.pad_token_id is None:
-            raise BackboneError(
-                f"{where}: its tokenizer has no padding token; set pad_token in tokenizer_config.json"
-            )
+        tokenizer = read_tokenizer(where)
         longest = int(min(max_length, tokenizer.model_max_length, read_positions(where)))
         return cls(tokenizer, longest, int(tokenizer.pad_token_id))
 

@@ -1,0 +1,35 @@
+"""A text backbone's tokenizer, as its folder has it. Called by transform.py, digest.py and probe.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedsplit.core.errors import BackboneError
+
+
+def read_tokenizer(directory: Path) -> Any:
+    """Load the directory's tokenizer; code that lies there is never run. Raises BackboneError."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError, TypeError, ImportError, RecursionError) as err:
+        reason = " ".join(str(err).split())[:300]
+        raise BackboneError(
+            f"{directory}: its tokenizer cannot be loaded ({reason}); "
+            "a text backbone needs its tokenizer files beside config.json, and fedsplit never runs code from a "
+            "backbone's folder"
+        ) from err
+    # Without its files transformers builds a tokenizer that knows nothing: every word is [UNK].
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise BackboneError(
+            f"{directory}: its tokenizer has no words; put tokenizer.json or the vocabulary beside config.json"
+        )
+    if tokenizer.pad_token_id is None:
+        raise BackboneError(
+            f"{directory}: its tokenizer has no padding token; set pad_token in tokenizer_config.json"
+        )
+    return tokenizer

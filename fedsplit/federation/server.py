@@ -191,7 +191,7 @@ class Run:
 
     def _solves(self, start: StartModule | None, classes: tuple[str, ...]) -> bool:
         """Is there a row of the classifier to find in closed form? A start-module's own rows are kept."""
-        if self.config.classifier_init == "zero":
+        if self.config.classifier_start == "zero":
             return False
         return start is None or not self.config.rounds or bool(start.added(classes))
 

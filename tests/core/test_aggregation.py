@@ -206,4 +206,4 @@ def test_samples_must_be_those_of_the_roll_call(samples: int, told: int) -> None
 def test_many_faults_are_counted() -> None:
     bad = {"low": f32(np.nan, 0), "high": np.zeros(2), "server": f32(0)}
     with pytest.raises(UpdateError, match=r"server; .*; .*; and 1 more$"):
-        check(bad, samples=4)
+        check(bad, samples=6)

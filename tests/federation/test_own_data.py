@@ -33,10 +33,10 @@ def everything(folder: Path) -> str:
 
 
 def test_no_column_leaves_that_the_site_does_not_name(
-    nodes: list[dict[str, str]], tmp_path: Path, tiny: dict[str, Path]
+    nodes: list[dict[str, str]], tmp_path: Path
 ) -> None:
     runs = tmp_path / "runs"
-    config = settings(runs, label_column="note", backbone=str(tiny["bert"]), cut="0,2")
+    config = settings(runs, label_column="note")
     with (
         prepared(config, nodes) as (run, net),
         pytest.raises(FederationError, match=r"line-a: the run reads label-column='note'"),

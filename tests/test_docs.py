@@ -24,8 +24,8 @@ PAGES = [
     *sorted((ROOT / "fedsplit" / "assets").rglob("*.md")),
 ]
 KEYS = set(RunConfig.keys())
-# Written like settings, and none: Flower's own and the claims of a token.
-NO_SETTINGS = {"client-resources-num-cpus", "num-supernodes", "iss", "aud"}
+# Written like settings, and none: a line of Excel, Flower's own and the claims of a token.
+NO_SETTINGS = {"sep", "client-resources-num-cpus", "num-supernodes", "iss", "aud"}
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 CODE_SPAN = re.compile(r"`([^`\n]+)`")
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)

@@ -16,7 +16,7 @@ import click
 import typer
 
 from fedsplit import __version__
-from fedsplit.cli import demo, encoder, experiment, run
+from fedsplit.cli import data, demo, encoder, experiment, run
 from fedsplit.cli.console import print_error, write_anything
 from fedsplit.cli.endings import Interrupted, RunFailedError, Terminated
 from fedsplit.core.errors import BackboneError, ConfigError, DataError, FedsplitError
@@ -34,6 +34,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.command("run")(run.run)
+app.command("data")(data.data)
 app.command("experiment")(experiment.experiment)
 app.add_typer(encoder.app, name="encoder")
 

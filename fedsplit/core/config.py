@@ -67,6 +67,10 @@ class RunConfig(BaseModel):
     """Column of a csv, jsonl or hf source that holds the text."""
     label_column: str = Field("label", min_length=1)
     """Column that holds the label."""
+    pixel_max: float = Field(0.0, ge=0, le=2**32, allow_inf_nan=False)
+    """Pixel value that is white, in all images of a source; 0: found out from them and told. A site's node config overrides."""
+    broken_files: Literal["refuse", "leave-out"] = "refuse"
+    """What a site with image files that cannot be read does: takes no part and names them, or goes on without them."""
     cut: str = "1,5"
     """"a,b", or several, "a,b;c,d", dealt to the sites in turn; a site's node config overrides."""
     method: str = "fedv"

@@ -20,6 +20,8 @@ from fedsplit.model.module import ModuleSpec
 from fedsplit.model.probe import check_backbone
 from fedsplit.training.data import Examples, load_source, partition
 
+_Source = tuple[str, tuple[str, ...] | None, int, str, str, float, bool]
+
 
 @dataclass(frozen=True)
 class Dealt:
@@ -97,9 +99,7 @@ def dealt(config: RunConfig) -> Dealt:
 
 
 @functools.lru_cache(maxsize=1024)
-def _dealt(
-    source: tuple[str, tuple[str, ...] | None, int, str, str], spec: str, sites: int, seed: int
-) -> Dealt | ConfigError | DataError:
+def _dealt(source: _Source, spec: str, sites: int, seed: int) -> Dealt | ConfigError | DataError:
     # Errors are returned: a cache forgets those that are raised, and a grid would meet each again and again.
     try:
         examples = _examples(*source)
@@ -113,17 +113,24 @@ def _dealt(
     return Dealt(examples.classes, counts)
 
 
-def _source(config: RunConfig) -> tuple[str, tuple[str, ...] | None, int, str, str]:
+def _source(config: RunConfig) -> _Source:
     return (
         config.data, config.class_names, config.max_samples, config.text_column, config.label_column,
+        config.pixel_max, config.broken_files == "leave-out",
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=8)
 def _examples(
-    data: str, classes: tuple[str, ...] | None, max_samples: int, text: str, label: str
+    data: str,
+    classes: tuple[str, ...] | None,
+    max_samples: int,
+    text: str,
+    label: str,
+    pixel_max: float,
+    leave_out_broken: bool,
 ) -> Examples:
     return load_source(
         data, site="every site", classes=classes, max_samples=max_samples, text_column=text,
-        label_column=label,
+        label_column=label, pixel_max=pixel_max, leave_out_broken=leave_out_broken,
     )  # fmt: skip

@@ -122,6 +122,8 @@ class RollCall(_Part):
     """Its partition's number in simulation, -1 in deployment: decides the order in which cuts are dealt."""
     rank: int = Field(0, ge=0, le=1024)
     """The site's own LoRA rank; 0: the run's."""
+    pixel_max: Annotated[float, Field(ge=0, le=2**32, allow_inf_nan=False)] = 0.0
+    """The value that is white in its images; 0 for texts."""
     notes: tuple[
         Annotated[str, Field(max_length=MAX_NOTE_CHARS), AfterValidator(printable)], ...
     ] = Field((), max_length=MAX_NOTES)

@@ -22,6 +22,7 @@ from fedsplit.core.cut import Cut
 from fedsplit.core.errors import FederationError, FedsplitError
 from fedsplit.core.foreign import printable
 from fedsplit.core.notes import fit
+from fedsplit.federation.between_sites import differences_between
 from fedsplit.federation.exchange import POLL_S, Post, gone
 from fedsplit.federation.ledger import Ledger
 from fedsplit.federation.messages import RollCall
@@ -110,7 +111,16 @@ class RollCaller:
                     f"sites={most} are wanted and {len(ordered)} answered, the first by name take part; name those "
                     f"that are to in roster, or raise sites",
                 )
-        return [self._site(node, call, i) for i, (node, call) in enumerate(ordered[:most])]
+        part = ordered[:most]
+        self._tell_between(part)
+        return [self._site(node, call, i) for i, (node, call) in enumerate(part)]
+
+    def _tell_between(self, part: list[tuple[int, RollCall]]) -> None:
+        """What differs between sites joins the notes of those that it is about."""
+        for sites, text in differences_between({call.site: call for _, call in part}):
+            for i, (node, call) in enumerate(part):
+                if call.site in sites:
+                    part[i] = node, call.model_copy(update={"notes": fit([text, *call.notes])})
 
     def _check_simulation(self, nodes: int) -> None:
         wanted = self.config.wanted_sites

@@ -27,7 +27,7 @@ from fedsplit.federation.time_limit import TimeLimit
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.threads import limit_threads
 from fedsplit.training.data.sides import Record
-from fedsplit.training.site_data import SiteData, SiteSettings, open_site
+from fedsplit.training.site_data import SiteData, SiteSettings, open_site, with_text_notes
 
 # What Flower's own logger says is in the SuperNode's output.
 _log = logging.getLogger(LOGGER_NAME)
@@ -71,6 +71,7 @@ def _carry_out(
     record = _record(order, site, context) if site.data else None
     own = open_site(config, site, backbone, order.classes, record)
     if order.kind == "roll-call":
+        own = with_text_notes(own)
         if site.data:
             _tell(site, own)
         return messages.write(messages.ANSWER, _roll_call(site, own, backbone, number))
@@ -120,6 +121,7 @@ def _roll_call(site: SiteSettings, own: SiteData, backbone: Backbone, number: in
             fedsplit_version=__version__,
             versions=installed(),
             number=number,
+            pixel_max=own.examples.pixel_max,
             notes=fit(own.notes),
         )
     except ValidationError as err:

@@ -27,11 +27,16 @@ class Read(Protocol):
     """Reads the site's source."""
 
     def __call__(
-        self, classes: tuple[str, ...] | None = None, *, listed: frozenset[str] | None = None
+        self,
+        classes: tuple[str, ...] | None = None,
+        *,
+        listed: frozenset[str] | None = None,
+        pixel_max: float = 0.0,
     ) -> Examples:
         """At roll call: the samples of the settings' choice, whose labels must be in `classes` where these are declared.
 
-        Later, with what is `listed`: all that are there, of single files those of the list. Raises DataError.
+        Later, with what is `listed`: all that are there, of single files those of the list, with the value of white that was
+        found at roll call. Raises DataError.
         """
         ...
 
@@ -81,7 +86,7 @@ def open_own(
     if listed is None:
         with record.alone():
             return _first(read, record, source, fraction, classes, declared)
-    found = read(listed=frozenset(listed.origins))
+    found = read(listed=frozenset(listed.origins), pixel_max=listed.pixel_max)
     at = _places(listed, found)
     here = np.flatnonzero(at >= 0)
     notes = found.notes + _lost(listed, len(here), record.site)
@@ -147,6 +152,7 @@ def _first(
         classes=tuple(found.classes[i] for i in used),
         origins=tuple(found.origin(i) for i in range(len(found))) if files else (),
         stamps=stamps if stamps is not None else np.zeros((0, 2), np.int64),
+        pixel_max=found.pixel_max,
     )
     record.keep(source, listed)
     places = np.arange(len(found), dtype=np.int64)

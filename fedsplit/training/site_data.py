@@ -32,6 +32,7 @@ from fedsplit.training.data import (
     train_test_split,
 )
 from fedsplit.training.data.sides import Record
+from fedsplit.training.data.text_notes import text_facts, text_notes
 from fedsplit.training.own_data import Own, open_own, without_test
 
 NodeConfig = Mapping[str, str | int | float | bool]
@@ -46,6 +47,7 @@ NODE_KEYS = (
     "text-column",
     "label-column",
     "classes",
+    "pixel-max",
     "tasks",
     "cut",
     "encoder-tls-ca",
@@ -85,6 +87,8 @@ class SiteSettings:
     """The columns of its own source that the site lets runs read."""
     classes: tuple[str, ...] = ()
     """The only names of classes that leave the site; empty: those that its labels have."""
+    pixel_max: float = 0.0
+    """The value that is white in the site's own images; 0: the run's, or found out from them."""
 
     @classmethod
     def from_node(cls, node: NodeConfig, *, node_id: int) -> SiteSettings:
@@ -109,6 +113,9 @@ class SiteSettings:
         rank = node.get("lora-rank", 0)
         if not isinstance(rank, int) or not 0 <= rank <= MAX_LORA_RANK:
             faults.append(f"lora-rank={rank!r} is not a rank in 0..{MAX_LORA_RANK}")
+        white = node.get("pixel-max", 0.0)
+        if not isinstance(white, int | float) or not 0 <= white <= 2**32:
+            faults.append(f"pixel-max={white!r} is not the value of a pixel")
         name = str(node.get("site", f"site-{number}" if share else f"node-{node_id}"))
         if not 1 <= len(name) <= MAX_NAME_CHARS or not name.isprintable():
             faults.append(
@@ -143,6 +150,7 @@ class SiteSettings:
             text_column=str(node.get("text-column", cls.text_column)),
             label_column=str(node.get("label-column", cls.label_column)),
             classes=parse_classes(str(node.get("classes", ""))),
+            pixel_max=float(white) if isinstance(white, int | float) else 0.0,
         )
 
     def for_task(self, config: RunConfig) -> SiteSettings | None:
@@ -288,7 +296,10 @@ def _open_own(
     record: Record,
 ) -> Own:
     def read(
-        classes: tuple[str, ...] | None = None, *, listed: frozenset[str] | None = None
+        classes: tuple[str, ...] | None = None,
+        *,
+        listed: frozenset[str] | None = None,
+        pixel_max: float = 0.0,
     ) -> Examples:
         return load_source(
             data,
@@ -298,6 +309,8 @@ def _open_own(
             max_samples=config.max_samples if listed is None else 0,
             text_column=config.text_column,
             label_column=config.label_column,
+            pixel_max=pixel_max or site.pixel_max or config.pixel_max,
+            leave_out_broken=config.broken_files == "leave-out",
             listed=listed,
         )
 
@@ -311,6 +324,15 @@ def _open_own(
     )
 
 
+def with_text_notes(own: SiteData) -> SiteData:
+    """The same with what the tokenizer makes of its texts, which takes a pass over all of them; nothing for images."""
+    inner = own.transform.inner
+    if not isinstance(inner, TextTransform):
+        return own
+    notes = text_notes(text_facts(own.examples, inner), len(own.examples))
+    return replace(own, notes=(*own.notes, *notes))
+
+
 def forget() -> None:
     """Free all data that this process keeps: between runs that share nothing, and in tests."""
     for cached in (open_site, _load, _shares, _transform):
@@ -318,7 +340,13 @@ def forget() -> None:
 
 
 def _load_for(config: RunConfig, site: SiteSettings, classes: tuple[str, ...] | None) -> Examples:
-    rest = (config.max_samples, config.text_column, config.label_column)
+    rest = (
+        config.max_samples,
+        config.text_column,
+        config.label_column,
+        site.pixel_max or config.pixel_max,
+        config.broken_files == "leave-out",
+    )
     if site.partition is None or site.data is not None:
         examples = _load(site.data or config.data, site.name, site.classes or classes, *rest)
         return examples.with_classes(classes) if classes and site.classes else examples
@@ -337,6 +365,8 @@ def _load(
     max_samples: int,
     text_column: str,
     label_column: str,
+    pixel_max: float,
+    leave_out_broken: bool,
 ) -> Examples:
     return load_source(
         spec,
@@ -345,6 +375,8 @@ def _load(
         max_samples=max_samples,
         text_column=text_column,
         label_column=label_column,
+        pixel_max=pixel_max,
+        leave_out_broken=leave_out_broken,
     )
 
 

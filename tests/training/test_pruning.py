@@ -64,7 +64,8 @@ def test_scores_are_the_whole_models(cut: str, spec: ModuleSpec, vit: Backbone) 
     wanted = by_hand(vit, spec, tensors, BATCHES)
     np.testing.assert_allclose(found, wanted, atol=1e-6)
     assert wanted.std() > 0.01
-    np.testing.assert_array_equal(hardest(found, 1.0), np.argsort(-wanted, kind="stable"))
+    # Samples whose scores differ by less than float32 does may change places.
+    assert np.diff(wanted[hardest(found, 1.0)]).max() < 1e-6
     # One forward a sample and nothing kept for a backward.
     assert encoder.samples == (0 if cut == "2,2" else len(wanted))
     assert not any(kept for _, kept in encoder.encoded)

@@ -20,6 +20,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from fedsplit.training.data.examples import Examples, Image, Index, Request, build, digest_of
+from fedsplit.training.data.pixels import range_notes, scaled, white_of
 
 MAX_ARRAY_BYTES = 2 * 2**30
 """Decompressed; a compressed npz can claim a thousand times its size on disk."""
@@ -47,22 +48,15 @@ _NPZ_ERRORS = (
 
 @dataclass(frozen=True, eq=False)
 class ArrayItems:
-    """Images in one array [N, H, W] or [N, H, W, C]; `scale` turns its values into 0 .. 255."""
+    """Images in one array [N, H, W] or [N, H, W, C]; `white` is the value that becomes 255."""
 
     array: NDArray[Any]
-    scale: float
+    white: float
     where: str
 
     def get(self, i: int) -> Image:
         """Image `i` as uint8 RGB; grey is repeated, a fourth channel dropped."""
-        image = self.array[i]
-        if image.dtype != np.uint8 or self.scale != 1:
-            image = np.rint(image.astype(np.float64) * self.scale).astype(np.uint8)
-        if image.ndim == 2:
-            image = image[:, :, None]
-        if image.shape[2] == 1:
-            image = np.repeat(image, 3, axis=2)
-        return np.ascontiguousarray(image[:, :, :3], dtype=np.uint8)
+        return scaled(self.array[i], self.white)
 
     def origin(self, i: int) -> str:
         """Array and position."""
@@ -78,15 +72,16 @@ def read_digits(request: Request) -> Examples:
     from sklearn.datasets import load_digits
 
     bunch = load_digits()
-    items = ArrayItems(np.asarray(bunch.images), 255 / 16, "digits")
+    items = ArrayItems(np.asarray(bunch.images), 16, "digits")
     names = [str(int(label)) for label in bunch.target]
-    return build(request, "digits", "image", items=items, names=names)
+    examples = build(request, "digits", "image", items=items, names=names)
+    return examples.with_notes(items, pixel_max=16, notes=())
 
 
 def read_npz(path: Path, request: Request) -> Examples:
     """Read `npz:PATH`: `x` uint8 or float [N, H, W(, C)], `y` [N] int or str, optional `classes` [K] str.
 
-    Floats are 0 .. 1 where none is above 1, else 0 .. 255. Without `classes` an int label's name is its
+    Floats are 0 .. 1 where none is above 1 by more than a hundredth, else 0 .. 255; `x` may be uint16, too. Without `classes` an int label's name is its
     digits. An optional `groups` [N] int or str says which samples belong together. Raises DataError.
     """
     arrays = _load(path, request)
@@ -97,15 +92,17 @@ def read_npz(path: Path, request: Request) -> Examples:
                 f"no array {name!r} among {sorted(arrays)}; save it with np.savez(x=..., y=...)",
             )
     x, y = arrays["x"], arrays["y"]
-    scale = _check_images(path, request, x)
+    _check_images(path, request, x)
+    white, notes = _range(path, request, x)
     if y.shape != x.shape[:1]:
         raise request.fault(
             path, f"y has shape {y.shape}, x {x.shape}; y must hold one label for each image"
         )
-    items = ArrayItems(x, scale, f"{path}[x]")
+    items = ArrayItems(x, white, f"{path}[x]")
     names = _label_names(path, request, y, arrays.get("classes"))
     groups = _group_numbers(path, request, len(y), arrays.get("groups"))
-    return build(request, path, "image", items=items, names=names, groups=groups)
+    examples = build(request, path, "image", items=items, names=names, groups=groups)
+    return examples.with_notes(items, pixel_max=white, notes=notes)
 
 
 def _group_numbers(
@@ -131,25 +128,38 @@ def _group_numbers(
     return numbers
 
 
-def _check_images(path: Path, request: Request, x: NDArray[Any]) -> float:
-    """Check dtype, shape and range of `x`; the factor that brings it to 0 .. 255."""
+def _check_images(path: Path, request: Request, x: NDArray[Any]) -> None:
+    """Check dtype and shape of `x`. Raises DataError."""
     channels = x.shape[3] if x.ndim == 4 else 1
     if x.ndim not in {3, 4} or channels not in {1, 3, 4} or 0 in x.shape[1:]:
         raise request.fault(
             path,
             f"x has shape {x.shape}; it must be [N, H, W] or [N, H, W, C] with 1, 3 or 4 channels",
         )
-    if x.dtype == np.uint8 or x.size == 0:
-        return 1.0
-    if x.dtype.kind != "f":
-        raise request.fault(path, f"x is {x.dtype}; save it as uint8 (0 .. 255) or float")
-    low, high = float(x.min()), float(x.max())
-    if not (low >= 0 and high <= 255):
+    if x.dtype not in (np.uint8, np.uint16) and x.dtype.kind != "f":
+        raise request.fault(path, f"x is {x.dtype}; save it as uint8, uint16 or float")
+
+
+def _range(path: Path, request: Request, x: NDArray[Any]) -> tuple[float, list[str]]:
+    """The value of white in `x`, and what there is to say of it. Raises DataError where nothing tells it."""
+    floats = x.dtype.kind == "f"
+    low, largest = (float(x.min()), float(x.max())) if x.size else (0.0, 255.0)
+    if not (low >= 0 and np.isfinite(largest)):
+        raise request.fault(
+            path, f"x lies in {low:g} .. {largest:g}; pixels must not be negative, NaN or infinite"
+        )
+    if request.pixel_max:
+        white: float | None = request.pixel_max
+    else:
+        white = 255.0 if x.dtype == np.uint8 else white_of(largest, floats=floats)
+    if white is None:
         raise request.fault(
             path,
-            f"x lies in {low:g} .. {high:g}; floats must lie in 0 .. 1 or 0 .. 255, without NaN",
+            f"x lies in {low:g} .. {largest:g}, and nothing says which value is white; floats are read as 0 .. 1 or "
+            f"0 .. 255, for others set pixel-max",
         )
-    return 255.0 if high <= 1 else 1.0
+    stated = bool(request.pixel_max)
+    return white, range_notes(white=white, largest=largest, stated=stated, floats=floats)
 
 
 def _label_names(

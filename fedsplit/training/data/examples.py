@@ -14,8 +14,9 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.core.class_names import EMPTY_WORDS, look_alikes, normal, whole_numbers
 from fedsplit.core.errors import ConfigError, DataError
-from fedsplit.core.foreign import MAX_CLASS_CHARS, MAX_CLASSES
+from fedsplit.core.foreign import MAX_CLASS_CHARS, MAX_CLASSES, printable
 
 Image = NDArray[np.uint8]
 Index = NDArray[np.int64]
@@ -56,6 +57,10 @@ class Request:
     max_samples: int = 0
     text_column: str = "text"
     label_column: str = "label"
+    pixel_max: float = 0.0
+    """The value of white in the source's images; 0: found out from all of them."""
+    leave_out_broken: bool = False
+    """Files that cannot be read are left out and told, and no fault."""
     listed: frozenset[str] | None = None
     """Paths of the files that were there at roll call: others are passed over unseen, those that are gone are no fault."""
 
@@ -67,7 +72,9 @@ class Request:
 
     def fault(self, where: object, problem: str) -> DataError:
         """The error for a fault in this site's data; `problem` ends with what to do."""
-        return DataError(f"site {self.site!r}: {where}: {problem}")
+        # A path may hold bytes that no terminal can show.
+        place = printable(where, limit=1000)
+        return DataError(f"site {self.site!r}: {place}: {problem}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +94,8 @@ class Examples:
     stands for itself. A group is never on two sites, nor in both training and test."""
     notes: tuple[str, ...] = ()
     """What reading guessed, left out or found odd, a sentence each; told at roll call and by `fedsplit data`."""
+    pixel_max: float = 0.0
+    """The value that was read as white; 0 for texts."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -108,6 +117,11 @@ class Examples:
     def origin(self, i: int) -> str:
         """Where sample `i` comes from, for error messages."""
         return self.items.origin(int(self.keys[i]))
+
+    def with_notes(self, items: Items, *, pixel_max: float, notes: Sequence[str]) -> Examples:
+        """The same samples, read as now known: `items` have the same order."""
+        told = tuple(dict.fromkeys((*self.notes, *notes)))
+        return replace(self, items=items, pixel_max=pixel_max, notes=told)
 
     def digests(self) -> Digests:
         """[N] uint64, of what the samples are made of. Reads them all. Raises DataError."""
@@ -148,6 +162,7 @@ def build(
     """
     if len(names) == 0:
         raise request.fault(where, "there is no sample in it; add labelled samples")
+    names, notes = _spelled(request, names, items)
     labels, classes = _number(request, names, items)
     if request.classes is None:
         _check_names(request, where, classes)
@@ -160,7 +175,31 @@ def build(
             where, "only one sample; training and testing need at least two, add more"
         )
     kept = None if groups is None else groups[keys]
-    return Examples(kind, labels[keys], classes, request.site, items, keys, kept)
+    return Examples(kind, labels[keys], classes, request.site, items, keys, kept, tuple(notes))
+
+
+def _spelled(
+    request: Request, names: Sequence[str], items: _HasOrigin
+) -> tuple[list[str], list[str]]:
+    """Label names in one spelling, and what there is to say of those that look alike."""
+    names = [normal(name) for name in names]
+    declared = request.classes or ()
+    notes = []
+    if not declared and (whole := whole_numbers(set(names))):
+        first = min(whole)
+        notes.append(f"labels such as {first!r} are read as {whole[first]!r}")
+        names = [whole.get(name, name) for name in names]
+    for i, name in enumerate(names):
+        if name.casefold() in EMPTY_WORDS and name not in declared:
+            raise request.fault(
+                items.origin(i),
+                f"the label is {name!r}, which stands for a label that is not there; label the sample, remove it, or name "
+                f"{name!r} in classes if it is a class",
+            )
+    for group in look_alikes(set(names)):
+        shown = ", ".join(repr(printable(name, limit=60)) for name in group)
+        notes.append(f"the classes {shown} look alike; if they are one, give them one name")
+    return names, notes
 
 
 def _number(
@@ -173,7 +212,7 @@ def _number(
                 items.origin(i), "the label is empty; label the sample or remove it"
             )
     classes = request.classes or tuple(sorted(set(names)))
-    number = {name: i for i, name in enumerate(classes)}
+    number = {normal(name): i for i, name in enumerate(classes)}
     labels = np.empty(len(names), dtype=np.int64)
     for i, name in enumerate(names):
         if name not in number:

@@ -1,32 +1,45 @@
 """Images from a folder with one folder a class, decoded one at a time when asked for.
 
-At load every file is opened and verified (headers, PNG checksums), not decoded; what only decoding shows
-raises later, with the same naming of site and file. `to_rgb` also serves hub.py. Called by source.py.
+At roll call every file is decoded once, several at a time, so that a broken one is named before training and the pixels'
+range is that of all files (pixels.py). What is passed over is told in notes. Called by source.py.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import struct
+import time
 import zlib
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from PIL import Image as Pillow
-from PIL import ImageOps
 
+from fedsplit.core.class_names import normal
+from fedsplit.core.cpus import usable_cpus
+from fedsplit.core.errors import DataError
+from fedsplit.core.foreign import printable
 from fedsplit.training.data.examples import Examples, Image, Request, build, digest_of
+from fedsplit.training.data.pixels import range_notes, read_pixels, to_bytes, white_of
 
 log = logging.getLogger(__name__)
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
+EXTENSIONS = (
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm", ".pnm",
+)  # fmt: skip
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 64 * 10**6
 """Decoded, that is 192 MB; a small file can claim much more (decompression bomb)."""
+_SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
+_SHOWN = 5
+_PROGRESS_S = 10.0
 
 # Pillow guesses the format from the content; only these decoders may run, never EPS with its Ghostscript.
-_FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM")
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _PILLOW_ERRORS = (
     OSError,
     SyntaxError,
@@ -46,12 +59,26 @@ _PILLOW_ERRORS = (
 )
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What decoding a file showed."""
+
+    fault: DataError | None = None
+    deep: bool = False
+    """Does the source's range decide what is white in it?"""
+    floats: bool = False
+    largest: float = 0.0
+    pages: int = 1
+
+
 @dataclass(frozen=True, eq=False)
 class FolderItems:
     """Image files on disk, none of them held in memory."""
 
     request: Request
     paths: list[str]
+    white: float = 0.0
+    """Value of white in files whose format does not say it; 0: there are none."""
 
     def get(self, i: int) -> Image:
         """Decode file `i`."""
@@ -59,7 +86,7 @@ class FolderItems:
         try:
             with Pillow.open(path, formats=_FORMATS) as image:
                 self._check_size(path, image)
-                return to_rgb(image)
+                return to_bytes(read_pixels(image), self.white)
         except _PILLOW_ERRORS as err:
             raise self._broken(path, err) from err
 
@@ -75,20 +102,29 @@ class FolderItems:
         except OSError as err:
             raise self._broken(str(path), err) from err
 
-    def verify(self, i: int) -> None:
-        """Check file `i` without decoding it. Raises DataError."""
+    def look(self, i: int) -> _Seen:
+        """Decode file `i` and say what it is like."""
         path = self.paths[i]
         try:
             size = Path(path).stat().st_size
             if size > MAX_FILE_BYTES:
-                raise self.request.fault(
-                    path, f"{size} bytes, more than the {MAX_FILE_BYTES} allowed; scale it down"
-                )
+                text = f"{size} bytes, more than the {MAX_FILE_BYTES} allowed; scale it down"
+                return _Seen(self.request.fault(path, text))
             with Pillow.open(path, formats=_FORMATS) as image:
                 self._check_size(path, image)
-                image.verify()
+                pages = int(getattr(image, "n_frames", 1))
+                pixels = read_pixels(image)
+            values = pixels.values
+            return _Seen(
+                deep=pixels.white == 0,
+                floats=values.dtype.kind == "f",
+                largest=float(values.max()),
+                pages=pages,
+            )
+        except DataError as err:
+            return _Seen(err)
         except _PILLOW_ERRORS as err:
-            raise self._broken(path, err) from err
+            return _Seen(self._broken(path, err))
 
     def _check_size(self, path: str, image: Pillow.Image) -> None:
         pixels = image.width * image.height
@@ -97,70 +133,235 @@ class FolderItems:
                 path, f"{pixels} pixels, more than the {MAX_PIXELS} allowed; scale it down"
             )
 
-    def _broken(self, path: str, err: BaseException) -> Exception:
+    def _broken(self, path: str, err: BaseException) -> DataError:
         if isinstance(err, Pillow.DecompressionBombError | Pillow.DecompressionBombWarning):
             return self.request.fault(
                 path, f"more pixels than the {MAX_PIXELS} allowed ({err}); scale it down"
             )
-        return self.request.fault(path, f"not a readable image ({err}); replace or remove the file")
+        return self.request.fault(
+            path, f"not a readable image ({printable(err, limit=200)}); replace or remove the file"
+        )
 
 
-def to_rgb(image: Pillow.Image) -> Image:
-    """Decode to uint8 [H, W, 3], upright; 16-bit greys keep their upper byte."""
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith("I;16"):
-        grey = (np.asarray(upright).astype(np.uint16) >> 8).astype(np.uint8)
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if upright.mode in {"I", "F"}:
-        raise ValueError(f"pixels of mode {upright.mode!r}; save it with 8 or 16 bits a channel")
-    return np.asarray(upright.convert("RGB"), dtype=np.uint8)
+@dataclass
+class _Found:
+    """The files of the class folders, and what was passed over."""
+
+    paths: list[str] = field(default_factory=list)
+    names: list[str] = field(default_factory=list)
+    other: Counter[str] = field(default_factory=Counter)
+    """Extension -> files that are not read."""
+    notes: list[str] = field(default_factory=list)
 
 
 def read_folder(path: Path, request: Request) -> Examples:
-    """Read `folder:PATH`; a class is a folder, hidden ones and other files are passed over. Raises DataError."""
-    paths: list[str] = []
-    names: list[str] = []
-    ignored = 0
-    for folder in _class_folders(path, request):
-        try:
-            files = sorted(f for f in folder.iterdir() if not f.name.startswith("."))
-        except OSError as err:
+    """Read `folder:PATH`; a class is a folder, what else lies there is told. Raises DataError."""
+    found = _Found()
+    for folder in _class_folders(path, request, found):
+        _add_class(folder, request, found)
+    _note_spellings(found)
+    if found.other:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.other.items()))
+        found.notes.append(
+            f"files that are not read, by extension: {printable(kinds)}; read are {' '.join(EXTENSIONS)}"
+        )
+    items = FolderItems(request, found.paths, request.pixel_max)
+    names = [normal(name) for name in found.names]
+    examples = build(request, path, "image", items=items, names=names)
+    if request.listed is not None:
+        # Looked at when it was listed, and its range told then.
+        return examples
+    return _checked(examples, items, names, request, path, found.notes)
+
+
+def _checked(
+    examples: Examples,
+    items: FolderItems,
+    names: list[str],
+    request: Request,
+    path: Path,
+    notes: list[str],
+) -> Examples:
+    """The examples with the range of all their files, without the broken ones where that is allowed."""
+    keys = [int(key) for key in examples.keys]
+    seen = dict(zip(keys, _look_at(items, keys), strict=True))
+    broken = {key: one.fault for key, one in seen.items() if one.fault is not None}
+    if broken:
+        first = next(iter(broken.values()))
+        shown = "; ".join(printable(items.paths[key], limit=200) for key in list(broken)[:_SHOWN])
+        more = f" and {len(broken) - _SHOWN} more" if len(broken) > _SHOWN else ""
+        if not request.leave_out_broken:
+            if len(broken) == 1:
+                raise first
             raise request.fault(
-                folder, f"cannot be read ({err.strerror}); check its rights"
-            ) from err
+                path,
+                f"{len(broken)} files cannot be read: {shown}{more}; the first says: {first}. Replace or remove them, or "
+                f"set broken-files=leave-out",
+            )
+        notes.append(
+            f"{len(broken)} broken files are left out (broken-files=leave-out): {shown}{more}"
+        )
+        good = [key for key in range(len(items.paths)) if key not in broken]
+        items = FolderItems(request, [items.paths[key] for key in good], items.white)
+        examples = build(request, path, "image", items=items, names=[names[key] for key in good])
+        seen = {place: seen[key] for place, key in enumerate(good) if key in seen}
+    several = [key for key, one in seen.items() if one.pages > 1]
+    if several:
+        notes.append(
+            f"{len(several)} files have more than one page or frame, of which the first alone is used, e.g. "
+            f"{printable(items.paths[several[0]], limit=150)}"
+        )
+    white, more_notes = _range(list(seen.values()), request, path)
+    items = FolderItems(request, items.paths, white)
+    return examples.with_notes(items, pixel_max=white or 255.0, notes=(*notes, *more_notes))
+
+
+def _look_at(items: FolderItems, keys: Sequence[int]) -> list[_Seen]:
+    """Decode files side by side; long work is told in the log."""
+    began = said = time.monotonic()
+    looks: list[_Seen] = []
+    with ThreadPoolExecutor(usable_cpus(), thread_name_prefix="fedsplit-decode") as pool:
+        for done, one in enumerate(pool.map(items.look, keys, chunksize=16), 1):
+            looks.append(one)
+            now = time.monotonic()
+            if now - said > _PROGRESS_S:
+                said, left = now, (now - began) / done * (len(keys) - done)
+                log.warning("%d of %d images are checked, about %.0f s left", done, len(keys), left)
+    return looks
+
+
+def _range(seen: Sequence[_Seen], request: Request, path: Path) -> tuple[float, list[str]]:
+    """White of the files whose format does not say it, 0 where there are none; what there is to say of it."""
+    good = [one for one in seen if one.fault is None]
+    deep = [one for one in good if one.deep]
+    largest = max((one.largest for one in deep or good), default=0.0)
+    floats = any(one.floats for one in deep)
+    if request.pixel_max:
+        return request.pixel_max, range_notes(
+            white=request.pixel_max, largest=largest, stated=True, floats=floats
+        )
+    if not deep:
+        return 0.0, range_notes(white=255.0, largest=largest, stated=False)
+    white = white_of(largest, floats=floats)
+    if white is None:
+        raise request.fault(
+            path,
+            f"pixels go up to {largest:g}, and nothing says which value is white; set pixel-max",
+        )
+    notes = range_notes(white=white, largest=largest, stated=False, floats=floats, deep=True)
+    dark = sum(one.largest < white / 8 for one in deep)
+    if dark:
+        notes.append(
+            f"{dark} of {len(deep)} such files stay below an eighth of that; if they have fewer bits, put them into a source "
+            f"of their own"
+        )
+    return white, notes
+
+
+def _add_class(folder: Path, request: Request, found: _Found) -> None:
+    try:
+        files = sorted(f for f in folder.iterdir() if not f.name.startswith("."))
         images = [str(f) for f in files if f.suffix.lower() in EXTENSIONS and f.is_file()]
-        if request.listed is not None:
-            images = [path for path in images if path in request.listed]
-        elif not images:
+        folders = [f for f in files if f.is_dir()]
+    except OSError as err:
+        raise request.fault(folder, f"cannot be read ({err.strerror}); check its rights") from err
+    if request.listed is not None:
+        images = [path for path in images if path in request.listed]
+    else:
+        _note_deeper(folder, folders, found)
+        if not images:
             raise request.fault(
                 folder,
                 f"the class folder has no image; add files ({', '.join(EXTENSIONS)}) or remove it",
             )
-        ignored += len(files) - len(images) if request.listed is None else 0
-        paths += images
-        names += [folder.name] * len(images)
-    if ignored:
-        log.warning("%s: passed over %d entries that are not images", path, ignored)
-    items = FolderItems(request, paths)
-    examples = build(request, path, "image", items=items, names=names)
-    for key in examples.keys:
-        items.verify(int(key))
-    return examples
+        known = {*images, *map(str, folders)}
+        found.other.update(f.suffix.lower() or "no extension" for f in files if str(f) not in known)
+    found.paths += images
+    found.names += [folder.name] * len(images)
 
 
-def _class_folders(path: Path, request: Request) -> list[Path]:
+def _note_deeper(folder: Path, folders: Sequence[Path], found: _Found) -> None:
+    """Images in folders below a class folder are not read; how many there are, and where, is told."""
+    for below in folders:
+        count = 0
+        for _, _, names in os.walk(below):
+            count += sum(Path(name).suffix.lower() in EXTENSIONS for name in names)
+        if count:
+            where = printable(f"{folder.name}/{below.name}", limit=120)
+            found.notes.append(
+                f"{count} images lie deeper, in {where}, and are not read; move them up one folder"
+            )
+
+
+def _note_spellings(found: _Found) -> None:
+    spelled: dict[str, set[str]] = {}
+    for name in set(found.names):
+        spelled.setdefault(normal(name), set()).add(name)
+    for name, ways in sorted(spelled.items()):
+        if len(ways) > 1:
+            found.notes.append(f"{len(ways)} folders are one class {printable(name, limit=60)!r}: their names differ in Unicode's form or in blanks alone")  # fmt: skip
+
+
+def _class_folders(path: Path, request: Request, found: _Found) -> list[Path]:
     if not path.is_dir():
         raise request.fault(path, "not a folder; give the folder that holds one folder a class")
     try:
         entries = sorted(p for p in path.iterdir() if not p.name.startswith("."))
+        folders = [p for p in entries if p.is_dir()]
     except OSError as err:
         raise request.fault(path, f"cannot be read ({err.strerror}); check its rights") from err
     if not entries:
         raise request.fault(path, "the folder is empty; add one folder of images a class")
-    folders = [p for p in entries if p.is_dir()]
     if not folders:
         raise request.fault(
             path,
             f"{len(entries)} files but no class folder; sort the images into one folder a class",
         )
+    for folder in folders:
+        _check_name(folder, request)
+    _check_splits(path, folders, request)
+    loose = [p.name for p in entries if p.suffix.lower() in EXTENSIONS and p not in folders]
+    if loose and request.listed is None:
+        shown = printable(", ".join(loose[:_SHOWN]), limit=150)
+        found.notes.append(
+            f"{len(loose)} images lie beside the class folders and are not read: {shown}; move them into a class folder"
+        )
     return folders
+
+
+def _check_name(folder: Path, request: Request) -> None:
+    """Raise DataError for a name whose bytes are no UTF-8."""
+    try:
+        folder.name.encode()
+    except UnicodeEncodeError as err:
+        raw = os.fsencode(folder.name)
+        meant = ""
+        for encoding in ("cp932", "euc_jp"):
+            try:
+                meant = f", in {encoding} they are {printable(raw.decode(encoding), limit=60)!r}"
+                break
+            except UnicodeDecodeError:
+                continue
+        raise request.fault(
+            folder, f"the bytes of the folder's name are not UTF-8{meant}; rename the folder"
+        ) from err
+
+
+def _check_splits(path: Path, folders: Sequence[Path], request: Request) -> None:
+    """Raise DataError where the folders are parts of a data set and no classes."""
+    names = {folder.name.lower() for folder in folders}
+    if len(names & _SPLITS) < 2 or names - _SPLITS:
+        return
+    inner = [f for f in folders if f.name.lower().startswith("train")]
+    try:
+        deeper = any(p.is_dir() for p in inner[0].iterdir()) if inner else False
+    except OSError:
+        deeper = False
+    cure = (
+        f"give {inner[0].name} alone (folder:{printable(inner[0])}), for each site splits its samples by itself"
+        if deeper
+        else "sort the images into one folder a class"
+    )
+    raise request.fault(
+        path, f"{', '.join(sorted(names))} are parts of a data set and no classes; {cure}"
+    )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedsplit.training.data.examples import Examples, Image, Kind, Request, build, digest_of
-from fedsplit.training.data.folder import to_rgb
+from fedsplit.training.data.pixels import read_pixels, to_bytes
 
 _SPLIT = "train"
 
@@ -30,7 +30,9 @@ class HubItems:
             value = self.table[i][self.column]
             if value is None:
                 raise ValueError("the value is missing")
-            return to_rgb(value) if self.kind == "image" else str(value)
+            if self.kind != "image":
+                return str(value)
+            return to_bytes(read_pixels(value), self.request.pixel_max)
         except (OSError, ValueError, SyntaxError) as err:
             raise self.request.fault(
                 self.origin(i), f"cannot be read ({err}); leave this row out of the data set"

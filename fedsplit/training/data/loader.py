@@ -52,7 +52,7 @@ class CachedTransform:
     """
 
     def __init__(self, transform: Transform, *, cache_bytes: int = CACHE_BYTES) -> None:
-        self._transform = transform
+        self.inner = transform
         self._room = cache_bytes
         self._kept: dict[tuple[Items, int], Prepared] = {}
         self._lock = threading.Lock()
@@ -62,7 +62,7 @@ class CachedTransform:
         names = [(examples.items, int(examples.keys[i])) for i in indices]
         found = [self._kept.get(name) for name in names]
         missing = [at for at, value in enumerate(found) if value is None]
-        fresh = self._transform.prepare(examples, [indices[at] for at in missing])
+        fresh = self.inner.prepare(examples, [indices[at] for at in missing])
         for at, value in zip(missing, fresh, strict=True):
             found[at] = value
             self._keep(names[at], value)
@@ -76,7 +76,7 @@ class CachedTransform:
 
     def assemble(self, prepared: Sequence[Prepared]) -> tuple[dict[str, torch.Tensor], Any]:
         """As the inner transform."""
-        return self._transform.assemble(prepared)
+        return self.inner.assemble(prepared)
 
     def collate(self, examples: Examples, indices: Sequence[int]) -> Batch:
         """A batch of the samples at `indices`."""

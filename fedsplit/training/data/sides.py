@@ -51,6 +51,8 @@ class Listed:
     """[N], or empty where samples are not files of their own."""
     stamps: NDArray[np.int64]
     """[N, 2], size and time of change of each file: where both are as they were it is not read for its digest."""
+    pixel_max: float = 0.0
+    """The value that was found to be white; 0 for texts."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ class Record:
             "classes": np.array(listed.classes, dtype=np.str_),
             "origins": np.array(listed.origins, dtype=np.str_),
             "stamps": listed.stamps,
+            "pixel_max": np.array(listed.pixel_max),
         }
         self._write(self._list_file(source, self.run), arrays)
         for old in self._lists(source)[:-LISTS_KEPT]:
@@ -145,7 +148,7 @@ class Record:
             return []
 
     def _list(self, path: Path) -> Listed | None:
-        names = ("digests", "sides", "labels", "classes", "origins", "stamps")
+        names = ("digests", "sides", "labels", "classes", "origins", "stamps", "pixel_max")
         kept = self._read(path, names)
         if kept is None:
             return None
@@ -156,6 +159,7 @@ class Record:
             classes=tuple(kept["classes"].tolist()),
             origins=tuple(kept["origins"].tolist()),
             stamps=kept["stamps"],
+            pixel_max=float(kept["pixel_max"]),
         )
 
     def _read(self, path: Path, names: tuple[str, ...]) -> dict[str, NDArray[Any]] | None:

@@ -33,16 +33,22 @@ def load_source(
     max_samples: int = 0,
     text_column: str = "text",
     label_column: str = "label",
+    pixel_max: float = 0.0,
+    leave_out_broken: bool = False,
     listed: frozenset[str] | None = None,
 ) -> Examples:
     """Read a site's labelled samples; images stay on disk until they are asked for.
 
     `classes` are the task's, in its order; without them the sorted names that occur. `max_samples` keeps a
-    fixed random choice of that many. `listed` are the paths of the only files to look at, where it is a folder. A relative PATH starts at the working directory, `~` is the home.
+    fixed random choice of that many. `pixel_max` is the value of white; 0: found out from all images. With
+    `leave_out_broken` files that cannot be read are left out and told. `listed` are the paths of the only files to look at,
+    where it is a folder. A relative PATH starts at the working directory, `~` is the home.
 
     Raises ConfigError for an unknown spec and DataError, naming site and file, for data that cannot be used.
     """
-    request = Request(site, classes, max_samples, text_column, label_column, listed)
+    request = Request(
+        site, classes, max_samples, text_column, label_column, pixel_max, leave_out_broken, listed
+    )
     name, _, argument = spec.partition(":")
     if spec == "digits":
         return read_digits(request)

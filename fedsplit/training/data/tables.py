@@ -1,7 +1,8 @@
 """Texts from CSV and JSON lines. A file is read whole, once, and any fault names its line.
 
-CSV: commas, UTF-8, the first line names the columns. A file of exactly two columns whose first line holds
-neither declared column name has no header and is read as `text,label`. Called by source.py.
+CSV: UTF-8, or UTF-16 with its mark; commas, or the semicolons or tabs that the first line shows; the first line names the
+columns. A file of exactly two columns whose first line holds neither declared column name, and whose label comes again
+below, has no header and is read as `text,label`. Called by source.py.
 """
 
 from __future__ import annotations
@@ -9,14 +10,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import logging
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedsplit.core.class_names import normal
 from fedsplit.training.data.examples import Examples, Request, build, digest_of
-
-log = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 256 * 2**20
 """Texts are held in memory, and a device has little of it."""
@@ -50,6 +50,7 @@ class _Table:
         self.request = request
         self.items = TextItems(path, [], [])
         self.names: list[str] = []
+        self.notes: list[str] = []
 
     def add(self, line: int, text: str, label: str) -> None:
         where = f"{self.items.path}:{line}"
@@ -64,37 +65,74 @@ class _Table:
         self.names.append(label.strip())
 
     def examples(self) -> Examples:
-        return build(self.request, self.items.path, "text", items=self.items, names=self.names)
+        examples = build(self.request, self.items.path, "text", items=self.items, names=self.names)
+        return examples.with_notes(self.items, pixel_max=0, notes=self.notes)
 
 
 def read_csv(path: Path, request: Request) -> Examples:
-    """Read `csv:PATH`. Raises DataError for a missing column, a malformed line or bytes that are not UTF-8."""
+    """Read `csv:PATH`. Raises DataError for a missing column, a malformed line or bytes that are no UTF-8."""
     table = _Table(request, path)
-    rows = _csv_rows(path, request)
-    first_line, first = next(rows, (1, []))
-    if not first:
+    delimiter, skipped, text = _dialect(_text(path, request, table.notes), table.notes)
+    rows = list(_csv_rows(path, request, text, delimiter, skipped))
+    if not rows:
         raise request.fault(path, "the file is empty; expected a header and labelled lines")
-    columns = _columns(path, request, first)
-    if columns is None:
-        log.warning("%s has no header; line %d is read as text,label", path, first_line)
-        table.add(first_line, first[0], first[1])
-    text_at, label_at = columns or (0, 1)
-    for line, row in rows:
+    (first_line, first), below = rows[0], rows[1:]
+    for line, row in below:
         if len(row) != len(first):
             raise request.fault(
                 f"{path}:{line}",
                 f"malformed CSV: {len(row)} columns where the first line has {len(first)}; "
                 "quote texts that contain commas",
             )
-        table.add(line, row[text_at], row[label_at])
+    columns = _columns(path, request, first, table.notes)
+    if columns is None:
+        _check_no_header(path, request, first_line, first, [row[1] for _, row in below])
+        table.notes.append(f"the file has no header: line {first_line} is read as text,label")
+        below, columns = rows, (0, 1)
+    for line, row in below:
+        table.add(line, row[columns[0]], row[columns[1]])
     return table.examples()
 
 
-def _csv_rows(path: Path, request: Request) -> Iterator[tuple[int, list[str]]]:
+def _check_no_header(
+    path: Path, request: Request, line: int, first: list[str], labels: list[str]
+) -> None:
+    """Raise DataError where a first line is rather names of columns than a sample: its label never comes again."""
+    label = normal(first[1])
+    if label in map(normal, labels) or label in map(normal, request.classes or ()):
+        return
+    raise request.fault(
+        f"{path}:{line}",
+        f"is this line a header or a sample? {label[:60]!r} is no label of any other line. If it is a header, set "
+        f"text-column={first[0].strip()[:60]} and label-column={label[:60]}; if it is a sample, put a line "
+        f"{request.text_column},{request.label_column} above it",
+    )
+
+
+def _dialect(text: str, notes: list[str]) -> tuple[str, int, str]:
+    """What separates columns, how many lines were skipped, and the text from the header on."""
+    first, _, rest = text.partition("\n")
+    told = re.fullmatch(r"sep=(.)", first.strip("\r"))
+    if told is not None:
+        if told[1] != ",":
+            notes.append(f"columns are separated by {told[1]!r}, as the file's first line says")
+        return told[1], 1, rest
+    if "," not in first:
+        for delimiter, name in (("\t", "tabs"), (";", "semicolons")):
+            if delimiter in first:
+                notes.append(f"columns are separated by {name}, as the first line shows")
+                return delimiter, 0, text
+    return ",", 0, text
+
+
+def _csv_rows(
+    path: Path, request: Request, text: str, delimiter: str, skipped: int
+) -> Iterator[tuple[int, list[str]]]:
     """Rows with the line that each starts on; blank lines are skipped."""
-    reader = csv.reader(io.StringIO(_text(path, request), newline=""), strict=True)
+    csv.field_size_limit(MAX_FILE_BYTES)  # of the process; csv's own is 128 KiB
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
     while True:
-        line = reader.line_num + 1
+        line = reader.line_num + 1 + skipped
         try:
             row = next(reader)
         except StopIteration:
@@ -107,21 +145,35 @@ def _csv_rows(path: Path, request: Request) -> Iterator[tuple[int, list[str]]]:
             yield line, row
 
 
-def _columns(path: Path, request: Request, first: list[str]) -> tuple[int, int] | None:
+def _columns(
+    path: Path, request: Request, first: list[str], notes: list[str]
+) -> tuple[int, int] | None:
     """Where text and label stand in a row, or None when the file has no header."""
-    names = [name.strip() for name in first]
-    wanted = (request.text_column, request.label_column)
+    names = [normal(name) for name in first]
+    wanted = (normal(request.text_column), normal(request.label_column))
+    lower = [name.casefold() for name in names]
+    if not set(wanted) & set(names) and all(lower.count(name.casefold()) == 1 for name in wanted):
+        found = [names[lower.index(name.casefold())] for name in wanted]
+        notes.append(
+            f"the columns {found[0]!r} and {found[1]!r} are read as {wanted[0]} and {wanted[1]}"
+        )
+        wanted = (found[0], found[1])
     missing = [name for name in wanted if name not in names]
+    for name in wanted:
+        if names.count(name) > 1:
+            raise request.fault(
+                path,
+                f"the header names {name!r} {names.count(name)} times; give each column its own name",
+            )
     if not missing:
         return names.index(wanted[0]), names.index(wanted[1])
     if len(missing) == 2 and len(first) == 2:
         return None
-    hint = "rename a column, or set text-column and label-column"
-    if len(first) == 1 and ";" in first[0]:
-        hint = "the file seems to be separated by ';', save it with commas"
     shown = [name[:40] for name in names[:30]]
     raise request.fault(
-        path, f"no column {' and no column '.join(map(repr, missing))} in {shown}; {hint}"
+        path,
+        f"no column {' and no column '.join(map(repr, missing))} in {shown}; set text-column and label-column, or rename a "
+        f"column",
     )
 
 
@@ -129,7 +181,7 @@ def read_jsonl(path: Path, request: Request) -> Examples:
     """Read `jsonl:PATH`, one object a line; labels are strings or whole numbers. Raises DataError."""
     table = _Table(request, path)
     # Not splitlines(): U+2028 and its like may stand inside a JSON string.
-    for line, content in enumerate(_text(path, request).split("\n"), start=1):
+    for line, content in enumerate(_text(path, request, table.notes).split("\n"), start=1):
         if not content.strip():
             continue
         where = f"{path}:{line}"
@@ -160,7 +212,11 @@ def _value(request: Request, where: str, row: dict[str, object], column: str) ->
     value = row[column]
     if value is None:
         return ""
-    if column == request.label_column and isinstance(value, int) and not isinstance(value, bool):
+    if (
+        column == request.label_column
+        and isinstance(value, int | float)
+        and not isinstance(value, bool)
+    ):
         return str(value)
     if not isinstance(value, str):
         raise request.fault(
@@ -175,8 +231,8 @@ def _value(request: Request, where: str, row: dict[str, object], column: str) ->
     return value
 
 
-def _text(path: Path, request: Request) -> str:
-    """The file's text; a byte order mark is dropped."""
+def _text(path: Path, request: Request, notes: list[str]) -> str:
+    """The file's text; a byte order mark is dropped, and what was guessed goes to the notes."""
     try:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
@@ -189,10 +245,29 @@ def _text(path: Path, request: Request) -> str:
         raise request.fault(
             path, f"cannot be read ({err.strerror}); check path and rights"
         ) from err
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        notes.append("the file is UTF-16, as its first bytes say")
+        encoding = "utf-16"
+    else:
+        encoding = "utf-8-sig"
     try:
-        return raw.decode("utf-8-sig")
+        return raw.decode(encoding)
     except UnicodeDecodeError as err:
         line = raw.count(b"\n", 0, err.start) + 1
         raise request.fault(
-            f"{path}:{line}", f"not UTF-8 (byte {raw[err.start]:#04x}); save the file as UTF-8"
+            f"{path}:{line}",
+            f'not UTF-8 (byte {raw[err.start]:#04x}); {_likely(raw)}save the file as UTF-8 (in Excel: "CSV UTF-8")',
         ) from err
+
+
+def _likely(raw: bytes) -> str:
+    """The encoding that a file which is no UTF-8 most likely has, if one of Japan's fits all of it."""
+    for encoding, name in (("cp932", "Shift_JIS (cp932)"), ("euc_jp", "EUC-JP")):
+        try:
+            text = raw.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        # Many bytes of other encodings are kanji or halfwidth letters here, few are kana.
+        if sum(0x3041 <= ord(c) <= 0x30FE for c in text) > 1:
+            return f"it looks like {name}; "
+    return ""

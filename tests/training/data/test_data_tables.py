@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedsplit.core.class_names import EMPTY_WORDS, normal
 from fedsplit.core.errors import DataError
 from fedsplit.training.data import Examples, load_source, tables
 
@@ -46,10 +47,10 @@ def test_csv_with_named_columns(read: Read) -> None:
     assert examples.text(1) == "belt"
 
 
-def test_csv_of_two_columns_without_header(read: Read, caplog: pytest.LogCaptureFixture) -> None:
-    examples = read("a.csv", "pump,leak\nbelt,tear\n")
+def test_csv_of_two_columns_without_header(read: Read) -> None:
+    examples = read("a.csv", "pump,leak\nbelt,tear\nseal,leak\n")
     assert [examples.text(0), examples.text(1)] == ["pump", "belt"]
-    assert "no header" in caplog.text
+    assert examples.notes == ("the file has no header: line 1 is read as text,label",)
 
 
 def test_a_one_sided_header_is_not_taken_for_a_sample(read: Read) -> None:
@@ -60,8 +61,9 @@ def test_a_one_sided_header_is_not_taken_for_a_sample(read: Read) -> None:
 
 
 def test_a_semicolon_file_is_recognised(read: Read) -> None:
-    with pytest.raises(DataError, match=r"'press-3'.*a\.csv.*separated by ';'"):
-        read("a.csv", "text;label\npump;leak\nbelt;tear\n")
+    examples = read("a.csv", "text;label\npump;leak\nbelt;tear\n")
+    assert examples.classes == ("leak", "tear")
+    assert examples.notes == ("columns are separated by semicolons, as the first line shows",)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,6 @@ def test_a_semicolon_file_is_recognised(read: Read) -> None:
         ('text,label\npump,leak\n"belt,tear\n', r"a\.csv:3: malformed CSV .*check its quotes"),
         ("text,label\npump,leak\nbelt, \n", r"a\.csv:3: the label is empty; label the sample"),
         ("text,label\n ,leak\n", r"a\.csv:2: the text is empty; fill it in"),
-        ("text,label\n" + "x" * 200_000 + ",leak\n", r"a\.csv:2: malformed CSV \(field larger"),
         (b"text,label\npump,leak\nb\xe4lt,tear\n", r"a\.csv:3: not UTF-8 \(byte 0xe4\); save"),
     ],
 )
@@ -174,15 +175,20 @@ def test_random_bytes_as_jsonl(read: Read, content: bytes) -> None:
 
 
 @FUZZ
-@given(st.lists(st.tuples(*[st.text(st.characters(codec="utf-8"), min_size=1)] * 2), min_size=2))
+@given(
+    st.lists(
+        st.tuples(*[st.text(st.characters(codec="utf-8"), min_size=1, max_size=60)] * 2), min_size=2
+    )
+)
 def test_what_json_writes_is_read_back(read: Read, rows: list[tuple[str, str]]) -> None:
-    rows = [(text, label) for text, label in rows if text.strip() and label.strip()]
+    rows = [(text, label) for text, label in rows if text.strip() and normal(label)]
+    rows = [row for row in rows if normal(row[1]).casefold() not in EMPTY_WORDS]
     if len(rows) < 2:
         return
     content = "\n".join(json.dumps({"text": text, "label": label}) for text, label in rows)
     examples = read("a.jsonl", content)
     got = [(examples.text(i), examples.classes[examples.labels[i]]) for i in range(len(examples))]
-    assert got == [(text, label.strip()) for text, label in rows]
+    assert got == [(text, normal(label)) for text, label in rows]
 
 
 def test_real_work_orders(shared: Callable[[str], Path]) -> None:

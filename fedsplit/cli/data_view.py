@@ -1,0 +1,80 @@
+"""A survey of a source as tables in the terminal. Called by data.py."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fedsplit.core.foreign import printable
+from fedsplit.experiment.survey import Survey
+
+_CLASSES_SHOWN = 40
+
+
+def shown(found: Survey) -> RenderableType:
+    """Everything there is to say, the notes last, where they are read."""
+    parts: list[RenderableType] = [
+        Text(
+            f"{printable(found.source)}: {sum(found.classes.values()):,} {found.kind}s in {len(found.classes)} classes",
+            style="bold",
+        ),
+        "",
+        _classes(found),
+        "",
+        _facts(found),
+    ]
+    if found.notes:
+        notes = Table(
+            title="Notes", title_justify="left", title_style="bold", box=None, show_header=False
+        )
+        notes.add_column(overflow="fold")
+        for note in found.notes:
+            notes.add_row(Text(f"- {note}"))
+        parts += ["", notes]
+    if found.sheet:
+        parts += ["", f"Contact sheet: {found.sheet}"]
+    return Group(*parts)
+
+
+def _classes(found: Survey) -> Table:
+    table = Table(box=None, header_style="dim")
+    table.add_column("Class", overflow="fold")
+    for column in ("Samples", "Train", "Test"):
+        table.add_column(column, justify="right")
+    for name in list(found.classes)[:_CLASSES_SHOWN]:
+        table.add_row(
+            Text(printable(name, limit=80)),
+            f"{found.classes[name]:,}",
+            f"{found.train[name]:,}",
+            f"{found.test[name]:,}",
+        )
+    if len(found.classes) > _CLASSES_SHOWN:
+        table.add_row(f"and {len(found.classes) - _CLASSES_SHOWN} more", "", "", "")
+    return table
+
+
+def _facts(found: Survey) -> Table:
+    table = Table(box=None, show_header=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    if found.kind == "image":
+        sizes = [f"{size} ({count})" for size, count in list(found.sizes.items())[:8]]
+        more = len(found.sizes) - len(sizes)
+        table.add_row("Sizes", ", ".join(sizes) + (f" and {more} others" if more else ""))
+        table.add_row("Black to white", f"0 to {found.pixel_max:g}")
+    if found.characters is not None:
+        least, median, most = found.characters
+        table.add_row("Characters", f"{least} to {most}, median {median}")
+    if found.tokens is not None:
+        least, median, most = found.tokens.lengths
+        table.add_row(
+            "Tokens",
+            f"{least} to {most}, median {median}; cut at {found.tokens.limit}: {found.tokens.cut}",
+        )
+        table.add_row("Unknown tokens", f"{100 * found.tokens.unknown:.1f} %")
+    table.add_row(
+        "Doubles",
+        f"{found.doubles_within} within their class, {found.doubles_across} under several classes",
+    )
+    return table

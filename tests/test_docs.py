@@ -9,11 +9,14 @@ import tomllib
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 import typer
+from PIL import Image
 
 from fedsplit.cli.main import app
-from fedsplit.core.config import RunConfig
+from fedsplit.cli.request import prepare
+from fedsplit.core.config import RunConfig, parse_set
 from fedsplit.training.site_data import NODE_KEYS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -205,3 +208,43 @@ def test_the_licence_is_the_declared_one() -> None:
     text = (ROOT / "LICENSE").read_text(encoding="utf-8")
     assert "Apache License" in text
     assert "Version 2.0, January 2004" in text
+
+
+@pytest.mark.parametrize("backbone", ["bundled", "four blocks"])
+@pytest.mark.parametrize("page", ["README.md", "docs/how-to/choose-a-method.md"])
+def test_recommended_commands_could_start(
+    page: str,
+    backbone: str,
+    tiny: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Up to the moment before Flower starts, on any backbone, with a folder of images in place of PATH."""
+    for i in range(24):
+        file = tmp_path / "pictures" / "ab"[i % 2] / f"{i}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(file)
+    stands_for = {
+        "DIR": str(tiny["vit"]) if backbone == "four blocks" else "vit-glyphs",
+        "PATH": str(tmp_path / "pictures"),
+        "NAME": "surface",
+    }
+    monkeypatch.chdir(tmp_path)
+    calls = [
+        words
+        for words in commands((ROOT / page).read_text(encoding="utf-8"), "fedsplit")
+        if words[:2] == ["run", "--set"] and "..." not in words
+    ]
+    assert calls
+    for words in calls:
+        pairs = [
+            re.sub(r"\b(DIR|PATH|NAME)\b", lambda m: stands_for[m[0]], value)
+            for option, value in itertools.pairwise(words)
+            if option == "--set"
+        ]
+        request = prepare(parse_set(pairs), app=ROOT)
+        assert request.config.recipe, f"{words}: a recommended command names a recipe"
+        assert request.told
+        # Told before anything starts, on a backbone that has never seen such images, and on no other.
+        assert bool(request.warnings) == (backbone == "bundled")

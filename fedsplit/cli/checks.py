@@ -17,20 +17,22 @@ from fedsplit.core.errors import BackboneError, ConfigError, DataError, Fedsplit
 Look = Callable[[], None]
 
 
-def check_here(config: RunConfig) -> None:
-    """Raise what is wrong: the one error itself, or a ConfigError that lists several."""
+def check_here(config: RunConfig) -> list[str]:
+    """What should be known before a run that may start. Raises what is wrong: the one error, or a ConfigError that lists several."""
+    warnings: list[str] = []
     faults: list[FedsplitError] = []
     for look in (_backbone, _runs_dir, _encoder):
         _try(lambda look=look: look(config), faults)  # type: ignore[misc]
     if not any(isinstance(fault, BackboneError) for fault in faults):
         for name in config.sources:
-            _try(lambda name=name: _task(config.of_task(name)), faults)  # type: ignore[misc]
+            _try(lambda name=name: warnings.extend(_task(config.of_task(name))), faults)  # type: ignore[misc]
     texts = list(dict.fromkeys(str(fault) for fault in faults))
     if len(texts) > 1:
         lines = "".join(f"\n  - {text}" for text in texts)
         raise ConfigError(f"{len(texts)} faults, and nothing was started:{lines}")
     if faults:
         raise faults[0]
+    return list(dict.fromkeys(warnings))
 
 
 def _try(look: Look, faults: list[FedsplitError]) -> None:
@@ -47,6 +49,7 @@ def _backbone(config: RunConfig) -> None:
     from fedsplit.model.probe import check_backbone
 
     backbone = Backbone.find(config.backbone)
+    config = config.fitted(backbone.blocks, sites=config.sites)
     config.check_blocks(backbone.blocks)
     check_backbone(backbone, image_size=config.image_size)
     spec = ModuleSpec.of(config, config.class_names or ("a", "b"))
@@ -56,19 +59,21 @@ def _backbone(config: RunConfig) -> None:
         module.load_exported(Path(config.start_module), backbone)
 
 
-def _task(config: RunConfig) -> None:
-    """Read, deal and split one task's data as its first site will."""
+def _task(config: RunConfig) -> tuple[str, ...]:
+    """Read, deal and split one task's data as its first site will. Gives what is odd about images and backbone."""
     from fedsplit.model.backbone import Backbone
+    from fedsplit.training.familiar import unfamiliar
     from fedsplit.training.site_data import EVERY_SITE, SiteSettings, forget, open_site
 
     number = min(config.holders.get(config.task, {0}))
     node = {"partition-id": number, "num-partitions": config.sites}
     site = SiteSettings.from_node(node, node_id=0).for_task(config)
     if site is None:
-        return
+        return ()
     try:
-        own = open_site(config, site, Backbone.find(config.backbone), config.class_names)
-        classes = own.examples.classes
+        backbone = Backbone.find(config.backbone)
+        own = open_site(config, site, backbone, config.class_names)
+        classes, odd = own.examples.classes, unfamiliar(backbone, own.examples)
     except (ConfigError, DataError) as err:
         # No site has met it yet: the fault is the source's.
         text = str(err)
@@ -82,6 +87,7 @@ def _task(config: RunConfig) -> None:
             f"data={config.data} has one class, {classes[0]!r}; two or more are wanted: one folder a class, or "
             f"one label a class"
         )
+    return odd
 
 
 def _runs_dir(config: RunConfig) -> None:

@@ -33,8 +33,10 @@ six blocks to the server, 6,6 none, and "Sent" shows what that costs. A site
 alone does well on its own few digits and badly on everyone's: hence together.
 The classifier began at zero, to show training; your own runs begin with one
 solved from sums of the sites' features (classifier-init=ridge).
-Next, your own images, one folder a class:
-  fedsplit run --set data=folder:PATH --set task=NAME"""
+Next, your own images, one folder a class, on a backbone that has seen
+images like yours (docs/how-to/own-data.md tells how to get one):
+  fedsplit run --set recipe=shared --set backbone=DIR \\
+      --set data=folder:PATH --set task=NAME"""
 
 
 def demo(app: AppOption = None, as_json: JsonFlag = False) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
 from fedsplit.cli.appdir import AppDir, Flat, find_app
+from fedsplit.core import recipes
 from fedsplit.core.config import RESUME_KEYS, RunConfig
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.foreign import read_json
@@ -31,6 +32,10 @@ class RunRequest:
     config: RunConfig
     overrides: Flat
     """What differs from the app's own settings: all that Flower needs to be told."""
+    told: tuple[str, ...] = ()
+    """What the recipe chose, a line each."""
+    warnings: tuple[str, ...] = ()
+    """What should be known before a run that may start."""
     superlink: str | None
     """The user's own SuperLink connection; None: one is started for this run."""
 
@@ -65,17 +70,42 @@ def prepare(
         merged["run-name"] = _fresh_name(
             "tasks" if merged.get("tasks") else str(merged.get("task", "run"))
         )
+    if resume is None and "recipe-keeps" not in settings:
+        recipe = str(merged.get("recipe", ""))
+        if keeps := recipes.given(recipe, settings, RunConfig.defaults()):
+            merged["recipe-keeps"] = keeps
     config = RunConfig.from_flat(merged)
     overrides = {k: v for k, v in merged.items() if found.config.get(k) != v}
     _check_keys(found, overrides)
-    request = RunRequest(app=found, config=config, overrides=overrides, superlink=superlink)
+    request = RunRequest(
+        app=found,
+        config=config,
+        overrides=overrides,
+        told=_recipe_told(config),
+        superlink=superlink,
+    )
     if local:
         _check_folder(request)
         # Local runs read the same files as Flower's processes will.
         from fedsplit.cli.checks import check_here
 
-        check_here(config)
+        request = replace(request, warnings=tuple(check_here(config)))
     return request
+
+
+def _recipe_told(config: RunConfig) -> tuple[str, ...]:
+    """What the recipe chooses as far as this machine knows the backbone; the server has the last word and logs it."""
+    from fedsplit.core.errors import BackboneError
+    from fedsplit.model.backbone import Backbone
+
+    if not config.recipe or config.resume:
+        return ()
+    try:
+        backbone = Backbone.find(config.backbone)
+    except BackboneError:
+        return (f"the server adapts it to backbone={config.backbone} and logs what it chose",)
+    of = {"sites": config.sites}
+    return tuple(config.fitted(backbone.blocks, **of).recipe_told(backbone.blocks, **of))
 
 
 def _check_folder(request: RunRequest) -> None:

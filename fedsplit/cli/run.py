@@ -59,6 +59,12 @@ def run(
 
 def run_request(request: Any, out: Output) -> int:
     """Execute a request, show its results, and return the exit code."""
+    for warning in request.warnings:
+        out.note(f"warning: {warning}")
+    if request.told:
+        out.note(f"recipe {request.config.recipe}:")
+        for line in request.told:
+            out.note(f"  {line}")
     from fedsplit.cli.execute import execute
     from fedsplit.cli.follow import Progress
     from fedsplit.core.records import TasksSummary

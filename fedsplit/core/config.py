@@ -21,6 +21,7 @@ from pydantic import (
     model_validator,
 )
 
+from fedsplit.core import recipes
 from fedsplit.core.contradictions import contradictions
 from fedsplit.core.cut import Cut, parse_cuts
 from fedsplit.core.errors import ConfigError
@@ -73,6 +74,10 @@ class RunConfig(BaseModel):
     """What a site with image files that cannot be read does: takes no part and names them, or goes on without them."""
     cut: str = "1,5"
     """"a,b", or several, "a,b;c,d", dealt to the sites in turn; a site's node config overrides."""
+    recipe: Literal["", "closed-form", "shared", "shared-full", "tail", "personal"] = ""
+    """Recommended settings, adapted to the backbone and the sites; docs/how-to/choose-a-method.md says which. What else is given wins."""
+    recipe_keeps: str = ""
+    """Keys, comma-separated, that were given though they are at their defaults, so that a recipe leaves them; `fedsplit run` writes them."""
     method: str = "fedv"
     """A name for several of the keys below at once; docs/reference/methods.md lists them."""
     module: Literal["lora", "prompt", "adapter", "classifier", "full"] = "lora"
@@ -361,6 +366,23 @@ class RunConfig(BaseModel):
             return (Cut(blocks, blocks),)
         return self.cuts
 
+    def fitted(self, blocks: int, *, sites: int = 0, samples: int = 0) -> RunConfig:
+        """With what its recipe adapts to a backbone, to the number of sites and their samples in all; 0: not known yet.
+
+        Raises ConfigError where the outcome contradicts itself.
+        """
+        if not self.recipe:
+            return self
+        found = recipes.fitted(self, blocks=blocks, sites=sites, samples=samples)
+        return type(self).from_flat(self.flat() | recipes.changes(self, found))
+
+    def recipe_told(self, blocks: int, *, sites: int = 0, samples: int = 0) -> list[str]:
+        """What the recipe chose and what it left as given, a line each; empty without one. For a fitted config."""
+        if not self.recipe:
+            return []
+        found = recipes.fitted(self, blocks=blocks, sites=sites, samples=samples)
+        return recipes.told(self, found)
+
     def check_blocks(self, blocks: int) -> None:
         """Raise one ConfigError with every setting that does not fit a backbone of `blocks` blocks."""
         if faults := misfits(self, blocks):
@@ -422,7 +444,9 @@ class RunConfig(BaseModel):
         """Read Flower's flat kebab-case keys. Raises one ConfigError that lists every fault."""
         known = set(cls.keys())
         faults = [unknown(key, known) for key in flat if key not in known]
-        settled, more = apply({k: v for k, v in flat.items() if k in known}, cls.defaults())
+        defaults = cls.defaults()
+        with_recipe = recipes.apply({k: v for k, v in flat.items() if k in known}, defaults)
+        settled, more = apply(with_recipe, defaults)
         faults += more
         try:
             config = cls(**settled)  # type: ignore[arg-type]

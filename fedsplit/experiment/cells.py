@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedsplit import __version__
+from fedsplit.core import recipes
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import ConfigError, FedsplitError
 from fedsplit.core.names import is_name, normalised
@@ -175,6 +176,9 @@ class CellMaker:
         fixed: Settings = {"seed": place.seed, "runs-dir": str(self._runs)}
         fixed |= {"deadline-s": flat.get("deadline-s", _PATIENT_S)}
         config = None
+        kept = recipes.given(str(known.get("recipe", "")), known, RunConfig.defaults())
+        if kept:
+            fixed["recipe-keeps"] = kept
         try:
             config = RunConfig.from_flat(known | fixed)
         except ConfigError as err:

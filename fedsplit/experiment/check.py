@@ -48,6 +48,12 @@ def fits(config: RunConfig) -> list[str]:
         return [
             "tasks and task-holders: a run of a grid has one task; use [[problems]] or fedsplit run"
         ]
+    try:
+        config = config.fitted(Backbone.find(config.backbone).blocks)
+    except BackboneError:
+        pass  # told by _model_faults
+    except ConfigError as err:
+        return faults_of(err)
     # Neither decides whether a model fits, so seeds and partitions share one look.
     shape = config.model_copy(
         update={"seed": 0, "run_name": "", "runs_dir": "", "partition": "iid", "sites": 1}
@@ -60,10 +66,13 @@ def _model_faults(config: RunConfig) -> tuple[str, ...]:
     try:
         backbone = Backbone.find(config.backbone)
         spec = ModuleSpec.of(config, config.class_names or ("a", "b"))
-        check_backbone(backbone, image_size=config.image_size)
         faults = module.spec_faults(backbone, spec)
     except (BackboneError, ConfigError) as err:
         return tuple(faults_of(err))
+    try:
+        check_backbone(backbone, image_size=config.image_size)
+    except BackboneError as err:
+        faults += faults_of(err)
     try:
         config.check_blocks(backbone.blocks)
     except ConfigError as err:

@@ -70,6 +70,7 @@ class Run:
         self.endpoint = endpoint
         self.simulated = simulated
         self.backbone = Backbone.find(config.backbone)
+        config = self.config = config.fitted(self.backbone.blocks)
         config.check_blocks(self.backbone.blocks)
         check_backbone(self.backbone, image_size=config.image_size)
         runs = Path(config.runs_dir)
@@ -132,6 +133,7 @@ class Run:
         attendance = self._roll_call(question)
         sites = attendance.sites
         classes = self._saved_classes() if goes_on else None
+        self._fit(sites)
         classes = classes or self._classes(sites, start)
         spec = ModuleSpec.of(self.config, classes)
         self._write_config(classes, sites)
@@ -188,6 +190,14 @@ class Run:
             ledger=self.ledger,
             on_update=_log.info,
         )
+
+    def _fit(self, sites: Sequence[Site]) -> None:
+        """Settle and tell what a recipe leaves to the number of sites and their samples."""
+        blocks, samples = self.backbone.blocks, sum(site.call.samples for site in sites)
+        self.config = self.config.fitted(blocks, sites=len(sites), samples=samples)
+        self.ledger.config = self.config
+        for line in self.config.recipe_told(blocks, sites=len(sites), samples=samples):
+            _log.info("recipe %s: %s", self.config.recipe, line)
 
     def _solves(self, start: StartModule | None, classes: tuple[str, ...]) -> bool:
         """Is there a row of the classifier to find in closed form? A start-module's own rows are kept."""

@@ -50,7 +50,7 @@ class TaskRuns:
         self.config = config
         backbone = Backbone.find(config.backbone)
         # Before the folder is made: then the run's name is not taken by what could never begin.
-        config.check_blocks(backbone.blocks)
+        config.fitted(backbone.blocks).check_blocks(backbone.blocks)
         runs = Path(config.runs_dir)
         if config.resume:
             self.dir = RunDir.reopen(runs, config.resume)

@@ -33,6 +33,7 @@ from fedsplit.training.data import (
 )
 from fedsplit.training.data.sides import Record
 from fedsplit.training.data.text_notes import text_facts, text_notes
+from fedsplit.training.familiar import unfamiliar
 from fedsplit.training.own_data import Own, open_own, without_test
 
 NodeConfig = Mapping[str, str | int | float | bool]
@@ -285,7 +286,8 @@ def _open(
         )
     transform = _transform(backbone, config.image_size, config.max_length, config.data)
     named = replace(examples, site=site.name)
-    return SiteData(named, train, test, everywhere, transform, notes=(*notes, *backbone.notes))
+    notes = (*unfamiliar(backbone, named), *notes, *backbone.notes)
+    return SiteData(named, train, test, everywhere, transform, notes=notes)
 
 
 def _open_own(

@@ -94,3 +94,20 @@ def test_resume_names_the_runs_there_are(echo_app: Path, tmp_path: Path) -> None
 )
 def test_toml_reads_back_what_was_written(flat: dict[str, str | int | float | bool]) -> None:
     assert tomllib.loads(to_toml(flat)) == flat
+
+
+def test_a_recipe_is_told_and_what_was_given_goes_along(echo_app: Path) -> None:
+    request = prepare({"recipe": "shared", "rounds": 5, "sites": 4}, app=echo_app)
+    assert "lora-learning-rate=0.006 (0.0015 a step, for 4 sites)" in request.told
+    assert request.told[-1].startswith("rounds=5, as given; the recipe has 4 to 16")
+    # 5 is the default: Flower could not tell that it was given.
+    assert request.overrides["recipe-keeps"] == "rounds"
+    assert "cut" not in request.overrides
+    assert prepare({"rounds": 5}, app=echo_app).told == ()
+
+
+def test_on_another_machine_the_server_has_the_last_word(echo_app: Path) -> None:
+    request = prepare(
+        {"recipe": "shared", "backbone": "/nowhere/vit"}, app=echo_app, superlink="prod"
+    )
+    assert request.told == ("the server adapts it to backbone=/nowhere/vit and logs what it chose",)

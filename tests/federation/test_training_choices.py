@@ -323,3 +323,28 @@ def test_the_encoder_alone_may_train(tmp_path: Path, method: str) -> None:
     if method == "fedv":
         _, whole, _ = trained(tmp_path / "b", cut="6,6", lora_learning_rate=0.1, **fixed)
         close(split, whole, 1e-5)
+
+
+def test_a_recipe_is_settled_at_roll_call_and_kept(tmp_path: Path) -> None:
+    from fedsplit.federation.server import settle
+    from tests.federation.conftest import prepared, settings
+
+    flat = {
+        "recipe": "shared",
+        "cut": "1,5",
+        "rounds": 2,
+        "max_samples": 60,
+        "classifier_init": "ridge",
+    }
+    with prepared(settings(tmp_path, **flat), simulated(3)) as (run, _):
+        summary = run.go()
+    saved = run.dir.read_config()["config"]
+    assert summary.outcome == "complete"
+    assert [site.cut for site in summary.sites] == ["0,6"] * 3
+    assert saved["recipe"] == "shared"
+    assert saved["lora-learning-rate"] == 0.0045
+    assert (saved["rounds"], summary.rounds) == (2, 2)
+    # As it was settled it goes on, whoever answers then.
+    again = settle(settings(tmp_path, run_name="", resume="run"))
+    assert again.lora_learning_rate == 0.0045
+    assert again.cut == "0,6"

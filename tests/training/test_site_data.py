@@ -470,3 +470,19 @@ def test_free_text_is_no_class(kind: str, tmp_path: Path, tiny: dict[str, Path])
         open_text(settings(site="a", data=f"csv:{path}"), tiny)
     assert "night shift" not in str(caught.value)
     assert "label-column" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "odd"), [((8, 8), False), ((32, 32), False), ((32, 32, 3), True), ((40, 40), True)]
+)
+def test_images_that_the_bundled_backbone_does_not_know_are_told(
+    shape: tuple[int, ...], odd: bool, tmp_path: Path, vit: Backbone
+) -> None:
+    draw = np.random.default_rng(0)
+    images = draw.integers(0, 255, (40, *shape), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", x=images, y=np.arange(40) % 2)
+    run = config(data=f"npz:{tmp_path / 'x.npz'}")
+    bundled = open_site(run, dealt(0), Backbone.find("vit-glyphs"), ("0", "1"))
+    assert any("knows small grey signs" in note for note in bundled.notes) == odd
+    other = open_site(run, dealt(0), vit, ("0", "1"))
+    assert not any("grey signs" in note for note in other.notes)

@@ -1,0 +1,177 @@
+"""Recipes: the recommended settings under one name, adapted to the backbone and the sites. Called by config.py alone.
+
+A recipe has settings that never change, which are applied when settings are read, and some that depend on what is only
+known later: the cut on the backbone's blocks, the rate of a shared encoder on the number of sites, its rounds on their
+samples. Those are fitted by `RunConfig.fitted`, by the command line to show them and by the server to run by them.
+What was given wins: it differs from the default or is named in `recipe-keeps`. docs/how-to/choose-a-method.md says
+when to take which, and docs/results.md where the numbers come from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fedsplit.core.methods import METHODS, Value
+
+if TYPE_CHECKING:
+    from fedsplit.core.config import RunConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One recipe."""
+
+    summary: str
+    """What it is for, in a sentence or two."""
+    sets: Mapping[str, Value]
+    """Key -> value, on every backbone and for all sites; `method` among them."""
+    tail_of: int = 0
+    """The device runs the last one of so many parts of the blocks, the server the rest; 0: the server runs all."""
+    every_block: bool = False
+    """The module is of every block, which leaves the embeddings out of a full one."""
+    step_rate: float = 0.0
+    """`lora-learning-rate` of one step. A site's step counts by its share of the samples, so times the number of sites."""
+    steps: int = 0
+    """Steps of all sites in the whole run, which settle the rounds."""
+
+
+# From docs/results: 20 sites, batches of 8, rates of 0.03 and 0.003, 8 rounds of some 60 steps.
+_STEPS, _FEWEST_ROUNDS, _MOST_ROUNDS = 480, 4, 16
+_SHARED: Mapping[str, Value] = {
+    "encoder-training": "shared",
+    "classifier-init": "ridge",
+    "classifier-training": "fixed",
+    "batch-size": 8,
+}
+
+RECIPES: dict[str, Recipe] = {
+    "closed-form": Recipe(
+        summary="One round of ridge regression on frozen features: what they are worth. Nothing is trained.",
+        sets={"method": "closed-form"},
+    ),
+    "shared": Recipe(
+        summary=(
+            "One encoder at the server, its LoRA stepped by the gradients of all sites in turn, below a fixed ridge "
+            "classifier. The device holds embeddings and classifier; gradients go up."
+        ),
+        sets={"method": "fedv", "module": "lora", **_SHARED},
+        step_rate=0.0015,
+        steps=_STEPS,
+    ),
+    "shared-full": Recipe(
+        summary="The same with all weights of the encoder: for tasks and texts that the backbone knows little of.",
+        sets={"method": "fedv", "module": "full", **_SHARED},
+        every_block=True,
+        step_rate=0.00015,
+        steps=_STEPS,
+    ),
+    "tail": Recipe(
+        summary=(
+            "The device trains LoRA of the last sixth of the blocks and the classifier from a ridge start. The encoder is "
+            "frozen, its answers are kept at the site, and no gradient leaves it."
+        ),
+        sets={
+            "method": "fedv",
+            "classifier-init": "ridge",
+            "loss": "balanced-softmax",
+            "cache-activations": True,
+            "batch-size": 8,
+            "learning-rate": 0.003,
+            "lora-learning-rate": 0.003,
+            "rounds": 8,
+        },
+        tail_of=6,
+    ),
+    "personal": Recipe(
+        summary="As shared, and beside the common classifier each site keeps one of its own: where sites differ.",
+        sets={"method": "fed-rod", "module": "lora", **_SHARED},
+        step_rate=0.0015,
+        steps=_STEPS,
+    ),
+}  # fmt: skip
+
+
+def apply(flat: Mapping[str, Value], defaults: Mapping[str, Value]) -> dict[str, Value]:
+    """The settings with what their recipe sets on any backbone, where it was not given."""
+    recipe = RECIPES.get(str(flat.get("recipe", "")))
+    if recipe is None:
+        return dict(flat)
+    settled = dict(flat)
+    for key, value in recipe.sets.items():
+        if _open(flat, defaults, key):
+            settled[key] = value
+    method = METHODS.get(str(settled["method"]))
+    if method is not None and settled["method"] != recipe.sets["method"]:
+        # A method that was given is taken as it is.
+        for key in recipe.sets.keys() & (method.fixes.keys() | method.one_of.keys()):
+            settled[key] = flat.get(key, defaults[key])
+    return settled
+
+
+def fitted(
+    config: RunConfig, *, blocks: int, sites: int, samples: int
+) -> dict[str, tuple[Value, str]]:
+    """Key -> (value, why) of what the config's recipe adapts, as far as it is known; 0 stands for not known."""
+    recipe, found = RECIPES[config.recipe], dict[str, tuple[Value, str]]()
+    trains = max(config.selected(sites), 1) if sites else 0
+    if config.method_description.placement != "device":
+        b = blocks - max(1, round(blocks / recipe.tail_of)) if recipe.tail_of else blocks
+        found["cut"] = f"0,{b}", f"{b} of the backbone's {blocks} blocks at the server"
+    if recipe.every_block:
+        found["module-blocks"] = blocks, "every block, without the embeddings"
+    if config.encoder_training != "shared":
+        return found  # what follows is of one copy that all sites step
+    if recipe.step_rate and trains:
+        rate = float(f"{recipe.step_rate * trains:.6g}")
+        found["lora-learning-rate"] = rate, f"{recipe.step_rate:g} a step, for {trains} sites"
+    if recipe.steps and samples:
+        steps = max(1, samples * trains // max(sites, 1) // config.batch_size)
+        rounds = min(max(round(recipe.steps / steps), _FEWEST_ROUNDS), _MOST_ROUNDS)
+        found["rounds"] = rounds, f"about {steps} steps a round"
+    return found
+
+
+def changes(config: RunConfig, found: Mapping[str, tuple[Value, str]]) -> dict[str, Value]:
+    """Those of the fitted values that nobody has given."""
+    flat, defaults = config.flat(), type(config).defaults()
+    return {key: value for key, (value, _) in found.items() if _open(flat, defaults, key)}
+
+
+def told(config: RunConfig, found: Mapping[str, tuple[Value, str]]) -> list[str]:
+    """What the recipe of a fitted config chose and what it left as given, a line each."""
+    recipe, flat = RECIPES[config.recipe], config.flat()
+    wanted = {key: (value, "") for key, value in recipe.sets.items()} | dict(found)
+    lines = []
+    for key, (value, why) in wanted.items():
+        if flat[key] == value:
+            lines.append(f"{key}={_text(value)}{f' ({why})' if why else ''}")
+        else:
+            lines.append(f"{key}={_text(flat[key])}, as given; the recipe has {_text(value)}")
+    later = {
+        "lora-learning-rate": f"{recipe.step_rate:g} for each site that trains in a round",
+        "rounds": f"{_FEWEST_ROUNDS} to {_MOST_ROUNDS}, by the samples that the sites have",
+    }
+    defaults = type(config).defaults()
+    for key in sorted(later.keys() - found.keys()) if config.encoder_training == "shared" else ():
+        as_given = f"={_text(flat[key])}, as given; the recipe has"
+        lines.append(f"{key}{':' if _open(flat, defaults, key) else as_given} {later[key]}")
+    return lines
+
+
+def given(recipe: str, flat: Mapping[str, Value], defaults: Mapping[str, Value]) -> str:
+    """`recipe-keeps` for keys that somebody gave: those at their default, which would not show as given."""
+    if recipe not in RECIPES:
+        return ""
+    adapts = {*RECIPES[recipe].sets, "cut", "module-blocks", "lora-learning-rate", "rounds"}
+    return ",".join(sorted(k for k in adapts if k in flat and flat[k] == defaults.get(k)))
+
+
+def _open(flat: Mapping[str, Value], defaults: Mapping[str, Value], key: str) -> bool:
+    kept = str(flat.get("recipe-keeps", "")).split(",")
+    return flat.get(key, defaults[key]) == defaults[key] and key not in kept
+
+
+def _text(value: Value) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

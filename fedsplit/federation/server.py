@@ -35,6 +35,7 @@ from fedsplit.federation.start_module import StartModule
 from fedsplit.federation.strategy import SplitStrategy
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
+from fedsplit.model.inputs import Inputs
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.probe import check_backbone
 
@@ -84,6 +85,7 @@ class Run:
         self.summary: Summary | None = None
         """How it ended, once it has."""
         self._strategy: SplitStrategy | None = None
+        self._ranges: set[float] = set()  # what is white at the sites
 
     def go(self) -> Summary:
         """Train and leave everything in the run directory. Raises FedsplitError after keeping what was reached."""
@@ -135,6 +137,7 @@ class Run:
         classes = self._saved_classes() if goes_on else None
         self._fit(sites)
         classes = classes or self._classes(sites, start)
+        self._ranges = {site.call.pixel_max for site in sites}
         spec = ModuleSpec.of(self.config, classes)
         self._write_config(classes, sites)
         strategy = self._strategy = SplitStrategy(
@@ -273,7 +276,13 @@ class Run:
 
     def _save_module(self, strategy: SplitStrategy) -> None:
         self.dir.save_module(
-            lambda folder: module.export(folder, self.backbone, strategy.spec, strategy.module)
+            lambda folder: module.export(
+                folder,
+                self.backbone,
+                strategy.spec,
+                strategy.module,
+                inputs=Inputs.of(self.config, self._ranges),
+            )
         )
 
     def _finish(self, outcome: Outcome, reason: str) -> None:

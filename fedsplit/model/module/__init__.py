@@ -17,7 +17,7 @@ from fedsplit.model.module.attach import (
     read,
     train_only,
 )
-from fedsplit.model.module.export import export, fold_merged, load_exported
+from fedsplit.model.module.export import export, fold_merged, load_exported, load_inputs
 from fedsplit.model.module.names import (
     check_spec,
     depth,
@@ -50,6 +50,7 @@ __all__ = [
     "initial",
     "load",
     "load_exported",
+    "load_inputs",
     "pack",
     "parameters",
     "read",

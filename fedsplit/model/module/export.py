@@ -2,7 +2,8 @@
 
 LoRA and a bare classifier go out in PEFT's format, `adapter_config.json` and `adapter_model.safetensors`, which
 PEFT loads on the whole model. Prompts, adapters and full modules have no such format that fits them and go out
-as `module.safetensors` by the whole model's names. `fedsplit.json` beside either says what it is.
+as `module.safetensors` by the whole model's names. `fedsplit.json` beside either says what it is and how inputs are
+prepared for it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from fedsplit.core.errors import BackboneError
 from fedsplit.core.foreign import printable, read_json
 from fedsplit.model.backbone import Backbone
+from fedsplit.model.inputs import Inputs, about_inputs, read_inputs
 from fedsplit.model.layers import MERGED
 from fedsplit.model.module import lora
 from fedsplit.model.module.names import shapes
@@ -30,8 +32,15 @@ _PEFT_ROOT = "base_model.model."
 Tensors = Mapping[str, NDArray[np.float32]]
 
 
-def export(folder: Path, backbone: Backbone, spec: ModuleSpec, tensors: Tensors) -> None:
-    """Write the module to `folder`.
+def export(
+    folder: Path,
+    backbone: Backbone,
+    spec: ModuleSpec,
+    tensors: Tensors,
+    *,
+    inputs: Inputs = Inputs(),  # noqa: B008
+) -> None:
+    """Write the module to `folder`, with the settings by which inputs were prepared for it.
 
     LoRA: `PeftModel.from_pretrained(whole_model, folder)` loads it, merged deltas folded in (`fold_merged`).
     Every kind: `load_exported` reads it back.
@@ -54,6 +63,7 @@ def export(folder: Path, backbone: Backbone, spec: ModuleSpec, tensors: Tensors)
         "classes": list(spec.classes),
         "backbone_sha256": backbone.sha256,
         "module": about(spec),
+        "inputs": about_inputs(backbone, inputs),
     }
     (folder / ABOUT_FILE).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
@@ -98,6 +108,17 @@ def load_exported(
     if backbone is not None:
         _check_fits(folder, backbone, sha256, spec, tensors)
     return spec, tensors
+
+
+def load_inputs(folder: Path) -> Inputs:
+    """How inputs were prepared for the module in `folder`. Raises BackboneError where it does not say."""
+    try:
+        return read_inputs(read_json(folder / ABOUT_FILE)["inputs"])
+    except (OSError, ValueError, KeyError, TypeError) as err:
+        raise BackboneError(
+            f"module {folder}: {ABOUT_FILE} does not say how inputs are prepared ({type(err).__name__}: "
+            f"{str(err)[:200]}); give the module folder of a run, as this version of fedsplit wrote it"
+        ) from err
 
 
 def _check_floats(tensors: Tensors) -> None:

@@ -1,0 +1,260 @@
+"""Every Python block of the documentation is run as it stands, and does what the page says.
+
+What a page leaves to the reader (a folder, arrays of one's own) is given beforehand; nothing else is changed but the
+backbone, where a page says that it may be another.
+"""
+
+from __future__ import annotations
+
+import re
+import runpy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fedsplit.core.config import RunConfig
+from fedsplit.core.errors import BackboneError, DataError
+from fedsplit.model import families, module
+from fedsplit.model.backbone import Backbone
+from fedsplit.model.inputs import Inputs
+from fedsplit.model.module import ModuleSpec
+from fedsplit.training.data import load_source
+from fedsplit.training.trained import load_trained
+from tests.federation.conftest import prepared, settings, simulated
+from tests.model.copies import add_tokenizer, change_tensors, copy_of
+from tests.model.kinds import away_from_zero
+from tests.test_docs import FENCE, PAGES, ROOT
+
+LORA = ModuleSpec(classes=tuple("0123456789"), rank=3, alpha=6)
+USE = "docs/how-to/use-the-module.md"
+BLOCKS = {
+    "docs/explanation/costs.md": 1,
+    "docs/how-to/new-family.md": 2,
+    "docs/how-to/own-data.md": 2,
+    USE: 3,
+    "docs/tutorials/first-run.md": 1,
+}
+
+
+def snippets(page: str) -> list[str]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [body for kind, body in FENCE.findall(text) if kind == "python"]
+
+
+def run(source: str, folder: Path, **given: Any) -> dict[str, Any]:
+    """What the block leaves behind; it is run as a file in the working folder."""
+    path = folder / "snippet.py"
+    path.write_text(source, encoding="utf-8")
+    return runpy.run_path(str(path), init_globals=given)
+
+
+def test_no_block_is_left_out() -> None:
+    pages = {p.relative_to(ROOT).as_posix() for p in PAGES}
+    found = {page: len(snippets(page)) for page in pages if snippets(page)}
+    assert found == BLOCKS
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The first run's folder: its pictures, and `runs/first` trained on them."""
+    folder = tmp_path_factory.mktemp("first-run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        run(snippets("docs/tutorials/first-run.md")[0], folder)
+        config = settings(
+            folder / "runs", run_name="first", data="folder:pictures", task="pictures", cut="1,5;0,6;6,6", rounds=1,
+            max_samples=0,
+        )  # fmt: skip
+        with prepared(config, simulated(3)) as (started, _):
+            assert started.go().outcome == "complete"
+    return folder
+
+
+def test_the_first_runs_pictures_and_module(
+    first: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """fedsplit's way and PEFT's say the same of the same picture, to the last digit that the page shows."""
+    monkeypatch.chdir(first)
+    ours, theirs, _ = snippets(USE)
+    mine = run(ours, first)
+    line = capsys.readouterr().out.splitlines()[-1]
+    other = run(theirs, first)
+    assert line == f"lora {capsys.readouterr().out.splitlines()[-1]}"
+    assert mine["best"] == "3"
+    logits = mine["trained"].logits("pictures/3/0003.png")
+    assert torch.equal(logits, other["outputs"].logits[0])
+
+
+@dataclass
+class Place:
+    """A folder as the pages have it, with a module that does something."""
+
+    folder: Path
+    backbone: Backbone
+
+    def leave(self, spec: ModuleSpec, inputs: Inputs) -> None:
+        tensors = away_from_zero(self.backbone, spec)
+        folder = self.folder / "runs" / "first" / "module"
+        module.export(folder, self.backbone, spec, tensors, inputs=inputs)
+
+
+@pytest.fixture
+def place(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Place]:
+    def make(backbone: str) -> Place:
+        (tmp_path / "pictures").symlink_to(first / "pictures")
+        monkeypatch.chdir(tmp_path)
+        return Place(tmp_path, Backbone.find(backbone))
+
+    return make
+
+
+def on(backbone: Backbone, source: str) -> str:
+    """The block for another backbone than the bundled one, changed as the page says."""
+    source = re.sub(r"^backbone = .*$", f"backbone = {str(backbone.path)!r}", source, flags=re.M)
+    source = source.replace('"vit-glyphs"', repr(str(backbone.path)))
+    wanted = "num_labels=len(classes)"
+    return source.replace(wanted, f"{wanted}, ignore_mismatched_sizes=True")
+
+
+@pytest.mark.parametrize("side", [96, 0])
+def test_the_same_on_real_weights_at_the_runs_size(
+    side: int, place: Callable[..., Place], vit_tiny: Path
+) -> None:
+    here = place(str(vit_tiny))
+    here.leave(LORA, Inputs(image_size=side))
+    ours, theirs, _ = (on(here.backbone, source) for source in snippets(USE))
+    trained = run(ours, here.folder)["trained"]
+    pixels = trained.prepare("pictures/3/0003.png")["pixel_values"]
+    assert pixels.shape == (1, 3, side or 224, side or 224)
+    outputs = run(theirs, here.folder)["outputs"]
+    assert torch.equal(trained.logits("pictures/3/0003.png"), outputs.logits[0])
+
+
+def test_half_precision_loads_as_the_run_computed(
+    place: Callable[..., Place], tiny: dict[str, Path]
+) -> None:
+    folder = copy_of(tiny["vit"], tiny["vit"].parent / "half", dtype="float16")
+    change_tensors(folder, lambda _, t: t.to(torch.float16))
+    here = place(str(folder))
+    here.leave(LORA, Inputs())
+    ours, theirs, _ = (on(here.backbone, source) for source in snippets(USE))
+    trained = run(ours, here.folder)["trained"]
+    outputs = run(theirs, here.folder)["outputs"]
+    assert outputs.logits.dtype == torch.float32
+    assert torch.equal(trained.logits("pictures/3/0003.png"), outputs.logits[0])
+
+
+def test_a_full_module_in_transformers(place: Callable[..., Place]) -> None:
+    here = place("vit-glyphs")
+    here.leave(ModuleSpec(classes=LORA.classes, kind="full"), Inputs())
+    given = {"backbone_folder": here.backbone.path, "classes": LORA.classes}
+    whole = run(snippets(USE)[2], here.folder, **given)["whole"].eval()
+    trained = load_trained("runs/first/module", "vit-glyphs")
+    inputs = trained.prepare("pictures/3/0003.png")
+    with torch.no_grad():
+        assert torch.equal(whole(**inputs).logits[0], trained.logits("pictures/3/0003.png"))
+
+
+def test_texts_are_cut_where_the_run_cut_them(
+    place: Callable[..., Place], tiny: dict[str, Path]
+) -> None:
+    here = place(str(add_tokenizer(copy_of(tiny["bert"], tiny["bert"].parent / "words"))))
+    here.leave(LORA, Inputs(max_length=5))
+    trained = load_trained("runs/first/module", here.backbone)
+    assert trained.prepare("pump leaks oil belt pump")["input_ids"].shape == (1, 5)
+    assert sum(trained.predict("pump leaks oil").values()) == pytest.approx(1)
+    with pytest.raises(DataError, match="reads texts"):
+        trained.prepare(np.zeros((4, 4, 3), np.uint8))
+
+
+def test_deep_pictures_are_read_with_the_range_of_the_run(
+    place: Callable[..., Place],
+) -> None:
+    assert Inputs.of(RunConfig(), {4095.0}).pixel_max == 4095
+    assert Inputs.of(RunConfig(), {4095.0, 255.0}).pixel_max == 0
+    assert Inputs.of(RunConfig(), {1.0}).pixel_max == 0
+    here = place("vit-glyphs")
+    here.leave(LORA, Inputs(pixel_max=4095))
+    ramp = np.linspace(0, 1, 32 * 32).reshape(32, 32)
+    Image.fromarray(np.rint(4095 * ramp).astype(np.uint16)).save("deep.png")
+    Image.fromarray(np.rint(255 * ramp).astype(np.uint8)).save("flat.png")
+    trained = load_trained("runs/first/module", "vit-glyphs")
+    deep = trained.prepare("deep.png")["pixel_values"]
+    assert deep.max() == 1
+    torch.testing.assert_close(
+        deep,
+        load_trained("runs/first/module", "vit-glyphs", pixel_max=255).prepare("flat.png")[
+            "pixel_values"
+        ],
+        rtol=0,
+        atol=0.009,
+    )
+
+
+def test_what_is_no_picture_is_told(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(first)
+    trained = load_trained("runs/first/module", "vit-glyphs")
+    from_pixels = trained.logits(np.zeros((8, 8, 3), np.uint8))
+    assert from_pixels.shape == (10,)
+    with pytest.raises(DataError, match=r"float64 \(8, 8\) given, uint8 \[H, W, 3\] is wanted"):
+        trained.prepare(np.zeros((8, 8)))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="not a readable image"):
+        trained.prepare("snippet.py")
+
+
+@pytest.mark.parametrize(
+    "said",
+    ["{}", '{"inputs": 3}', '{"inputs": {"dtype": "float16"}}']
+    + [
+        f'{{"inputs": {{"dtype": "float32", "{key}": {value}}}}}'
+        for key, value in (
+            ("image_size", "-1"), ("image_size", "1e9"), ("image_size", "true"), ("max_length", "null"), ("pixel_max", "NaN"),
+        )
+    ],
+)  # fmt: skip
+def test_a_description_of_inputs_that_is_none(said: str, tmp_path: Path) -> None:
+    (tmp_path / "fedsplit.json").write_text(said)
+    with pytest.raises(BackboneError, match="does not say how inputs are prepared"):
+        module.load_inputs(tmp_path)
+
+
+def test_the_familys_entry_is_the_one_in_the_code(tmp_path: Path) -> None:
+    entry, _ = snippets("docs/how-to/new-family.md")
+    assert run(f"found = {entry}", tmp_path, **vars(families))["found"] == families.FAMILIES["vit"]
+
+
+def test_the_names_of_a_family(
+    tiny: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, names = snippets("docs/how-to/new-family.md")
+    run(names.replace('"DIR"', repr(str(tiny["vit"]))), tmp_path)
+    assert "vit.layers.0.attention.q_proj.weight" in capsys.readouterr().out.split()
+
+
+def test_arrays_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    parts, crops = snippets("docs/how-to/own-data.md")
+    images = np.random.default_rng(0).integers(0, 256, (8, 6, 6), dtype=np.uint8)
+    labels = np.arange(8) % 2
+    run(parts, tmp_path, images=images, labels=labels)
+    assert load_source("npz:parts.npz", site="a").classes == ("crack", "fine")
+    boards = np.arange(8) // 2
+    run(crops, tmp_path, np=np, crops=images, labels=labels, board_of_each_crop=boards)
+    groups = load_source("npz:crops.npz", site="a").groups
+    assert groups is not None
+    assert len(set(groups.tolist())) == 4
+
+
+def test_the_table_of_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    page = "docs/explanation/costs.md"
+    run(snippets(page)[0], tmp_path)
+    rows = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
+    text = (ROOT / page).read_text(encoding="utf-8")
+    assert len(rows) == 3
+    assert all(f"| {' | '.join(row)} |" in text for row in rows)

@@ -7,22 +7,20 @@ is left. Called by `run.py` and `demo.py`.
 from __future__ import annotations
 
 import re
-import subprocess
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
 
 from fedsplit.cli.endings import Interrupted, RunFailedError, Terminated
-from fedsplit.cli.flower import FlowerCommands, LocalSuperLink, RunState, flower_environment
+from fedsplit.cli.flower import FlowerCommands, LocalSuperLink, flower_environment
 from fedsplit.cli.follow import Progress, RunFiles, Snapshot, follow
 from fedsplit.cli.request import RunRequest, to_toml
+from fedsplit.cli.watch import LocalWatch, RemoteWatch, Watch
 from fedsplit.core.cpus import usable_cpus
-from fedsplit.core.errors import FederationError, RunDirError
+from fedsplit.core.errors import RunDirError
 from fedsplit.core.records import Summary, TasksSummary
 from fedsplit.federation.run_dir import RunDir
 from fedsplit.report.read import read_summary, read_tasks
@@ -68,13 +66,16 @@ def _submit_and_follow(
     simulating: Callable[[], bool] | None,
 ) -> Ended:
     run_id: str | None = None
-    watch: _Watch | None = None
+    watch: Watch | None = None
     try:
         run_id = _submit(request, commands, local=simulating is not None)
         progress.say(
             f"run {request.config.run_name} is with Flower (id {run_id}); its sites are starting ..."
         )
-        watch = _Watch(commands, run_id, simulating, files.run_dir)
+        if simulating is not None:
+            watch = LocalWatch(commands, run_id, simulating)
+        else:
+            watch = RemoteWatch(commands, run_id, files.run_dir, say=progress.say)
         snapshot = follow(files, progress, finished=watch)
     except KeyboardInterrupt:
         if run_id is not None:
@@ -98,71 +99,6 @@ def _submit(request: RunRequest, commands: FlowerCommands, *, local: bool) -> st
         path = Path(folder) / "run.toml"
         path.write_text(to_toml(request.overrides), encoding="utf-8")
         return commands.start(request.app.path, path, federation)
-
-
-@dataclass(slots=True)
-class _Watch:
-    """Knows when Flower's part of the run is over, asking as rarely as it can: a question costs a second.
-
-    For our own SuperLink the process that runs the apps is looked at instead. For another's, its log is
-    streamed when the run's folder does not show up here.
-    """
-
-    commands: FlowerCommands
-    run_id: str
-    simulating: Callable[[], bool] | None
-    run_dir: Path
-    _next_look: float = 0.0
-    _seen: bool = False
-    _started: float = 0.0
-    _failures: int = 0
-    _log: subprocess.Popen[str] | None = None
-
-    def __call__(self, snapshot: Snapshot) -> bool:
-        now = time.monotonic()
-        self._started = self._started or now
-        if now < self._next_look:
-            return False
-        if self.simulating is not None:
-            self._next_look = now + 1.0
-            if self.simulating():
-                self._seen = True
-                return False
-            # Flower starts the process a few seconds after the run; only then is its absence the end.
-            if not self._seen and now - self._started < 8.0:
-                return False
-            if snapshot.over:
-                return True
-        else:
-            self._next_look = now + 5.0
-            self._stream(now)
-        state = self._state()
-        return state is not None and state.finished
-
-    def close(self) -> None:
-        """End the log stream, if there is one."""
-        if self._log is not None:
-            self._log.terminate()
-            self._log.wait(timeout=10)
-            self._log = None
-
-    def _state(self) -> RunState | None:
-        try:
-            state = self.commands.state(self.run_id)
-        except FederationError:
-            self._failures += 1
-            if self._failures >= 5:
-                raise
-            return None
-        self._failures = 0
-        return state
-
-    def _stream(self, now: float) -> None:
-        here = self.run_dir.exists()
-        if here:
-            self.close()
-        elif self._log is None and now - self._started > 15.0:
-            self._log = self.commands.stream_log(self.run_id)
 
 
 def _ending(

@@ -1,8 +1,8 @@
 """Starts and stops Flower for one run: a private SuperLink in simulation, and Flower's own commands.
 
-`LocalSuperLink` owns a process tree and a folder and leaves neither behind. `FlowerCommands` is
-`flwr run | list | log | stop` with typed answers. Flower is only ever called as a program: the CLI
-imports nothing of it. Called by `run.py`.
+`LocalSuperLink` owns a process tree and a folder and leaves neither behind, not even when this process is killed
+outright (keeper.py). `FlowerCommands` is `flwr run | list | log | stop` with typed answers. Flower is only ever called
+as a program: the CLI imports nothing of it. Called by `execute.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedsplit.cli.processes import ProcessTree, held_signals
+import psutil
+
+from fedsplit.cli.flower_words import in_words, superlink_of
+from fedsplit.cli.keeper import DETACHED, kept
+from fedsplit.cli.processes import ProcessTree, held_signals, runs
 from fedsplit.core.closing import Closing
 from fedsplit.core.errors import FederationError
 
@@ -31,15 +35,11 @@ CONNECTION = "fedsplit"
 _START_TIMEOUT_S = 60.0
 _PORTS = range(20_000, 32_768)
 _PORT_TRIES = 100
-_RAY_SOCKET_CHARS = 72
+_RAY_SOCKET_BYTES = 72
 """What Ray adds to its folder for the path of a socket ..."""
-_SOCKET_PATH_CHARS = 103
+_SOCKET_PATH_BYTES = 103
 """... and how long that may become."""
-_DETACH: dict[str, Any] = (
-    {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
-    if os.name == "nt"
-    else {"start_new_session": True}
-)
+_CLOSE_TIMEOUT_S = 30.0
 
 
 def flower_environment(home: Path | None = None) -> dict[str, str]:
@@ -50,10 +50,12 @@ def flower_environment(home: Path | None = None) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Flower's commands print pictures, which a terminal of Latin-1 cannot show. We read UTF-8.
+        "PYTHONIOENCODING": "utf-8",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")]),
     }
     for key in ("NO_PROXY", "no_proxy"):
-        env[key] = ",".join(filter(None, [env.get(key, ""), "127.0.0.1", "localhost"]))
+        env[key] = ",".join(filter(None, [env.get(key, ""), "127.0.0.1", "localhost", "::1"]))
     if home is not None:
         env["FLWR_HOME"] = str(home)
     return env
@@ -109,12 +111,13 @@ class FlowerCommands:
             return self._call("log", run_id, self.connection, "--show", timeout_s=30).stdout
         return ""
 
-    def stream_log(self, run_id: str) -> subprocess.Popen[str]:
-        """A process that writes the run's log to our stderr until the run ends; the caller ends it."""
+    def stream_log(self, run_id: str) -> subprocess.Popen[bytes]:
+        """A process that writes the run's log to its stdout until the run ends: one connection, no polling.
+
+        Close its `stdin` to end it.
+        """
         command = [_program("flwr", self._env), "log", run_id, self.connection, "--stream"]
-        return subprocess.Popen(
-            command, env=self._env, stdout=sys.stderr.fileno(), text=True, **_DETACH
-        )
+        return kept(command, env=self._env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
     def stop(self, run_id: str) -> bool:
         """Ask Flower to stop the run; False when it would or could not."""
@@ -123,24 +126,20 @@ class FlowerCommands:
         return False
 
     def _json(self, *args: str, timeout_s: float) -> dict[str, Any]:
+        where = superlink_of(self.connection, self._env)
         try:
             done = self._call(*args, "--format", "json", timeout_s=timeout_s)
         except subprocess.TimeoutExpired as err:
             raise FederationError(
-                f"`flwr {args[0]}` gave no answer within {timeout_s:.0f} s; is the SuperLink "
-                f"{self.connection!r} reachable?"
+                f"`flwr {args[0]}` gave no answer within {timeout_s:.0f} s; is the SuperLink {where} reachable?"
             ) from err
         try:
             answer: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
         except ValueError as err:
             words = (done.stderr or done.stdout).strip()
-            raise FederationError(
-                f"`flwr {args[0]}` failed:\n{words or f'exit code {done.returncode}'}"
-            ) from err
+            raise in_words(args[0], words or f"exit code {done.returncode}", where) from err
         if not answer.get("success"):
-            raise FederationError(
-                f"`flwr {args[0]}` failed: {str(answer.get('error-message')).strip()}"
-            )
+            raise in_words(args[0], str(answer.get("error-message")).strip(), where)
         return answer
 
     def _call(self, *args: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
@@ -153,7 +152,7 @@ class FlowerCommands:
             errors="replace",
             timeout=timeout_s,
             check=False,
-            **_DETACH,
+            **DETACHED,
         )
 
 
@@ -164,14 +163,14 @@ class LocalSuperLink(Closing):
     """
 
     def __init__(self) -> None:
-        self.home = Path(tempfile.mkdtemp(prefix="fs-"))
+        self.home = _short_folder()
         self.env = flower_environment(self.home)
         self.env.pop("RAY_ADDRESS", None)
-        if len(str(self.home)) + _RAY_SOCKET_CHARS < _SOCKET_PATH_CHARS:
-            self.env["RAY_TMPDIR"] = str(self.home)
+        self.env["RAY_TMPDIR"] = str(self.home)
         self.commands = FlowerCommands(CONNECTION, self.env)
         self.tree = ProcessTree()
         self._process: subprocess.Popen[bytes] | None = None
+        self._engine: psutil.Process | None = None
         self._log = self.home / "superlink.log"
 
     def __enter__(self) -> LocalSuperLink:
@@ -185,8 +184,10 @@ class LocalSuperLink(Closing):
     @property
     def simulating(self) -> bool:
         """True while the process that runs the apps is there: far cheaper than asking Flower."""
-        self.tree.refresh()
-        return self.tree.has("flwr-simulation")
+        if self._engine is None:
+            self.tree.refresh()
+            self._engine = self.tree.find("flwr-simulation")
+        return self._engine is not None and runs(self._engine)
 
     def log_tail(self, lines: int = 15) -> str:
         """The end of the SuperLink's own log."""
@@ -199,9 +200,12 @@ class LocalSuperLink(Closing):
     def close(self) -> None:
         """End every process that was started here, then remove the folder. May be called twice."""
         with held_signals(drop=True):
+            if self._process is not None and self._process.stdin is not None:
+                self._process.stdin.close()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(_CLOSE_TIMEOUT_S)
+            # Nothing is left here, unless the keeper itself was killed.
             self.tree.end()
-            if self._process is not None:
-                self._process.wait(timeout=10)
             shutil.rmtree(self.home, ignore_errors=True)
 
     def _start(self) -> None:
@@ -213,8 +217,8 @@ class LocalSuperLink(Closing):
         command += ["--disable-runtime-dependency-installation"]
         # An interrupt between start and adoption would leave a process that nobody knows of.
         with self._log.open("wb") as log, held_signals():
-            self._process = process = subprocess.Popen(
-                command, env=self.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **_DETACH
+            self._process = process = kept(
+                command, remove=str(self.home), env=self.env, stdout=log, stderr=log
             )
             self.tree.adopt(process.pid)
         deadline = time.monotonic() + _START_TIMEOUT_S
@@ -223,6 +227,22 @@ class LocalSuperLink(Closing):
                 raise FederationError(f"Flower's SuperLink did not start:\n{self.log_tail()}")
             time.sleep(0.1)
         self.tree.refresh()
+
+
+def _short_folder() -> Path:
+    """A new folder for Flower and Ray. Raises FederationError where none is short enough for the paths of Ray's sockets."""
+    base = tempfile.gettempdir()
+    # Systems bound the path of a socket, and what is too long fails late and without the cause.
+    for place in (base, "/tmp", "/var/tmp"):
+        room = (
+            _SOCKET_PATH_BYTES - _RAY_SOCKET_BYTES - len(os.fsencode(place)) - len("/fs-12345678")
+        )
+        if (room > 0 or os.name == "nt") and os.access(place, os.W_OK | os.X_OK):
+            return Path(tempfile.mkdtemp(prefix="fs-", dir=place))
+    raise FederationError(
+        f"the folder for temporary files has too long a name for Ray's sockets, and /tmp cannot be written: {base}; "
+        f"set TMPDIR to a folder of at most {_SOCKET_PATH_BYTES - _RAY_SOCKET_BYTES - 13} characters"
+    )
 
 
 def _healthy(port: int) -> bool:

@@ -76,7 +76,10 @@ class RunFiles:
         self._last = Snapshot(None, (), False)
 
     def snapshot(self) -> Snapshot:
-        """The present state; a file that is being replaced or is damaged keeps its last good content."""
+        """The present state; a file that is being replaced or is damaged keeps its last good content.
+
+        The same object as before where no file has changed.
+        """
         status, metrics, summarised = self._last.status, self._last.metrics, self._last.summarised
         for name in self._NAMES:
             mark = self._mark(name)
@@ -92,7 +95,7 @@ class RunFiles:
             except RunDirError:
                 continue
             self._seen[name] = mark
-        self._last = Snapshot(status, metrics, summarised)
+            self._last = Snapshot(status, metrics, summarised)
         return self._last
 
     def _mark(self, name: str) -> tuple[int, int, int] | None:

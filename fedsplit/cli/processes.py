@@ -21,7 +21,9 @@ import psutil
 class ProcessTree:
     """A process, its descendants and whoever they left behind. Never touches another process."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, below: int = 0) -> None:
+        """`below`: a process whose descendants are ours while it is not."""
+        self._below = below
         self._known: dict[int, psutil.Process] = {}
 
     def adopt(self, root_pid: int) -> None:
@@ -33,6 +35,8 @@ class ProcessTree:
         """Learn of descendants that are new. Call it while the root lives: orphans are found by it later."""
         parents = {p: p.info["ppid"] for p in psutil.process_iter(["ppid"])}
         ours = {p.pid for p in self._known.values() if p.is_running()}
+        if self._below:
+            ours.add(self._below)
         # A session counts only when one of ours led it: a shared one holds strangers.
         sessions = {
             s for s in map(_session, ours) if s in self._known and s != _session(os.getpid())
@@ -50,15 +54,15 @@ class ProcessTree:
 
     def running(self) -> list[psutil.Process]:
         """Those that still run; a zombie does not. A process id that was given away again is not ours."""
-        return [p for p in self._known.values() if _runs(p)]
+        return [p for p in self._known.values() if runs(p)]
 
-    def has(self, name: str) -> bool:
-        """True while one that runs has `name` in its command line's first two words."""
+    def find(self, name: str) -> psutil.Process | None:
+        """One that runs and has `name` in its command line's first two words."""
         for process in self.running():
             with contextlib.suppress(psutil.Error):
                 if any(os.path.basename(word).startswith(name) for word in process.cmdline()[:2]):  # noqa: PTH119
-                    return True
-        return False
+                    return process
+        return None
 
     def end(self, *, grace_s: float = 5.0) -> list[int]:
         """Ask all to end, newest first, then kill what stays. Returns the ids that would not die."""
@@ -86,7 +90,8 @@ class ProcessTree:
         return True
 
 
-def _runs(process: psutil.Process) -> bool:
+def runs(process: psutil.Process) -> bool:
+    """Is it there and no zombie?"""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.Error:

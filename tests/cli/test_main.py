@@ -81,9 +81,9 @@ def test_json_error_is_one_object(cli: Cli, args: list[str], kind: str, part: st
     assert part in record["error"]["message"]
 
 
-def test_unknown_superlink_connection_is_flowers_word(cli: Cli) -> None:
+def test_unknown_superlink_connection_is_wrong_use(cli: Cli) -> None:
     done = cli("run", "--superlink", "nowhere", "--json")
-    assert done.returncode == 1
+    assert done.returncode == 2
     record = json.loads(done.stdout)
-    assert record["error"]["kind"] == "FederationError"
-    assert "nowhere" in record["error"]["message"]
+    assert record["error"]["kind"] == "ConfigError"
+    assert "--superlink nowhere" in record["error"]["message"]

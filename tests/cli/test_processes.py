@@ -93,11 +93,11 @@ def test_strangers_are_not_ours(family: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.parametrize("family", ["plain"], indirect=True)
-def test_has_looks_at_the_command(family: subprocess.Popen[str]) -> None:
+def test_find_looks_at_the_command(family: subprocess.Popen[str]) -> None:
     tree = ProcessTree()
     tree.adopt(family.pid)
-    assert tree.has("python")
-    assert not tree.has("flwr-simulation")
+    assert tree.find("python") is not None
+    assert tree.find("flwr-simulation") is None
     tree.end()
 
 

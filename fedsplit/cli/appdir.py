@@ -5,6 +5,7 @@ Reads files only; called by `run.py` before anything is started.
 
 from __future__ import annotations
 
+import shutil
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,34 @@ class AppDir:
 
     path: Path
     config: Flat
+    include: tuple[str, ...] = ()
+    """Patterns of the files that its bundle is made of; empty: whatever Flower takes."""
+    modules: tuple[str, ...] = ()
+    """Where its apps are: `server_app.app`."""
+
+    def stage(self, folder: Path) -> Path:
+        """A copy of the bundle's files in `folder`, to be submitted in the app's place. Raises ConfigError.
+
+        Flower leaves out of a bundle what the app's .gitignore names, so a line `data/` there ends in an import error
+        at every site. The copy has no .gitignore. An app that does not say what its bundle is made of is left as it is.
+        """
+        if not self.include:
+            return self.path
+        patterns = [p.lstrip("/") if "/" in p.strip("/") else f"**/{p}" for p in self.include]
+        for pattern in ("pyproject.toml", "LICENSE*", "README*", *patterns):
+            for file in self.path.glob(pattern):
+                if file.is_file() and not file.is_symlink():
+                    copy = folder / file.relative_to(self.path)
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(file, copy)
+        for name in self.modules:
+            place = folder.joinpath(*name.split("."))
+            if not place.with_suffix(".py").is_file() and not (place / "__init__.py").is_file():
+                raise ConfigError(
+                    f"the app at {self.path} names {name} as a component, and fab-include of its pyproject.toml "
+                    f"does not take that file into the bundle; add it there"
+                )
+        return folder
 
 
 def find_app(given: Path | None) -> AppDir:
@@ -61,4 +90,9 @@ def _read(path: Path, project: str | None = None) -> AppDir | None:
         return None
     if project is not None and toml.get("project", {}).get("name") != project:
         return None
-    return AppDir(path.resolve(), dict(app.get("config", {})))
+    return AppDir(
+        path.resolve(),
+        dict(app.get("config", {})),
+        include=tuple(map(str, app.get("fab-include", ()))),
+        modules=tuple(str(name).partition(":")[0] for name in app["components"].values()),
+    )

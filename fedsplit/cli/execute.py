@@ -6,6 +6,7 @@ is left. Called by `run.py` and `demo.py`.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import tempfile
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from pydantic import ValidationError
 from fedsplit.cli.endings import Interrupted, RunFailedError, Terminated
 from fedsplit.cli.flower import FlowerCommands, LocalSuperLink, flower_environment
 from fedsplit.cli.follow import Progress, RunFiles, Snapshot, follow
+from fedsplit.cli.processes import held_signals
 from fedsplit.cli.request import RunRequest, to_toml
 from fedsplit.cli.watch import LocalWatch, RemoteWatch, Watch
 from fedsplit.core.cpus import usable_cpus
@@ -48,10 +50,11 @@ def execute(request: RunRequest, progress: Progress) -> Ended:
             return _submit_and_follow(
                 request, link.commands, files, progress, simulating=lambda: link.simulating
             )
+    except Interrupted:
+        raise
     except KeyboardInterrupt as err:
-        if request.superlink is None:
-            # All that this run had started has ended, maybe in the middle of a file.
-            RunDir(request.run_dir).clear_unfinished()
+        # All that this run had started has ended, maybe in the middle of a file.
+        RunDir(request.run_dir).clear_unfinished()
         raise Interrupted(
             _what_is_left(request, files), terminated=isinstance(err, Terminated)
         ) from err
@@ -68,7 +71,9 @@ def _submit_and_follow(
     run_id: str | None = None
     watch: Watch | None = None
     try:
-        run_id = _submit(request, commands, local=simulating is not None)
+        # Once Flower has the run its id must be known, or nobody could stop it.
+        with held_signals() if simulating is None else contextlib.nullcontext():
+            run_id = _submit(request, commands, local=simulating is not None)
         progress.say(
             f"run {request.config.run_name} is with Flower (id {run_id}); its sites are starting ..."
         )
@@ -77,9 +82,13 @@ def _submit_and_follow(
         else:
             watch = RemoteWatch(commands, run_id, files.run_dir, say=progress.say)
         snapshot = follow(files, progress, finished=watch)
-    except KeyboardInterrupt:
-        if run_id is not None:
-            commands.stop(run_id)
+    except KeyboardInterrupt as err:
+        stopped = run_id is not None and commands.stop(run_id)
+        if simulating is None:
+            raise Interrupted(
+                _left_elsewhere(request, run_id, stopped=stopped),
+                terminated=isinstance(err, Terminated),
+            ) from err
         raise
     finally:
         if watch is not None:
@@ -98,7 +107,8 @@ def _submit(request: RunRequest, commands: FlowerCommands, *, local: bool) -> st
     with tempfile.TemporaryDirectory(prefix="fs-") as folder:
         path = Path(folder) / "run.toml"
         path.write_text(to_toml(request.overrides), encoding="utf-8")
-        return commands.start(request.app.path, path, federation)
+        app = request.app.stage(Path(folder) / "app")
+        return commands.start(app, path, federation)
 
 
 def _ending(
@@ -172,6 +182,23 @@ def error_in_log(log: str, lines: int = 15) -> tuple[str, str]:
         line.rstrip() for line in log.splitlines() if line.strip() and "Exit Code" not in line
     ]
     return "", "\n".join(useful[-lines:]) or "The run's log is empty."
+
+
+def _left_elsewhere(request: RunRequest, run_id: str | None, *, stopped: bool) -> str:
+    """What a run on another's SuperLink leaves when this command is stopped, and how to go on."""
+    link, name = request.superlink, request.config.run_name
+    if run_id is None:
+        return "stopped before the run was with Flower; nothing was started"
+    if not stopped:
+        return (
+            f"Flower could not be told to stop the run, which may go on: flwr stop {run_id} {link}. To look: "
+            f"flwr list {link}"
+        )
+    where = request.run_dir if request.run_dir.exists() else "on the ServerApp's machine"
+    return (
+        f"Flower was told to stop the run; its processes on the server and at the sites end within about a minute. Its "
+        f"folder is {where}. To go on from its last checkpoint: fedsplit run --superlink {link} --resume {name}"
+    )
 
 
 def _what_is_left(request: RunRequest, files: RunFiles) -> str:

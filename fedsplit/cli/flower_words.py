@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import re
 import tomllib
-import urllib.request
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedsplit.core.errors import ConfigError, FederationError, FedsplitError
 from fedsplit.core.foreign import printable
+from fedsplit.core.proxies import proxy_variable
 
 CLOCKS = "a clock that is more than 5 s ahead of the server's, or more than 5 minutes behind, is refused too: keep both by NTP"
 _STATUS = re.compile(r"\berror '(\d{3}) ")
-_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,7 @@ class SuperLink:
     names: tuple[str, ...]
     """All connections there."""
     proxy: str = ""
-    """The variable by which a proxy stands between here and the address; empty: none does."""
+    """Name of the variable by which a proxy stands between here and the address; empty: none does."""
 
     def __str__(self) -> str:
         return f"{self.name!r} at {self.address}" if self.address else repr(self.name)
@@ -47,16 +46,7 @@ def superlink_of(name: str, env: Mapping[str, str]) -> SuperLink:
         table = {}
     found = {k: v for k, v in table.items() if isinstance(v, dict)}
     address = str(found.get(name, {}).get("address", ""))
-    return SuperLink(name, address, file, tuple(found), _proxy_for(address, env))
-
-
-def _proxy_for(address: str, env: Mapping[str, str]) -> str:
-    """The proxy variable that catches `address`, by the rules of the standard library; httpx, Flower's, has the same."""
-    host = address.rpartition(":")[0].strip("[]")
-    unless = env.get("no_proxy") or env.get("NO_PROXY") or ""
-    if not host or urllib.request.proxy_bypass_environment(host, {"no": unless}):  # type: ignore[attr-defined]
-        return ""
-    return next((f"{key}={env[key]}" for key in _PROXIES if env.get(key)), "")
+    return SuperLink(name, address, file, tuple(found), proxy_variable(address, env))
 
 
 def in_words(command: str, said: str, link: SuperLink) -> FedsplitError:

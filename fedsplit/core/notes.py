@@ -21,3 +21,11 @@ def fit(notes: Iterable[str]) -> tuple[str, ...]:
         return tuple(told)
     kept = told[: MAX_NOTES - 1]
     return (*kept, f"{len(told) - len(kept)} more notes are in the site's log only")
+
+
+def by_reason(told: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """(site, reason) pairs as reason -> sites: what many sites say alike is told once, without its own site's name."""
+    found: dict[str, list[str]] = {}
+    for site, reason in told:
+        found.setdefault(reason.removeprefix(f"site {site!r}: "), []).append(site)
+    return found

@@ -21,7 +21,7 @@ from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import FederationError, FedsplitError
 from fedsplit.core.foreign import printable
-from fedsplit.core.notes import fit
+from fedsplit.core.notes import by_reason, fit
 from fedsplit.federation.between_sites import differences_between
 from fedsplit.federation.exchange import POLL_S, Post, gone
 from fedsplit.federation.ledger import Ledger
@@ -248,11 +248,8 @@ class RollCaller:
             )
         if useful >= self.config.min_sites:
             return
-        # Most reasons name their site themselves.
-        why = "; ".join(
-            f"{site}: {reason.removeprefix(f'site {site!r}: ')}"
-            for _, site, reason in self.ledger.absences
-        )
+        told = by_reason((site, reason) for _, site, reason in self.ledger.absences)
+        why = "; ".join(f"{', '.join(sites)}: {reason}" for reason, sites in told.items())
         others = f" ({without} more do not hold task {self.config.task!r})" if without else ""
         raise FederationError(
             f"{useful} of {nodes - without} sites can take part, "

@@ -6,6 +6,7 @@ Called by client_app/app.py. Imports nothing of the server: no strategy, no enco
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import BackboneError, ConfigError, DataError, FedsplitError
 from fedsplit.core.foreign import printable
 from fedsplit.core.notes import fit
+from fedsplit.core.proxies import proxy_variable
 from fedsplit.core.versions import installed
 from fedsplit.federation import messages, site_state
 from fedsplit.federation.dial import Dial, dial_stream
@@ -74,7 +76,8 @@ def _carry_out(
         own = with_text_notes(own)
         if site.data:
             _tell(site, own)
-        return messages.write(messages.ANSWER, _roll_call(site, own, backbone, number))
+        notes = (*own.notes, *_proxy_note(config))
+        return messages.write(messages.ANSWER, _roll_call(site, own, backbone, number, notes))
     return SiteRound(order, config, site, backbone, own, dial, limit).carry_out(content)
 
 
@@ -106,7 +109,20 @@ def _tell(site: SiteSettings, own: SiteData) -> None:
         _log.info("site %s: %s", site.name, printable(note))
 
 
-def _roll_call(site: SiteSettings, own: SiteData, backbone: Backbone, number: int) -> RollCall:
+def _proxy_note(config: RunConfig) -> tuple[str, ...]:
+    """That a proxy stands before the encoder, which gRPC does not say when it fails there."""
+    variable = proxy_variable(config.encoder_address, os.environ)
+    if not variable:
+        return ()
+    return (
+        f"{variable} is set where the SuperNode runs, and catches the encoder's address {config.encoder_address}; if the "
+        f"encoder is not reached, add its host to no_proxy there",
+    )
+
+
+def _roll_call(
+    site: SiteSettings, own: SiteData, backbone: Backbone, number: int, notes: tuple[str, ...]
+) -> RollCall:
     if site.cut is not None:
         site.cut.check(backbone.blocks)
     try:
@@ -122,7 +138,7 @@ def _roll_call(site: SiteSettings, own: SiteData, backbone: Backbone, number: in
             versions=installed(),
             number=number,
             pixel_max=own.examples.pixel_max,
-            notes=fit(own.notes),
+            notes=fit(notes),
         )
     except ValidationError as err:
         first = err.errors()[0]

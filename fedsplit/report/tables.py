@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from fedsplit.core.notes import by_reason
 from fedsplit.core.records import LeftOut, Outcome, SiteSummary, Summary, TasksSummary
 from fedsplit.report.units import (
     NONE,
@@ -178,12 +179,18 @@ def _alone(summary: Summary) -> str:
 
 def _left_out_table(left_out: tuple[LeftOut, ...], summary_rounds: int) -> Table:
     table = _table("Left out", "Site", "Rounds", "Why")
+    table.columns[0].no_wrap = False
     table.columns[2].justify = "left"
     # The end of a reason is often the file's name, so long words fold and are not cut.
     table.columns[2].overflow = "fold"
+    # Nine sites with one fault are one row.
+    same: dict[tuple[int, ...], list[LeftOut]] = {}
     for entry in left_out:
-        rounds = ", ".join(_round_name(r, summary_rounds) for r in entry.rounds)
-        table.add_row(Text(entry.site, style="bold red"), rounds, Text(entry.reason))
+        same.setdefault(entry.rounds, []).append(entry)
+    for number, entries in same.items():
+        rounds = ", ".join(_round_name(r, summary_rounds) for r in number)
+        for reason, sites in by_reason((e.site, e.reason) for e in entries).items():
+            table.add_row(Text(", ".join(sites), style="bold red"), rounds, Text(reason))
     return table
 
 

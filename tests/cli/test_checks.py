@@ -60,7 +60,7 @@ def test_a_path_without_a_kind(refused: Refused, tmp_path: Path) -> None:
 
 def test_texts_for_a_backbone_of_images(refused: Refused, tmp_path: Path) -> None:
     file = tmp_path / "orders.csv"
-    file.write_text("text,label\n" + "a b,x\nc d,y\n" * 20)
+    file.write_text("text,label\n" + "".join(f"a {i},{i % 2}\n" for i in range(40)))
     assert "holds texts, backbone" in refused(DataError, data=f"csv:{file}")
 
 

@@ -84,11 +84,11 @@ def test_other_answers(code: int, part: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("address", "env", "caught"),
     [
-        ("10.1.2.3:80", {"http_proxy": "http://p:1"}, "http_proxy=http://p:1"),
+        ("10.1.2.3:80", {"http_proxy": "http://p:1"}, "http_proxy"),
         (
             "10.1.2.3:80",
             {"HTTPS_PROXY": "http://p:1", "NO_PROXY": "10.9.9.9"},
-            "HTTPS_PROXY=http://p:1",
+            "HTTPS_PROXY",
         ),
         ("10.1.2.3:80", {"http_proxy": "http://p:1", "no_proxy": "10.1.2.3"}, ""),
         ("plant.example:80", {"http_proxy": "http://p:1", "no_proxy": ".example"}, ""),

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tomllib
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -111,3 +114,21 @@ def test_on_another_machine_the_server_has_the_last_word(echo_app: Path) -> None
         {"recipe": "shared", "backbone": "/nowhere/vit"}, app=echo_app, superlink="prod"
     )
     assert request.told == ("the server adapts it to backbone=/nowhere/vit and logs what it chose",)
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern")
+def test_a_gitignore_takes_nothing_out_of_the_bundle(echo_app: Path, tmp_path: Path) -> None:
+    from flwr.cli.build import build_fab_from_disk
+
+    (echo_app / ".gitignore").write_text("echo_app/\n*.py\n")
+    (echo_app / "echo_app" / "data").mkdir()
+    (echo_app / "echo_app" / "data" / "__init__.py").touch()
+    app = prepare({}, app=echo_app).app
+    staged = app.stage(tmp_path / "staged")
+    fab = zipfile.ZipFile(io.BytesIO(build_fab_from_disk(staged)))
+    assert {"echo_app/server.py", "echo_app/client.py", "echo_app/data/__init__.py"} <= set(
+        fab.namelist()
+    )
+    with pytest.raises(ConfigError, match=r"echo_app.server as a component.* add it there"):
+        replace(app, include=("other/*.py",)).stage(tmp_path / "again")
+    assert replace(app, include=()).stage(tmp_path / "no") == echo_app

@@ -56,7 +56,7 @@ def test_bad_app_folder(cli: Cli, folder: str) -> None:
 @pytest.mark.parametrize(
     ("args", "kind", "part"),
     [
-        (["run", "--set", "rounds=0"], "ConfigError", "rounds"),
+        (["run", "--set", "rounds=-1"], "ConfigError", "rounds"),
         (["run", "--set", "rounds"], "ConfigError", "KEY=VALUE"),
         (["run", "--resume", "never-was"], "ConfigError", "no run 'never-was'"),
         (["run", "--nonsense"], "UsageError", "--nonsense"),

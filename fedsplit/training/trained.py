@@ -17,7 +17,7 @@ from fedsplit.model.module import ModuleSpec, ModuleTensors, load_exported, load
 from fedsplit.model.split import SplitModel, whole_model
 from fedsplit.training.data import ImageTransform, TextTransform
 from fedsplit.training.data.examples import Request
-from fedsplit.training.data.folder import FolderItems
+from fedsplit.training.data.image_files import ImageFiles
 
 Sample = str | Path | NDArray[np.uint8]
 
@@ -58,7 +58,7 @@ class TrainedModule:
             return {"pixel_values": self.transform(sample)[None]}
         # Up to 1 is the range of an array of floats; a file of 8 bits has its own.
         white = self.inputs.pixel_max if self.inputs.pixel_max > 1 else 0.0
-        items = FolderItems(Request(site="here"), [str(sample)], white)
+        items = ImageFiles(Request(site="here"), [str(sample)], white)
         if fault := items.look(0).fault:
             raise fault
         return {"pixel_values": self.transform(items.get(0))[None]}

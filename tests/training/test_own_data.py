@@ -161,13 +161,13 @@ def named_paths(order: list[str], side: np.ndarray) -> list[str]:
 def test_a_file_that_did_not_change_is_not_read_again(
     site: Any, camera: Camera, vit: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedsplit.training.data.folder import FolderItems
+    from fedsplit.training.data.image_files import ImageFiles
 
     site(vit, "a")
     read = []
-    digest = FolderItems.digest
+    digest = ImageFiles.digest
     monkeypatch.setattr(
-        FolderItems, "digest", lambda self, i: read.append(self.origin(i)) or digest(self, i)
+        ImageFiles, "digest", lambda self, i: read.append(self.origin(i)) or digest(self, i)
     )
     camera.save("crack", 100)
     site(vit, "a", CLASSES)

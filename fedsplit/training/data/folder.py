@@ -1,146 +1,28 @@
-"""Images from a folder with one folder a class, decoded one at a time when asked for.
+"""Images from a folder with one folder a class: which files are read, what is passed over, and what white is in them.
 
-At roll call every file is decoded once, several at a time, so that a broken one is named before training and the pixels'
-range is that of all files (pixels.py). What is passed over is told in notes. Called by source.py.
+At roll call every file is looked at (image_files.py), so that a broken one is named before training and the pixels' range
+is that of all files (pixels.py). What is passed over is told in notes. Called by source.py.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import struct
-import time
-import zlib
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image as Pillow
-
 from fedsplit.core.class_names import normal
-from fedsplit.core.cpus import usable_cpus
-from fedsplit.core.errors import DataError
 from fedsplit.core.foreign import printable
-from fedsplit.training.data.examples import Examples, Image, Request, build, digest_of
-from fedsplit.training.data.pixels import range_notes, read_pixels, to_bytes, white_of
-
-log = logging.getLogger(__name__)
+from fedsplit.training.data.examples import Examples, Request, build
+from fedsplit.training.data.image_files import ImageFiles, Seen, look_at
+from fedsplit.training.data.pixels import range_notes, white_of
 
 EXTENSIONS = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm", ".pnm",
 )  # fmt: skip
-MAX_FILE_BYTES = 64 * 2**20
-MAX_PIXELS = 64 * 10**6
-"""Decoded, that is 192 MB; a small file can claim much more (decompression bomb)."""
 _SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
 _SHOWN = 5
-_PROGRESS_S = 10.0
-
-# Pillow guesses the format from the content; only these decoders may run, never EPS with its Ghostscript.
-_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-_PILLOW_ERRORS = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    TypeError,
-    IndexError,
-    KeyError,
-    EOFError,
-    OverflowError,
-    MemoryError,
-    RuntimeError,
-    UserWarning,
-    struct.error,
-    zlib.error,
-    Pillow.DecompressionBombError,
-    Pillow.DecompressionBombWarning,
-)
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What decoding a file showed."""
-
-    fault: DataError | None = None
-    deep: bool = False
-    """Does the source's range decide what is white in it?"""
-    floats: bool = False
-    largest: float = 0.0
-    pages: int = 1
-
-
-@dataclass(frozen=True, eq=False)
-class FolderItems:
-    """Image files on disk, none of them held in memory."""
-
-    request: Request
-    paths: list[str]
-    white: float = 0.0
-    """Value of white in files whose format does not say it; 0: there are none."""
-
-    def get(self, i: int) -> Image:
-        """Decode file `i`."""
-        path = self.paths[i]
-        try:
-            with Pillow.open(path, formats=_FORMATS) as image:
-                self._check_size(path, image)
-                return to_bytes(read_pixels(image), self.white)
-        except _PILLOW_ERRORS as err:
-            raise self._broken(path, err) from err
-
-    def origin(self, i: int) -> str:
-        """The file's path."""
-        return self.paths[i]
-
-    def digest(self, i: int) -> int:
-        """Of the file's bytes."""
-        path = Path(self.paths[i])
-        try:
-            return digest_of(path.read_bytes())
-        except OSError as err:
-            raise self._broken(str(path), err) from err
-
-    def look(self, i: int) -> _Seen:
-        """Decode file `i` and say what it is like."""
-        path = self.paths[i]
-        try:
-            size = Path(path).stat().st_size
-            if size > MAX_FILE_BYTES:
-                text = f"{size} bytes, more than the {MAX_FILE_BYTES} allowed; scale it down"
-                return _Seen(self.request.fault(path, text))
-            with Pillow.open(path, formats=_FORMATS) as image:
-                self._check_size(path, image)
-                pages = int(getattr(image, "n_frames", 1))
-                pixels = read_pixels(image)
-            values = pixels.values
-            return _Seen(
-                deep=pixels.white == 0,
-                floats=values.dtype.kind == "f",
-                largest=float(values.max()),
-                pages=pages,
-            )
-        except DataError as err:
-            return _Seen(err)
-        except _PILLOW_ERRORS as err:
-            return _Seen(self._broken(path, err))
-
-    def _check_size(self, path: str, image: Pillow.Image) -> None:
-        pixels = image.width * image.height
-        if pixels > MAX_PIXELS:
-            raise self.request.fault(
-                path, f"{pixels} pixels, more than the {MAX_PIXELS} allowed; scale it down"
-            )
-
-    def _broken(self, path: str, err: BaseException) -> DataError:
-        if isinstance(err, Pillow.DecompressionBombError | Pillow.DecompressionBombWarning):
-            return self.request.fault(
-                path, f"more pixels than the {MAX_PIXELS} allowed ({err}); scale it down"
-            )
-        return self.request.fault(
-            path, f"not a readable image ({printable(err, limit=200)}); replace or remove the file"
-        )
 
 
 @dataclass
@@ -165,7 +47,7 @@ def read_folder(path: Path, request: Request) -> Examples:
         found.notes.append(
             f"files that are not read, by extension: {printable(kinds)}; read are {' '.join(EXTENSIONS)}"
         )
-    items = FolderItems(request, found.paths, request.pixel_max)
+    items = ImageFiles(request, found.paths, request.pixel_max)
     names = [normal(name) for name in found.names]
     examples = build(request, path, "image", items=items, names=names)
     if request.listed is not None:
@@ -176,7 +58,7 @@ def read_folder(path: Path, request: Request) -> Examples:
 
 def _checked(
     examples: Examples,
-    items: FolderItems,
+    items: ImageFiles,
     names: list[str],
     request: Request,
     path: Path,
@@ -184,7 +66,7 @@ def _checked(
 ) -> Examples:
     """The examples with the range of all their files, without the broken ones where that is allowed."""
     keys = [int(key) for key in examples.keys]
-    seen = dict(zip(keys, _look_at(items, keys), strict=True))
+    seen = dict(zip(keys, look_at(items, keys), strict=True))
     broken = {key: one.fault for key, one in seen.items() if one.fault is not None}
     if broken:
         first = next(iter(broken.values()))
@@ -202,7 +84,7 @@ def _checked(
             f"{len(broken)} broken files are left out (broken-files=leave-out): {shown}{more}"
         )
         good = [key for key in range(len(items.paths)) if key not in broken]
-        items = FolderItems(request, [items.paths[key] for key in good], items.white)
+        items = ImageFiles(request, [items.paths[key] for key in good], items.white)
         examples = build(request, path, "image", items=items, names=[names[key] for key in good])
         seen = {place: seen[key] for place, key in enumerate(good) if key in seen}
     several = [key for key, one in seen.items() if one.pages > 1]
@@ -212,25 +94,11 @@ def _checked(
             f"{printable(items.paths[several[0]], limit=150)}"
         )
     white, more_notes = _range(list(seen.values()), request, path)
-    items = FolderItems(request, items.paths, white)
+    items = ImageFiles(request, items.paths, white)
     return examples.with_notes(items, pixel_max=white or 255.0, notes=(*notes, *more_notes))
 
 
-def _look_at(items: FolderItems, keys: Sequence[int]) -> list[_Seen]:
-    """Decode files side by side; long work is told in the log."""
-    began = said = time.monotonic()
-    looks: list[_Seen] = []
-    with ThreadPoolExecutor(usable_cpus(), thread_name_prefix="fedsplit-decode") as pool:
-        for done, one in enumerate(pool.map(items.look, keys, chunksize=16), 1):
-            looks.append(one)
-            now = time.monotonic()
-            if now - said > _PROGRESS_S:
-                said, left = now, (now - began) / done * (len(keys) - done)
-                log.warning("%d of %d images are checked, about %.0f s left", done, len(keys), left)
-    return looks
-
-
-def _range(seen: Sequence[_Seen], request: Request, path: Path) -> tuple[float, list[str]]:
+def _range(seen: Sequence[Seen], request: Request, path: Path) -> tuple[float, list[str]]:
     """White of the files whose format does not say it, 0 where there are none; what there is to say of it."""
     good = [one for one in seen if one.fault is None]
     deep = [one for one in good if one.deep]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fedsplit.core.errors import DataError
-from fedsplit.training.data import arrays, folder, load_source
+from fedsplit.training.data import arrays, folder, image_files, load_source
 
 from .conftest import write_image
 
@@ -181,7 +181,7 @@ def test_a_decompression_bomb_is_refused_unopened(parts: Path, side: int) -> Non
 
 
 def test_a_huge_file_is_refused_unopened(parts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(image_files, "MAX_FILE_BYTES", 10)
     with pytest.raises(DataError, match=r"'press-3'.*ok/a\.png: \d+ bytes, more than the 10"):
         load_source(f"folder:{parts}", site="press-3")
 

@@ -1,0 +1,148 @@
+"""Image files on disk: decoded when asked for, and looked at once, several at a time, before a run relies on them.
+
+Which files they are is folder.py's; what their pixels mean is pixels.py's.
+"""
+
+from __future__ import annotations
+
+import logging
+import struct
+import time
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image as Pillow
+
+from fedsplit.core.cpus import usable_cpus
+from fedsplit.core.errors import DataError
+from fedsplit.core.foreign import printable
+from fedsplit.training.data.examples import Image, Request, digest_of
+from fedsplit.training.data.pixels import read_pixels, to_bytes
+
+log = logging.getLogger(__name__)
+
+MAX_FILE_BYTES = 64 * 2**20
+MAX_PIXELS = 64 * 10**6
+"""Decoded, that is 192 MB; a small file can claim much more (decompression bomb)."""
+_PROGRESS_S = 10.0
+
+# Pillow guesses the format from the content; only these decoders may run, never EPS with its Ghostscript.
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+_PILLOW_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    IndexError,
+    KeyError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    RuntimeError,
+    UserWarning,
+    struct.error,
+    zlib.error,
+    Pillow.DecompressionBombError,
+    Pillow.DecompressionBombWarning,
+)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What decoding a file showed."""
+
+    fault: DataError | None = None
+    deep: bool = False
+    """Does the source's range decide what is white in it?"""
+    floats: bool = False
+    largest: float = 0.0
+    pages: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class ImageFiles:
+    """Image files on disk, none of them held in memory."""
+
+    request: Request
+    paths: list[str]
+    white: float = 0.0
+    """Value of white in files whose format does not say it; 0: there are none."""
+
+    def get(self, i: int) -> Image:
+        """Decode file `i`."""
+        path = self.paths[i]
+        try:
+            with Pillow.open(path, formats=_FORMATS) as image:
+                self._check_size(path, image)
+                return to_bytes(read_pixels(image), self.white)
+        except _PILLOW_ERRORS as err:
+            raise self._broken(path, err) from err
+
+    def origin(self, i: int) -> str:
+        """The file's path."""
+        return self.paths[i]
+
+    def digest(self, i: int) -> int:
+        """Of the file's bytes."""
+        path = Path(self.paths[i])
+        try:
+            return digest_of(path.read_bytes())
+        except OSError as err:
+            raise self._broken(str(path), err) from err
+
+    def look(self, i: int) -> Seen:
+        """Decode file `i` and say what it is like."""
+        path = self.paths[i]
+        try:
+            size = Path(path).stat().st_size
+            if size > MAX_FILE_BYTES:
+                text = f"{size} bytes, more than the {MAX_FILE_BYTES} allowed; scale it down"
+                return Seen(self.request.fault(path, text))
+            with Pillow.open(path, formats=_FORMATS) as image:
+                self._check_size(path, image)
+                pages = int(getattr(image, "n_frames", 1))
+                pixels = read_pixels(image)
+            values = pixels.values
+            return Seen(
+                deep=pixels.white == 0,
+                floats=values.dtype.kind == "f",
+                largest=float(values.max()),
+                pages=pages,
+            )
+        except DataError as err:
+            return Seen(err)
+        except _PILLOW_ERRORS as err:
+            return Seen(self._broken(path, err))
+
+    def _check_size(self, path: str, image: Pillow.Image) -> None:
+        pixels = image.width * image.height
+        if pixels > MAX_PIXELS:
+            raise self.request.fault(
+                path, f"{pixels} pixels, more than the {MAX_PIXELS} allowed; scale it down"
+            )
+
+    def _broken(self, path: str, err: BaseException) -> DataError:
+        if isinstance(err, Pillow.DecompressionBombError | Pillow.DecompressionBombWarning):
+            return self.request.fault(
+                path, f"more pixels than the {MAX_PIXELS} allowed ({err}); scale it down"
+            )
+        return self.request.fault(
+            path, f"not a readable image ({printable(err, limit=200)}); replace or remove the file"
+        )
+
+
+def look_at(items: ImageFiles, keys: Sequence[int]) -> list[Seen]:
+    """Decode files side by side; long work is told in the log."""
+    began = said = time.monotonic()
+    looks: list[Seen] = []
+    with ThreadPoolExecutor(usable_cpus(), thread_name_prefix="fedsplit-decode") as pool:
+        for done, one in enumerate(pool.map(items.look, keys, chunksize=16), 1):
+            looks.append(one)
+            now = time.monotonic()
+            if now - said > _PROGRESS_S:
+                said, left = now, (now - began) / done * (len(keys) - done)
+                log.warning("%d of %d images are checked, about %.0f s left", done, len(keys), left)
+    return looks

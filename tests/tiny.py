@@ -39,12 +39,17 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 def save_all(root: Path) -> dict[str, Path]:
     """family -> directory of a tiny backbone with random weights, under `root`."""
-    for family, (config_name, model_name, settings) in CONFIGS.items():
-        torch.manual_seed(0)
-        config = getattr(transformers, config_name)(**settings)
-        model = getattr(transformers, model_name)(config)
-        for parameter in model.parameters():
-            # Biases and norms start at 0 and 1, which would hide a swapped or forgotten tensor.
-            torch.nn.init.normal_(parameter, std=0.2)
-        model.save_pretrained(root / family)
-    return {family: root / family for family in CONFIGS}
+    return {family: save(root, family) for family in CONFIGS}
+
+
+def save(root: Path, family: str, **other: Any) -> Path:
+    """The directory of one; `other` settings go over the family's here."""
+    config_name, model_name, settings = CONFIGS[family]
+    torch.manual_seed(0)
+    config = getattr(transformers, config_name)(**settings | other)
+    model = getattr(transformers, model_name)(config)
+    for parameter in model.parameters():
+        # Biases and norms start at 0 and 1, which would hide a swapped or forgotten tensor.
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(root / family)
+    return root / family

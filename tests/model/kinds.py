@@ -111,9 +111,11 @@ def _hook_prompt(backbone: Backbone, base: Any, prompt_PD: Tensor) -> None:
 
     base.embeddings.register_forward_hook(insert)
     if backbone.family.model_type == "dinov2":
-        # It averages all tokens but the first; the prompt's are none of the image's.
-        keep = [0, *range(1 + len(prompt_PD), 17 + len(prompt_PD))]
-        base.layernorm.register_forward_hook(lambda _, __, h_BTD: h_BTD[:, keep])
+        # It averages all tokens but the first; the prompt's are none of the image's, of however many patches.
+        tokens = len(prompt_PD)
+        base.layernorm.register_forward_hook(
+            lambda _, __, h_BTD: torch.cat([h_BTD[:, :1], h_BTD[:, 1 + tokens :]], dim=1)
+        )
 
 
 def _hook_prompts(whole: Any, added: dict[str, nn.Parameter]) -> None:
@@ -153,4 +155,6 @@ def _widened(inputs: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
         return inputs
     mask_BT = inputs["attention_mask"]
     ones = torch.ones(len(mask_BT), tokens, dtype=mask_BT.dtype)
-    return inputs | {"attention_mask": torch.cat([ones, mask_BT], dim=1)}
+    # Where the tokens go, behind the first, which is padding where a text is padded on the left.
+    wide = torch.cat([mask_BT[:, :1], ones, mask_BT[:, 1:]], dim=1)
+    return inputs | {"attention_mask": wide}

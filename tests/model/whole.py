@@ -21,16 +21,19 @@ CUTS = ["0,4", "1,3", "2,2", "0,0", "4,4", "0,2", "2,4", "3,4"]
 SPEC = ModuleSpec(classes=("a", "b", "c"), rank=3, alpha=6)
 
 
-def make_batch(family: str, *, padded: bool = True) -> tuple[dict[str, Any], Any, torch.Tensor]:
-    """(inputs, mask, labels) of a batch of five; texts are padded to different lengths."""
+def make_batch(
+    family: str, *, padded: bool = True, left: bool = False, side: int = 16
+) -> tuple[dict[str, Any], Any, torch.Tensor]:
+    """(inputs, mask, labels) of a batch of five; texts are padded to different lengths, images have `side` pixels."""
     generator = torch.Generator().manual_seed(7)
     labels = torch.tensor([0, 2, 1, 1, 0])
     if FAMILIES[family].kind == "image":
-        return {"pixel_values": torch.randn(5, 3, 16, 16, generator=generator)}, None, labels
+        return {"pixel_values": torch.randn(5, 3, side, side, generator=generator)}, None, labels
     ids = torch.randint(3, 50, (5, 9), generator=generator)
     if not padded:
         return {"input_ids": ids}, None, labels
     mask = torch.arange(9)[None, :] < torch.tensor([9, 4, 7, 2, 9])[:, None]
+    mask = mask.flip(1) if left else mask
     ids = ids.where(mask, torch.tensor(1))
     return {"input_ids": ids, "attention_mask": mask.long()}, mask, labels
 

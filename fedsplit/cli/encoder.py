@@ -13,6 +13,7 @@ import typer
 from fedsplit.cli.console import Output
 from fedsplit.cli.run import JsonFlag
 from fedsplit.core.errors import ConfigError
+from fedsplit.core.throttle import Throttle, ThrottledWarnings
 
 app = typer.Typer(
     help="The server's part of the backbone.", no_args_is_help=True, rich_markup_mode=None
@@ -75,6 +76,8 @@ def serve(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         stream=sys.stderr,
     )
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(ThrottledWarnings(Throttle()))
     # gRPC's own lines about a taken port say less than our error, and say it first.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from fedsplit.model.backbone import Backbone

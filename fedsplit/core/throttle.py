@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
+
+
+class ThrottledWarnings(logging.Filter):
+    """Lets a logger's warnings of one message (before its values are put in) through only so often."""
+
+    def __init__(self, throttle: Throttle) -> None:
+        super().__init__()
+        self._throttle = throttle
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """See logging.Filter. Errors always pass."""
+        if record.levelno != logging.WARNING:
+            return True
+        left_out = self._throttle.left_out(str(record.msg))
+        if left_out:
+            record.msg = f"{record.msg} ({left_out} more like this are not in this log)"
+        return left_out is not None
 
 
 class Throttle:

@@ -61,7 +61,7 @@ def dial_stream(
                 tls=tls,
                 max_in_flight=config.in_flight,
                 # A site that asks for TLS has it, whatever the run's settings allow.
-                allow_insecure=config.encoder_insecure and not site.encoder_tls_ca,
+                allow_insecure=config.encoder_insecure and tls is None,
             )
         except OverloadedError as err:
             if time.monotonic() + err.retry_after_s > give_up:
@@ -75,5 +75,6 @@ def _tls(how: Stream, site: SiteSettings) -> ClientTls | None:
     The order's CA file is a path on the machine that simulates all sites. A deployed site has its own, or the system's.
     """
     told = how.ca_file if site.partition is not None else ""
-    ca = site.encoder_tls_ca or (told or "system" if how.tls else "")
+    wanted = how.tls or bool(site.encoder_tls_cert)  # who has a certificate means to show it
+    ca = site.encoder_tls_ca or (told or "system" if wanted else "")
     return ClientTls.of(ca, site.encoder_tls_cert, site.encoder_tls_key)

@@ -117,6 +117,8 @@ class SiteSettings:
         white = node.get("pixel-max", 0.0)
         if not isinstance(white, int | float) or not 0 <= white <= 2**32:
             faults.append(f"pixel-max={white!r} is not the value of a pixel")
+        if bool(node.get("encoder-tls-cert")) != bool(node.get("encoder-tls-key")):
+            faults.append("encoder-tls-cert and encoder-tls-key go together; give both or neither")
         name = str(node.get("site", f"site-{number}" if share else f"node-{node_id}"))
         if not 1 <= len(name) <= MAX_NAME_CHARS or not name.isprintable():
             faults.append(

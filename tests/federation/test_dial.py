@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from fedsplit.core.config import RunConfig
+from fedsplit.core.errors import ConfigError
 from fedsplit.federation import dial
 from fedsplit.federation.messages import Stream
 from fedsplit.training.site_data import SiteSettings
@@ -38,6 +39,18 @@ def test_a_site_that_wants_tls_has_it_whatever_the_order_says(
     found = asked(monkeypatch, {"data": "digits", "encoder-tls-ca": "/own/ca.pem"})
     assert found["tls"] == ClientTls(root_ca=Path("/own/ca.pem"))
     assert not found["allow_insecure"]
+
+
+def test_a_certificate_of_its_own_asks_for_tls_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"encoder-tls-cert": "/own/cert.pem", "encoder-tls-key": "/own/key.pem"}
+    found = asked(monkeypatch, {"data": "digits", **own})
+    assert found["tls"] == ClientTls(cert=Path("/own/cert.pem"), key=Path("/own/key.pem"))
+    assert not found["allow_insecure"]
+
+
+def test_a_certificate_without_its_key_is_refused() -> None:
+    with pytest.raises(ConfigError, match="encoder-tls-cert and encoder-tls-key go together"):
+        SiteSettings.from_node({"encoder-tls-cert": "/own/cert.pem"}, node_id=1)
 
 
 def test_a_deployed_site_reads_no_path_of_an_order(monkeypatch: pytest.MonkeyPatch) -> None:

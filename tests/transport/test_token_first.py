@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 import pytest
 
-from fedsplit.core.throttle import Throttle
+from fedsplit.core.throttle import Throttle, ThrottledWarnings
 from fedsplit.transport import encoder_pb2 as pb
 from fedsplit.transport.admission import Limits
 from fedsplit.transport.calls import capabilities
@@ -113,6 +113,24 @@ def test_a_flood_of_refusals_is_a_few_lines_of_printable_text(
     assert 1 <= len(told) <= 10
     assert all(text.isprintable() and len(text) < 1200 for text in told)
     assert server.stats().refused["token"] == 40
+
+
+def test_a_handler_lets_warnings_of_one_kind_through_so_often_and_all_errors() -> None:
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    clock = [0.0]
+    handler.addFilter(ThrottledWarnings(Throttle(most=2, every_s=60.0, now=lambda: clock[0])))
+    log = logging.Logger("alone")
+    log.addHandler(handler)
+    for i in range(5):
+        log.warning("site %d ends", i)
+        log.error("broken %d", i)
+    assert [line for line in lines if "ends" in line] == ["site 0 ends", "site 1 ends"]
+    assert sum("broken" in line for line in lines) == 5
+    clock[0] = 61.0
+    log.warning("site %d ends", 9)
+    assert lines[-1] == "site 9 ends (3 more like this are not in this log)"
 
 
 def test_what_a_throttle_left_out_is_counted_when_it_speaks_again() -> None:

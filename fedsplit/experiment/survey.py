@@ -171,6 +171,6 @@ def _seen_by(config: RunConfig, examples: Examples) -> tuple[TextFacts | None, l
             f"these are {examples.kind}s, backbone {found.name!r} reads {found.family.kind}s: it cannot train on them"
         ]
     if examples.kind == "image":
-        return None, []
+        return None, list(found.notes)
     facts = text_facts(examples, TextTransform.from_backbone(found.path, config.max_length))
     return facts, text_notes(facts, len(examples))

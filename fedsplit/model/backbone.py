@@ -162,6 +162,13 @@ def _refusal(config: Any, family: Family) -> str:
             "its config.json says is_decoder or add_cross_attention; encoders with attention to both sides are "
             "what fedsplit splits: use a checkpoint of an encoder"
         )
+    positions = getattr(config, "position_embedding_type", None)
+    if positions not in (None, "absolute"):
+        # transformers 5 reads such a config and then leaves the relative part out.
+        return (
+            f"its position_embedding_type is {positions!r}, which transformers no longer computes; use a checkpoint "
+            f"with absolute positions"
+        )
     channels = getattr(config, "num_channels", 3)
     if family.kind == "image" and channels != 3:
         return f"it reads pictures of {channels} channels (num_channels), fedsplit gives it 3: use one for RGB"

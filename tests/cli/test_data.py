@@ -84,3 +84,14 @@ def test_a_backbone_of_the_other_kind_is_told(
     code, told = answer(capsys, f"folder:{pictures}", "--backbone", str(minilm), "--sheet", sheet)
     assert code == 0
     assert any("reads texts: it cannot train on them" in note for note in told["notes"])
+
+
+def test_what_is_guessed_of_an_image_backbone_is_told(
+    pictures: Path, tiny: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    sheet = str(tmp_path / "s.png")
+    code, told = answer(
+        capsys, f"folder:{pictures}", "--backbone", str(tiny["dinov2"]), "--sheet", sheet
+    )
+    assert code == 0
+    assert any("has no preprocessor_config.json" in note for note in told["notes"])

@@ -60,6 +60,7 @@ def test_real_ones_pass(vit_tiny: Path, minilm: Path) -> None:
         ("vit", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "quantization_config"),
         ("bert", {"is_decoder": True}, "is_decoder"),
         ("roberta", {"add_cross_attention": True, "is_decoder": True}, "add_cross_attention"),
+        ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
         ("vit", {"num_channels": 1}, r"pictures of 1 channels .*for RGB"),
         ("vit", {"image_size": 32}, r"position_embeddings has shape .* belong to another model"),
         ("bert", {"vocab_size": 60}, r"has shape .*50.*, config\.json wants .*60"),

@@ -486,3 +486,9 @@ def test_images_that_the_bundled_backbone_does_not_know_are_told(
     assert any("knows small grey signs" in note for note in bundled.notes) == odd
     other = open_site(run, dealt(0), vit, ("0", "1"))
     assert not any("grey signs" in note for note in other.notes)
+
+
+def test_what_is_guessed_of_the_backbone_is_a_note(tiny: dict[str, Path]) -> None:
+    own = open_site(config(), dealt(0), Backbone.find(str(tiny["dinov2"])), None)
+    assert any("has no preprocessor_config.json" in note for note in own.notes)
+    assert open_site(config(), dealt(1), Backbone.find("vit-glyphs"), None).notes == ()

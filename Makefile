@@ -13,7 +13,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 
-.PHONY: help setup demo test test-fast test-lowest test-newest check format bench proto clean
+.PHONY: help setup demo demo-pages test test-fast test-lowest test-newest check format bench proto clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -27,6 +27,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)   ## four simulated sites on scanned digits, no download: a few minutes
 	$(BIN)/fedsplit demo
+
+demo-pages: $(STAMP) ## run the demo and put its tables and pictures into README and the first tutorial
+	$(BIN)/python scripts/demo_pages.py
 
 test: $(STAMP)   ## all tests, the slow ones too
 	$(PYTEST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import re
 import shlex
@@ -248,3 +249,22 @@ def test_recommended_commands_could_start(
         assert request.told
         # Told before anything starts, on a backbone that has never seen such images, and on no other.
         assert bool(request.warnings) == (backbone == "bundled")
+
+
+def test_the_demos_tables_can_be_put_into_the_pages() -> None:
+    spec = importlib.util.spec_from_file_location("demo_pages", ROOT / "scripts" / "demo_pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    parts = {part: f"{part}, one\n\n{part}, two" for part in script.PARTS}
+    for page in script.PAGES:
+        text = page.read_text(encoding="utf-8")
+        found = [part for part in script.PARTS if f"<!-- demo: {part} -->" in text]
+        assert found
+        new = script.filled(text, parts)
+        assert all(f"    {part}, one\n\n    {part}, two\n\n" in new for part in found)
+        # What stands around the blocks is as it was, and again changes nothing.
+        assert script.filled(new, parts) == new
+        assert new.split("<!-- demo: ")[0] == text.split("<!-- demo: ")[0]
+        assert new.rsplit("two\n", 1)[1] == text[-len(new.rsplit("two\n", 1)[1]) :]

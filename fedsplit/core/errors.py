@@ -11,6 +11,7 @@
     │   ├── OverloadedError     the encoder is full; carries `retry_after_s`
     │   └── UnreachableError    nobody answers at the address, the peer died or a deadline passed
     ├── FederationError     the run cannot go on: too few sites, no useful update
+    │   └── RoundLostError      a round came to nothing for reasons that may pass; it is done once more
     └── RunDirError         a run directory cannot be written or read: disk full, damaged checkpoint
 
 Every message says what it got, what it wanted and what to do.
@@ -65,6 +66,14 @@ class UnreachableError(EncoderError):
 
 class FederationError(FedsplitError):
     """The run cannot go on: too few sites or no useful update."""
+
+
+class RoundLostError(FederationError):
+    """A round came to nothing for reasons that may pass; `why` says which. It is done once more."""
+
+    def __init__(self, message: str, *, why: str) -> None:
+        super().__init__(message)
+        self.why = why
 
 
 class RunDirError(FedsplitError):

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from fedsplit.core.aggregation import Update, check_update
 from fedsplit.core.config import RunConfig
-from fedsplit.core.errors import ConfigError, EncoderError, UpdateError
+from fedsplit.core.errors import ConfigError, EncoderError, RoundLostError, UpdateError
 from fedsplit.core.lora_rules import Rule
 from fedsplit.federation.orders import Orders
 from fedsplit.federation.server_rules import ServerRule
@@ -49,7 +49,10 @@ class Combiner:
         self.rule.check(names)
 
     def combine(self, round_: int, module: ModuleTensors, updates: list[Update]) -> ModuleTensors:
-        """The next module, from what the devices sent and what the encoder trained."""
+        """The next module, from what the devices sent and what the encoder trained.
+
+        Raises RoundLostError, with nothing changed, where the encoder lost what it trained the first time.
+        """
         received = {site.name: self.orders.received(site, module) for site in self.orders.sites}
         hosted = self._hosted(round_)
         if hosted:
@@ -74,8 +77,11 @@ class Combiner:
         try:
             return self.orders.endpoint.collect(self.orders.version(round_))
         except EncoderError as err:
+            why = f"what the encoder trained could not be collected: {err}"
+            if round_ not in self.orders.repeated:
+                raise RoundLostError(f"round {round_}: {why}", why=why) from err
             # What the devices trained is not to be lost with it.
-            self._say(f"round {round_}: what the encoder trained could not be collected: {err}")
+            self._say(f"round {round_}: {why}")
             return {}
 
     def _with_hosted(self, module: ModuleTensors, update: Update, delta: ModuleTensors) -> Update:

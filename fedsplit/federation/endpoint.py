@@ -6,6 +6,7 @@ strategy they look alike.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from fedsplit import __version__
 from fedsplit.core.config import RunConfig
 from fedsplit.core.encoder import Array, Capabilities, Grant
-from fedsplit.core.errors import ConfigError
+from fedsplit.core.errors import ConfigError, OverloadedError, UnreachableError
 from fedsplit.federation.messages import Stream
 from fedsplit.model.backbone import Backbone
 from fedsplit.transport import tokens
@@ -25,6 +26,8 @@ Publish = Callable[[str, bytes], None]
 Collect = Callable[[str], dict[str, dict[str, Array]]]
 # A round's token outlives its deadline by this, for sites that start late.
 TOKEN_MARGIN_S = 300.0
+# How often an encoder that does not answer is tried.
+RETRY_S = 1.0
 EVERYWHERE = ("0.0.0.0", "[::]")
 
 
@@ -40,6 +43,22 @@ class Endpoint:
     """(version, packed module) -> installed at the host."""
     collect: Collect
     """version -> site -> deltas that the host trained on its behalf; under "" those of a shared copy."""
+
+    def deliver(
+        self, version: str, packed: bytes, *, wait_s: float, on_update: Callable[[str], None]
+    ) -> None:
+        """Publish; an encoder that does not answer, for it is being restarted, is waited for. Raises EncoderError."""
+        end, said = time.monotonic() + wait_s, False
+        while True:
+            try:
+                return self.publish(version, packed)
+            except (UnreachableError, OverloadedError) as err:
+                if time.monotonic() >= end:
+                    raise
+                if not said:
+                    on_update(f"the encoder is waited for, up to {wait_s:g} s: {err}")
+                said = True
+                time.sleep(RETRY_S)
 
     def stream_for(self, grant: Grant, *, deadline_s: float) -> Stream:
         """What a site needs to open its stream for one round."""

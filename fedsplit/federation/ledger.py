@@ -42,6 +42,13 @@ class Ledger:
         """Take back that a site was lost in a round: it is asked once more."""
         self.absences = [a for a in self.absences if a[:2] != (round_, site)]
 
+    def forget(self, round_: int) -> list[tuple[int, str, str]]:
+        """Drop what the run's sites did in a round that is done again; the absences that went with it."""
+        self.metrics = [m for m in self.metrics if m.round != round_]
+        gone = [a for a in self.absences if a[0] == round_ and a[1] in self.calls]
+        self.absences = [a for a in self.absences if a not in gone]
+        return gone
+
     def explain(self, round_: int, site: str, reason: str) -> None:
         """Put a better reason in place of the one of an absence."""
         self.absences = [

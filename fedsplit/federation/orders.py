@@ -60,10 +60,20 @@ class Orders:
     state_dir: str = ""
     ranks: dict[str, int] = field(default_factory=dict)
     """Ranks of the sites that have pruned their own."""
+    repeated: set[int] = field(default_factory=set)
+    """Rounds that are done once more."""
 
     def version(self, round_: int) -> str:
-        """The name under which a round's module is published to the encoder."""
-        return f"{self.run}/{round_}"
+        """The name under which a round's module is published to the encoder.
+
+        The second time it is another one: a site that still works on the first order must not step the new copies.
+        """
+        return f"{self.run}/{round_}" + ("/again" if round_ in self.repeated else "")
+
+    def begin_again(self, round_: int) -> None:
+        """The round is done once more: what came of it the first time is nothing to replay."""
+        self.repeated.add(round_)
+        self.log.forget(round_)
 
     def deadline_s(self, kind: Kind) -> float:
         """How long sites have for one order; training alone is the whole run's work at once."""

@@ -62,6 +62,10 @@ class ReplayLog:
             self._rounds.setdefault(round_, []).append((site, samples, scalars))
             self._held[site] = round_ - 1
 
+    def forget(self, round_: int) -> None:
+        """The round is done again. The module that it started from is still what its sites hold."""
+        self._rounds.pop(round_, None)
+
     def failed(self, site: str) -> None:
         """The site could not catch up: it is sent whole modules from now on."""
         self._full_only.add(site)

@@ -11,7 +11,16 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedsplit.core.aggregation import Update, check_update
-from fedsplit.core.errors import FederationError, FedsplitError, UpdateError
+from fedsplit.core.errors import (
+    BackboneError,
+    ConfigError,
+    DataError,
+    FederationError,
+    FedsplitError,
+    RoundLostError,
+    RunDirError,
+    UpdateError,
+)
 from fedsplit.core.foreign import printable
 from fedsplit.core.notes import fit
 from fedsplit.core.records import Phase, RoundMetrics, Status
@@ -28,6 +37,8 @@ from fedsplit.training.rank_pruning import kept_rank
 
 # So many rounds after its own an answer is still listened for.
 LATE_ROUNDS = 4
+# What a site says that it would say again.
+_LASTING = frozenset(kind.__name__ for kind in (BackboneError, ConfigError, DataError, RunDirError))
 
 
 class Replies:
@@ -54,6 +65,8 @@ class Replies:
         self._say = on_update
         self._replied: list[str] = []
         self._good: set[str] = set()
+        self._may_pass = False
+        """Was a site lost for a reason that may not last?"""
         self._late: list[tuple[int, float, Post[Site]]] = []
         """(round, its deadline, orders that nobody answered in time)."""
         self.pruned: dict[str, int] = {}
@@ -94,13 +107,16 @@ class Replies:
                     yield from ((site, order) for order in again(site))
 
         self._replied, self.pruned, self._by_order, self._good = [], {}, {}, set()
+        self._may_pass = False
         self._status(phase, round_)
         post = Post[Site](grid)
         came = exchange(post, whose(), deadline_s=wait_s, window=self._window, more=more)
         for site, reply in came:
             self._by_order[reply.metadata.reply_to_message_id] = site
-            if messages.fault_of(reply) is None:
+            if (fault := messages.fault_of(reply)) is None:
                 self._good.add(site.name)
+            elif fault.kind not in _LASTING:
+                self._may_pass = True
             if round_ > 0:
                 self._note(round_, site.name, reply)
             if site.name not in self._replied:
@@ -110,6 +126,7 @@ class Replies:
         silent = {sent.whose.name for sent in post.out.values()}
         # One that is back may be silent where the node that it was before had an answer, Flower's.
         for name in sorted((set(asked) - set(self._replied)) | (silent - self._good)):
+            self._may_pass = True
             why = f"no answer within {wait_s:g} s" if name in silent else messages.SITE_GONE
             self.left_out(round_, name, why)
         if not self._orders.simulated:
@@ -208,7 +225,10 @@ class Replies:
         self._say(f"round {round_}: {name} left out: {reason}")
 
     def check_enough(self, round_: int, useful: int, *, done: int) -> None:
-        """Raise FederationError below `min-sites` useful replies; `done` rounds are kept by then."""
+        """Raise FederationError below `min-sites` useful replies; `done` rounds are kept by then.
+
+        RoundLostError where another try may help.
+        """
         if useful >= self._config.min_sites:
             return
         lost = "; ".join(f"{s}: {why}" for r, s, why in self._ledger.absences if r == round_)
@@ -218,10 +238,17 @@ class Replies:
             if done
             else f"no round was finished, resume={self._run_dir.name} starts it again"
         )
-        raise FederationError(
+        text = (
             f"round {round_} got {useful} useful updates, min-sites={self._config.min_sites} are wanted "
             f"({lost}); {kept}"
         )
+        raise RoundLostError(text, why=lost) if self._may_pass else FederationError(text)
+
+    def check_any(self, round_: int) -> None:
+        """Raise RoundLostError where no site answered well and another try may help."""
+        if not self._good and self._may_pass:
+            lost = "; ".join(f"{s}: {why}" for r, s, why in self._ledger.absences if r == round_)
+            raise RoundLostError(f"no site answered in round {round_}", why=lost)
 
     def _note(self, round_: int, name: str, reply: Message) -> None:
         """Account for one reply as it comes in."""

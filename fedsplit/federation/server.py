@@ -265,11 +265,14 @@ class Run:
         strategy.restore(saved)
         self.dir.forget_after(saved.round)
         self.ledger.metrics = self.dir.read_metrics()
-        self.ledger.absences = [(int(r), str(s), str(w)) for r, s, w in saved.state["absences"]]
+        before = [(int(r), str(s), str(w)) for r, s, w in saved.state["absences"]]
+        # Who is missing at this roll call is missing from now on.
+        self.ledger.absences = before + [a for a in self.ledger.absences if a not in before]
         self.ledger.local_only = {
             name: LocalOnly.model_validate(value)
             for name, value in saved.state["local_only"].items()
         }
+        self.ledger.notes = fit([*map(str, saved.state.get("notes", [])), *self.ledger.notes])
         self.ledger.wall_before_s = float(saved.state["wall_s"])
         _log.info("going on after round %d of %d", saved.round, self.config.rounds)
         return saved.round + 1, saved.module

@@ -8,6 +8,7 @@ receives before it trains it, so the curve costs no message of its own; one more
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -29,6 +30,7 @@ from fedsplit.federation.orders import Orders, Site
 from fedsplit.federation.replay_log import ReplayLog, replayable
 from fedsplit.federation.replies import Replies
 from fedsplit.federation.run_dir import Checkpoint, RunDir
+from fedsplit.federation.twice import Twice
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec, ModuleTensors
@@ -92,6 +94,13 @@ class SplitStrategy(Strategy):
         )
         self._combiner = Combiner(config, rule, self._orders, on_update=on_update)
         self._combiner.check()
+        self._twice = Twice(
+            self._orders,
+            attendance=attendance,
+            ledger=ledger,
+            run_dir=run_dir,
+            on_update=on_update,
+        )
 
     # What Flower's Strategy asks for.
 
@@ -116,9 +125,10 @@ class SplitStrategy(Strategy):
         updates = (self._replies.update(server_round, reply, self.module) for reply in replies)
         good = [update for update in updates if update]
         self._replies.check_enough(server_round, len(good), done=self.rounds_done)
+        combined = self._combiner.combine(server_round, self.module, good)
         if self._best.improved(self.ledger.accuracy_of_round(server_round)):
             self._best.keep(self.module)
-        self.module = self._combiner.combine(server_round, self.module, good)
+        self.module = combined
         # Only now: what came was of the ranks that were sent.
         self._orders.ranks.update(self._replies.pruned)
         accuracy = self.ledger.accuracy_of_round(server_round)
@@ -162,17 +172,14 @@ class SplitStrategy(Strategy):
         into: Result | None = None,
     ) -> Iterator[None]:
         """What `start` does, with a stop after each round's checkpoint: the results go `into` one of Flower's."""
-        result, nothing = into or Result(), ConfigRecord()
+        result = into or Result()
         self.module = _tensors(initial_arrays)
         self.rounds_done = first_round - 1
         self.summary()
         arrays = initial_arrays
         for round_ in range(first_round, num_rounds + 1):
-            self._publish(round_)
-            orders = self.configure_train(round_, arrays, nothing, grid)
-            again = self._once_more("train", round_)
-            replies = self._replies.awaited(grid, round_, orders, "training", again=again)
-            new_arrays, numbers = self.aggregate_train(round_, replies)
+            train = partial(self._train, grid, round_, arrays)
+            new_arrays, numbers = self._twice.do(round_, train)
             assert new_arrays is not None
             assert numbers is not None
             arrays = result.arrays = new_arrays
@@ -190,11 +197,8 @@ class SplitStrategy(Strategy):
             self.checkpoint()
             yield
         last = self.rounds_done + 1
-        self._publish(last)
-        orders = self.configure_evaluate(last, arrays, nothing, grid)
-        again = self._once_more("evaluate", last)
-        replies = self._replies.awaited(grid, last, orders, "evaluating", again=again)
-        if (tested := self.aggregate_evaluate(last, replies)) is not None:
+        test = partial(self._test, grid, last, arrays)
+        if (tested := self._twice.do(last, test)) is not None:
             result.evaluate_metrics_clientapp[self.rounds_done] = tested
 
     def compare_local_only(self, grid: Grid, arrays: ArrayRecord) -> None:
@@ -209,8 +213,12 @@ class SplitStrategy(Strategy):
     def closed_form_start(self, grid: Grid, arrays: ArrayRecord) -> ArrayRecord:
         """The module with its classifier solved from the sites' summed statistics, calibrated if wanted."""
         self.module = _tensors(arrays)
-        self._publish(0)
-        self.module = before_rounds.closed_form(grid, self._orders, self._replies, self.module)
+
+        def solved() -> ModuleTensors:
+            self._publish(0)
+            return before_rounds.closed_form(grid, self._orders, self._replies, self.module)
+
+        self.module = self._twice.do(0, solved)
         return messages.to_arrays(self.module)
 
     def checkpoint(self) -> None:
@@ -220,6 +228,7 @@ class SplitStrategy(Strategy):
             "absences": [list(a) for a in ledger.absences],
             "local_only": {n: o.model_dump() for n, o in ledger.local_only.items()},
             "wall_s": ledger.wall_s(),
+            "notes": list(ledger.notes),
             "best": self._best.state(),
             "ranks": dict(self._orders.ranks),
         }
@@ -239,12 +248,36 @@ class SplitStrategy(Strategy):
 
     # The steps.
 
+    def _train(
+        self, grid: Grid, round_: int, arrays: ArrayRecord
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        self._publish(round_)
+        orders = self.configure_train(round_, arrays, ConfigRecord(), grid)
+        again = self._once_more("train", round_)
+        replies = self._replies.awaited(grid, round_, orders, "training", again=again)
+        return self.aggregate_train(round_, replies)
+
+    def _test(self, grid: Grid, round_: int, arrays: ArrayRecord) -> MetricRecord | None:
+        self._publish(round_)
+        orders = self.configure_evaluate(round_, arrays, ConfigRecord(), grid)
+        again = self._once_more("evaluate", round_)
+        replies = self._replies.awaited(grid, round_, orders, "evaluating", again=again)
+        tested = self.aggregate_evaluate(round_, replies)
+        if tested is None and round_ not in self._orders.repeated:
+            self._replies.check_any(round_)
+        return tested
+
     def _publish(self, round_: int) -> None:
         if self._orders.all_local:
             return
         names = module.server_names(self.backbone, self.spec)
         packed = module.pack(self.spec, {n: self.module[n] for n in names})
-        self.endpoint.publish(self._orders.version(round_), packed)
+        self.endpoint.deliver(
+            self._orders.version(round_),
+            packed,
+            wait_s=self.config.deadline_s,
+            on_update=lambda text: self._say(f"round {round_}: {text}"),
+        )
 
     def _once_more(self, kind: Kind, round_: int) -> Callable[[Site], Iterator[Message]]:
         """Makes the order of a round again for a site that is back."""

@@ -8,7 +8,8 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,18 @@ def toml_value(value: Any) -> str:
     return json.dumps(value)
 
 
+@dataclass(frozen=True)
+class Deployment:
+    """A SuperLink with its SuperNodes, in the order of their node configs."""
+
+    env: dict[str, str]
+    supernodes: list[subprocess.Popen[bytes]]
+    start_supernode: Callable[[Mapping[str, Any]], None]
+
+
 @contextlib.contextmanager
-def deployment(home: Path, nodes: list[Mapping[str, Any]]) -> Iterator[dict[str, str]]:
-    """A SuperLink and a SuperNode for each node config; yields the environment for `flwr`."""
+def deployment(home: Path, nodes: list[Mapping[str, Any]]) -> Iterator[Deployment]:
+    """A SuperLink and a SuperNode for each node config, with the environment for `flwr`."""
     home.mkdir(parents=True, exist_ok=True)
     env = flower_environment(home)
     port = free_port()
@@ -40,13 +50,26 @@ def deployment(home: Path, nodes: list[Mapping[str, Any]]) -> Iterator[dict[str,
     started = []
     with contextlib.ExitStack() as files:
 
-        def start(name: str, *args: str) -> None:
+        def start(name: str, *args: str) -> subprocess.Popen[bytes]:
             log = files.enter_context((home / f"{name}.log").open("wb"))
             process = subprocess.Popen(
                 [str(BIN / args[0]), *args[1:]], env=env, stdout=log, stderr=log, cwd=home
             )
             started.append(process)
             tree.adopt(process.pid)
+            return process
+
+        supernodes: list[subprocess.Popen[bytes]] = []
+
+        def start_supernode(node: Mapping[str, Any]) -> None:
+            node = {"state-dir": str(home / "sites"), **node}
+            config = " ".join(f"{k}={toml_value(v)}" for k, v in node.items())
+            process = start(
+                f"supernode-{len(supernodes)}", "flower-supernode", "--insecure",
+                "--superlink", f"127.0.0.1:{port}", "--port", str(free_port()),
+                "--node-config", config,
+            )  # fmt: skip
+            supernodes.append(process)
 
         try:
             start(
@@ -59,15 +82,9 @@ def deployment(home: Path, nodes: list[Mapping[str, Any]]) -> Iterator[dict[str,
                 str(port),
             )
             wait_for_http(port)
-            for i, node in enumerate(nodes):
-                node = {"state-dir": str(home / "sites"), **node}
-                config = " ".join(f"{k}={toml_value(v)}" for k, v in node.items())
-                start(
-                    f"supernode-{i}", "flower-supernode", "--insecure",
-                    "--superlink", f"127.0.0.1:{port}", "--port", str(free_port()),
-                    "--node-config", config,
-                )  # fmt: skip
-            yield env
+            for node in nodes:
+                start_supernode(node)
+            yield Deployment(env, supernodes, start_supernode)
         finally:
             tree.end()
             for process in started:

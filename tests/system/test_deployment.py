@@ -83,8 +83,8 @@ def test_deployment_equals_simulation(pictures: Path, tmp_path: Path) -> None:
     ]
     camera = threading.Thread(target=keep_on_saving, args=(folders[0], tmp_path / "home" / "sites"))
     camera.start()
-    with deployment(tmp_path / "home", nodes) as env:
-        deployed, log = flwr_run(env, runs, SETTINGS | {"run-name": "deployed"}, timeout_s=300)
+    with deployment(tmp_path / "home", nodes) as net:
+        deployed, log = flwr_run(net.env, runs, SETTINGS | {"run-name": "deployed"}, timeout_s=300)
     camera.join()
     assert (folders[0] / "burn").is_dir()
     assert deployed.outcome == "complete", deployed
@@ -113,3 +113,38 @@ def test_deployment_equals_simulation(pictures: Path, tmp_path: Path) -> None:
         np.testing.assert_allclose(value, theirs[name], rtol=0, atol=TOLERANCE, err_msg=name)
     assert deployed.accuracy_by_round == pytest.approx(simulated["accuracy_by_round"])
     assert any(np.any(t) for n, t in ours.items() if ".lora_B." in n)
+
+
+def test_a_run_outlives_its_sites(pictures: Path, tmp_path: Path) -> None:
+    """Of three sites one is stopped for good in round 2 and one is restarted, which makes it another node to Flower."""
+    runs = tmp_path / "runs"
+    nodes = [{"site": f"line-{c}", "data": f"folder:{pictures}", "threads": 1} for c in "abc"]
+    settings = {
+        "run-name": "outlives", "method": "fedyolo", "rounds": 4, "seed": 3, "deadline-s": 200.0,
+        "roster": "line-a,line-b,line-c", "min-sites": 1,
+    }  # fmt: skip
+    with deployment(tmp_path / "home", nodes) as net:
+
+        def stop_two() -> None:
+            first = runs / "outlives" / "checkpoints" / "round-00001"
+            end = time.monotonic() + 300
+            while not first.exists() and time.monotonic() < end:
+                time.sleep(0.2)
+            for process in net.supernodes[:2]:
+                process.terminate()
+            net.supernodes[1].wait(timeout=60)
+            net.start_supernode(nodes[1])
+
+        stopper = threading.Thread(target=stop_two)
+        stopper.start()
+        summary, log = flwr_run(net.env, runs, settings, timeout_s=400)
+        stopper.join()
+    assert (summary.outcome, summary.rounds_done) == ("partial", 4)
+    reasons = {entry.site: entry.reason for entry in summary.left_out}
+    assert "it is not connected any more" in reasons["line-a"]
+    assert "line-a left out: it is not connected any more" in log
+    assert "line-b is back, as another node" in log
+    missed = {s.name: s.rounds_missed for s in summary.sites}
+    assert missed["line-a"] >= 3
+    assert missed["line-c"] == 0
+    assert missed["line-b"] < missed["line-a"]

@@ -71,7 +71,7 @@ class FederationError(FedsplitError):
 class RoundLostError(FederationError):
     """A round came to nothing for reasons that may pass; `why` says which. It is done once more."""
 
-    def __init__(self, message: str, *, why: str) -> None:
+    def __init__(self, message: str, *, why: str = "") -> None:
         super().__init__(message)
         self.why = why
 

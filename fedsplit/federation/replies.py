@@ -26,7 +26,7 @@ from fedsplit.core.notes import fit
 from fedsplit.core.records import Phase, RoundMetrics, Status
 from fedsplit.federation import messages
 from fedsplit.federation.attendance import Attendance
-from fedsplit.federation.exchange import Post, exchange, expired
+from fedsplit.federation.exchange import Post, exchange, expired, gone
 from fedsplit.federation.ledger import Ledger
 from fedsplit.federation.messages import Answer
 from fedsplit.federation.orders import Orders, Site
@@ -255,8 +255,9 @@ class Replies:
         try:
             answer = self.read(round_, name, reply)
         except FedsplitError as err:
-            # What it holds is no longer certain: whole modules from now on.
-            self._orders.log.failed(name)
+            if not gone(reply):
+                # What it holds is no longer certain: whole modules from now on.
+                self._orders.log.failed(name)
             self.left_out(round_, name, str(err))
             return
         self.account(answer.metrics)

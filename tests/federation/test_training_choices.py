@@ -244,15 +244,19 @@ def test_a_late_site_catches_up_by_replay_and_a_round_is_kilobytes(tmp_path: Pat
     """Zeroth order at the device: after the first round no module travels, and a missed round is replayed."""
     same = {
         "method": "fedvz-device", "cut": "0,5", "rounds": 4, "learning_rate": 1e-3, "lora_learning_rate": 1e-3,
-        "deadline_s": 20.0, "min_sites": 1,
+        "min_sites": 1,
     }  # fmt: skip
 
-    def away(node: int, message: Any) -> bool:
-        return node == 2 and message.metadata.group_id == "2"
+    grids: list[Any] = []
+
+    def away(place: int, message: Any) -> bool:
+        """Not connected in round 2, and back in round 3."""
+        grids[-1].nodes[102] = simulated(2)[1]
+        return place == 2 and message.metadata.group_id == "2"
 
     config = settings(tmp_path, **(SMALL | same))
-    object.__setattr__(config, "deadline_s", 3.0)
-    with prepared(config, simulated(2), silent=away) as (run, _):
+    with prepared(config, simulated(2), leaves=away) as (run, net):
+        grids.append(net)
         summary = run.go()
     assert {s.name: s.rounds_missed for s in summary.sites} == {"site-0": 0, "site-1": 1}
     rows = {(m.round, m.site): m for m in run.ledger.metrics}
@@ -266,11 +270,11 @@ def test_a_late_site_catches_up_by_replay_and_a_round_is_kilobytes(tmp_path: Pat
     from fedsplit.federation.replay_log import ReplayLog
 
     whole = settings(tmp_path, **(SMALL | same | {"run_name": "whole"}))
-    object.__setattr__(whole, "deadline_s", 3.0)
     with (
         pytest.MonkeyPatch.context() as patch,
-        prepared(whole, simulated(2), silent=away) as (other, _),
+        prepared(whole, simulated(2), leaves=away) as (other, net),
     ):
+        grids.append(net)
         patch.setattr(ReplayLog, "since", lambda *_: None)
         other.go()
     close(run._strategy.module, other._strategy.module, 0)

@@ -120,14 +120,14 @@ def test_a_run_outlives_its_sites(pictures: Path, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     nodes = [{"site": f"line-{c}", "data": f"folder:{pictures}", "threads": 1} for c in "abc"]
     settings = {
-        "run-name": "outlives", "method": "fedyolo", "rounds": 4, "seed": 3, "deadline-s": 200.0,
+        "run-name": "outlives", "method": "fedyolo", "rounds": 3, "classifier-init": "zero", "deadline-s": 200.0,
         "roster": "line-a,line-b,line-c", "min-sites": 1,
     }  # fmt: skip
     with deployment(tmp_path / "home", nodes) as net:
 
         def stop_two() -> None:
             first = runs / "outlives" / "checkpoints" / "round-00001"
-            end = time.monotonic() + 300
+            end = time.monotonic() + 400
             while not first.exists() and time.monotonic() < end:
                 time.sleep(0.2)
             for process in net.supernodes[:2]:
@@ -137,14 +137,14 @@ def test_a_run_outlives_its_sites(pictures: Path, tmp_path: Path) -> None:
 
         stopper = threading.Thread(target=stop_two)
         stopper.start()
-        summary, log = flwr_run(net.env, runs, settings, timeout_s=400)
+        summary, log = flwr_run(net.env, runs, settings, timeout_s=450)
         stopper.join()
-    assert (summary.outcome, summary.rounds_done) == ("partial", 4)
+    assert (summary.outcome, summary.rounds_done) == ("partial", 3)
     reasons = {entry.site: entry.reason for entry in summary.left_out}
     assert "it is not connected any more" in reasons["line-a"]
     assert "line-a left out: it is not connected any more" in log
     assert "line-b is back, as another node" in log
     missed = {s.name: s.rounds_missed for s in summary.sites}
-    assert missed["line-a"] >= 3
+    assert missed["line-a"] == 3
     assert missed["line-c"] == 0
     assert missed["line-b"] < missed["line-a"]

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fedsplit.core.errors import ConfigError
+from fedsplit.core.names import MAX_TASK_CHARS, RULE, is_name, normalised
 
 MAX_FILE_BYTES = 1 << 20
 MAX_CELLS = 20_000
@@ -57,7 +58,7 @@ class _WithSettings(_Table):
 class Experiment(_Table):
     """[experiment]: what it is called and how often each run is repeated."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}$")
+    name: str
     """Name of the experiment: the folder of its results."""
     description: str = Field("", max_length=2000)
     """A sentence that stands above the table."""
@@ -69,6 +70,13 @@ class Experiment(_Table):
     """near: the encoder in the run's process, its answers shared between runs; grpc: the real stream."""
     sites_at_once: int = Field(1, ge=1, le=32)
     """Sites of a run that work at the same time: near, a training step each by turns; over grpc as fast as each can."""
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str) -> str:
+        if not is_name(normalised(value), MAX_TASK_CHARS):
+            raise ValueError(f"{value[:100]!r} is no name: 1 to {MAX_TASK_CHARS} {RULE} are wanted")
+        return normalised(value)
 
 
 class Problem(_WithSettings):

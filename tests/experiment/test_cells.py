@@ -204,3 +204,21 @@ def test_trials_and_what_they_choose(parse: Parse, tmp_path: Path) -> None:
     cells = cells_of(grid, tmp_path, tuned=chosen)
     assert {c.config.learning_rate for c in cells if c.method == "a"} == {0.01}
     assert {c.config.rounds for c in cells} == {1}
+
+
+def test_names_of_any_script(parse: Parse, tmp_path: Path) -> None:
+    grid = parse(
+        f"""
+        [[problems]]
+        name = "ひび割れ"
+        [[methods]]
+        name = "検査"
+        [[methods]]
+        name = "{"検" * 60}"
+        rounds = 2
+        """
+    )
+    first, second = cells_of(grid, tmp_path)
+    assert first.run.startswith("検査-ひび割れ-")
+    assert first.config.task == "ひび割れ"
+    assert len(second.run.encode()) < 240

@@ -80,7 +80,7 @@ name = "bad|label"
 """)
     text = "\n".join(faults)
     for part in (
-        "fish: unknown key", "experiment.name='no spaces please'", "experiment.seeds[2]='1'", "experiment.seeds[3]=-1",
+        "fish: unknown key", "experiment.name: 'no spaces please' is no name", "experiment.seeds[2]='1'", "experiment.seeds[3]=-1",
         "experiment.color", "axes.partition=[]", "methods[1].name is missing",
         "methods[2].when=datetime.date(2024, 1, 1): a number, true, false or a string is wanted",
         "methods[2].tune.learning-rate", "methods[3].name='bad|label'",

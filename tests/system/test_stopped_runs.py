@@ -222,22 +222,3 @@ def test_ctrl_c_then_sigterm_then_the_run_completes(tmp_path: Path) -> None:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 2 * (last + 1)
     assert_whole(folder)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_error_within_flower_reaches_the_screen(taken_port: int, tmp_path: Path) -> None:
-    """The one door that `fails` stands in for: ServerApp -> Flower's log -> the command."""
-    settings = {"encoder-bind": f"127.0.0.1:{taken_port}", "sites": 2, "run-name": "run"}
-    sets = [arg for k, v in settings.items() for arg in ("--set", f"{k}={v}")]
-    with marked() as (env, left):
-        process = start(env, tmp_path, "run", *sets, "--json")
-        out, err = process.communicate(timeout=200)
-        assert left() == []
-    assert process.returncode == 1
-    assert "is with Flower" in err
-    error = one_object(out)["error"]
-    assert error["kind"] == "ConfigError"
-    assert "the port is in use" in error["message"]
-    assert_one_screen(err)
-    assert list(tmp_path.iterdir()) == []

@@ -45,6 +45,7 @@ class Book:
         from fedsplit.experiment.results import write_csv
         from fedsplit.report.comparison import write_figures
         from fedsplit.report.comparison_table import comparison_table
+        from fedsplit.report.ranking import write_ranking
 
         rows = self.sorted()
         if not rows:
@@ -63,6 +64,7 @@ class Book:
         write_whole(self.out / "table.md", text)
         if figures:
             write_figures(self.out, rows, methods=methods)
+            write_ranking(self.out, rows, methods=methods)
             self._drawn = time.monotonic()
 
     def draw_labels(self, cells: list[Cell]) -> None:

@@ -1,11 +1,12 @@
 """What the runs of a grid left, as one row each: results.csv, and whether a run is already done.
 
-Reads run directories and writes the CSV; called by bench.py after a run and by schedule.py before one. The table and
-the figures are made from these rows by report/comparison.py.
+Reads run directories, writes the CSV and reads it back; called by bench.py after a run, by schedule.py before one and by
+scripts/results_pages.py. The table and the figures are made from these rows by report/comparison.py.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -187,3 +188,38 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
         own = dict(row.axes)
         writer.writerow([*values[:at], *(own.get(key, "") for key in axes), *values[at:]])
     write_whole(path, text.getvalue())
+
+
+def read_csv(path: Path) -> list[Row]:
+    """The rows of a results.csv, without the curves, which are not in it. Columns of a newer version may be missing.
+
+    What is no column of a row is an axis. Raises RunDirError.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            return [_from_csv(line) for line in reader]
+    except (OSError, ValueError, csv.Error) as err:
+        raise RunDirError(
+            f"{path} is no results.csv of `fedsplit experiment`: {str(err)[:300]}"
+        ) from err
+
+
+def _from_csv(line: dict[str, str]) -> Row:
+    if None in line or None in line.values():
+        raise ValueError(f"run {line.get('run')!r} has not as many cells as there are columns")
+    told = {name: text for name, text in line.items() if text != ""}
+    axes = tuple((name, _value(text)) for name, text in told.items() if name not in _PLAIN)
+    # Only an axis may be left out of a row: a run of no problem's name has an empty one.
+    plain = {"problem": ""} | {name: text for name, text in told.items() if name in _PLAIN}
+    return Row.model_validate(plain | {"axes": axes})
+
+
+def _value(text: str) -> bool | int | float | str:
+    """An axis' value as it was before it was written."""
+    if text in {"True", "False"}:
+        return text == "True"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text

@@ -1,4 +1,4 @@
-"""The figures of a grid as PNG and SVG: accuracy against bytes and rounds, final accuracies, how labels fall to sites.
+"""The figures of a grid as PNG and SVG: accuracy against bytes and rounds, how labels fall to sites.
 
 A panel a problem and partition, a line a method: the mean over seeds, and a band from the least to the most. Drawn
 without a display, like plots.py. Called by the CLI, now and then while a grid runs and at its end.
@@ -30,7 +30,7 @@ from fedsplit.experiment.files import write_whole
 from fedsplit.experiment.results import Row
 from fedsplit.report.comparison_table import DATA_NOT_COUNTED, Columns
 from fedsplit.report.fonts import style_for
-from fedsplit.report.plots import _STYLE, _tick
+from fedsplit.report.plots import STYLE, _tick
 
 Counts = Sequence[Sequence[int]]
 """[site][class]"""
@@ -50,10 +50,10 @@ def write_figures(out: Path, rows: Sequence[Row], *, methods: Sequence[str]) -> 
     if not drawn:
         return ()
     written: list[Path] = []
-    with rc_context(_STYLE | style_for(_texts(drawn))):
+    with rc_context(STYLE | style_for(texts_of(drawn))):
         for name, against_bytes in (("accuracy-bytes", True), ("accuracy-rounds", False)):
             figure = _curves(drawn, methods, against_bytes=against_bytes)
-            written += _save(figure, out / name)
+            written += save_figure(figure, out / name)
     return tuple(written)
 
 
@@ -61,20 +61,22 @@ def write_labels(out: Path, dealt: Mapping[str, Mapping[str, Dealt]]) -> tuple[P
     """Write `labels-PROBLEM` as PNG and SVG: problem -> partition -> samples of each site and class."""
     written: list[Path] = []
     names = [c for partitions in dealt.values() for one in partitions.values() for c in one.classes]
-    with rc_context(_STYLE | {"axes.grid": False} | style_for([*dealt, *names])):
+    with rc_context(STYLE | {"axes.grid": False} | style_for([*dealt, *names])):
         for problem, partitions in dealt.items():
             name = f"labels-{_file_name(problem)}" if problem else "labels"
-            written += _save(_labels(problem, partitions), out / name)
+            written += save_figure(_labels(problem, partitions), out / name)
     return tuple(written)
 
 
-def _texts(rows: Sequence[Row]) -> list[str]:
+def texts_of(rows: Sequence[Row]) -> list[str]:
+    """All names that a figure of these rows may show."""
     return [
         text for row in rows for text in (row.method, row.problem, *(str(v) for _, v in row.axes))
     ]
 
 
-def _save(figure: Figure, stem: Path) -> list[Path]:
+def save_figure(figure: Figure, stem: Path) -> list[Path]:
+    """Write a figure as PNG and SVG beside each other. Raises RunDirError."""
     written = []
     for kind in ("png", "svg"):
         buffer = io.BytesIO()
@@ -92,7 +94,8 @@ def _curves(rows: Sequence[Row], methods: Sequence[str], *, against_bytes: bool)
     known = [m for m in methods if any(row.method == m for row in rows)]
     gathered = {row.method for row in rows if row.gathers_data}
     labels = [f"{m} ({DATA_NOT_COUNTED})" if against_bytes and m in gathered else m for m in known]
-    entry = _legend_entry(labels)
+    # A line and its gaps stand before each text.
+    entry = 0.85 + text_inches(labels, size=9)
     across = min(_MAX_ACROSS, len(names))
     down = math.ceil(len(names) / across)
     width = max(6.4, 3.3 * across + 0.8, entry)
@@ -125,12 +128,12 @@ def _curves(rows: Sequence[Row], methods: Sequence[str], *, against_bytes: bool)
     return figure
 
 
-def _legend_entry(labels: Sequence[str]) -> float:
-    """Inches that the widest entry of a legend takes: a line, its gaps and the text at 9 points."""
+def text_inches(texts: Sequence[str], *, size: float) -> float:
+    """Width of the widest text at a size in points."""
     from matplotlib.textpath import TextPath
 
-    widest = max((TextPath((0, 0), x, size=9).get_extents().width for x in labels), default=0.0)
-    return 0.85 + float(widest) / 72
+    widest = max((TextPath((0, 0), x, size=size).get_extents().width for x in texts), default=0.0)
+    return float(widest) / 72
 
 
 def _look(place: int) -> dict[str, Any]:

@@ -38,16 +38,8 @@ def comparison_table(
         here = [row for row in rows if row.problem == problem]
         order = [m for m in methods if any(row.method == m for row in here)]
         head = f"{problem}: " if problem else ""
-        for title, get in (
-            ("global accuracy, %", lambda row: row.accuracy_global),
-            ("personal accuracy, %", lambda row: row.accuracy_personal),
-        ):
-            parts += [f"## {head}{title}", _accuracies(here, order, columns, get)]
-        told = {row.method for row in here if row.accuracy_local_only is not None}
-        if told:
-            alone = [method for method in order if method in told]
-            local = _accuracies(here, alone, columns, lambda row: row.accuracy_local_only)
-            parts += [f"## {head}each site alone, on everyone's samples, %", local]
+        for title, table in accuracy_tables(here, order, columns).items():
+            parts += [f"## {title}", table]
         parts += [f"## {head}cost of a run, mean", _costs(here, order)]
         if gathered := [m for m in order if any(r.method == m and r.gathers_data for r in here)]:
             parts.append(
@@ -60,6 +52,40 @@ def comparison_table(
         lines = (f"- {row.run} ({row.outcome}): {_cell(row.reason[:500])}" for row in bad)
         parts += ["## Runs that are not complete", "\n".join(lines)]
     return "\n\n".join(parts) + "\n"
+
+
+def accuracy_tables(
+    rows: Sequence[Row], methods: Sequence[str], columns: Columns
+) -> dict[str, str]:
+    """Heading -> table, of the rows of one problem: global, personal and, where it was measured, each site alone."""
+    head = f"{rows[0].problem}: " if rows[0].problem else ""
+    tables = {
+        f"{head}global accuracy, %": _accuracies(rows, methods, columns, global_accuracy),
+        f"{head}personal accuracy, %": _accuracies(
+            rows, methods, columns, lambda row: row.accuracy_personal
+        ),
+    }
+    told = {row.method for row in rows if row.accuracy_local_only is not None}
+    if alone := [method for method in methods if method in told]:
+        tables[f"{head}each site alone, on everyone's samples, %"] = _accuracies(
+            rows, alone, columns, lambda row: row.accuracy_local_only
+        )
+    return tables
+
+
+def global_accuracy(row: Row) -> float | None:
+    """The accuracy that methods are ranked by."""
+    return row.accuracy_global
+
+
+def what_is_bold(seeds: int) -> str:
+    """The words on how the cells of a page came from its seeds, and which of them are bold."""
+    if seeds == 1:
+        return "one seed, so that no difference can be told from noise"
+    return (
+        f"mean ± standard deviation over {seeds} seeds. Bold: the best of a column, where its lead over each other "
+        f"method is outside the 95 % interval of the paired differences by seed. (n=2): a cell with fewer runs"
+    )
 
 
 class Columns:
@@ -85,14 +111,7 @@ class Columns:
 def _state(rows: Sequence[Row], runs: int, search_s: float) -> str:
     seeds = len({row.seed for row in rows})
     complete = sum(row.outcome == "complete" for row in rows)
-    text = f"{complete} of {runs} runs are complete"
-    if seeds > 1:
-        text += (
-            f"; mean ± standard deviation over {seeds} seeds. Bold: the best of a column, where its lead over each other "
-            f"method is outside the 95 % interval of the paired differences by seed. (n=2): a cell with fewer runs"
-        )
-    else:
-        text += "; one seed, so that no difference can be told from noise"
+    text = f"{complete} of {runs} runs are complete; {what_is_bold(seeds)}"
     # Cells whose settings are equal share one run.
     seconds = sum({row.run: row.seconds for row in rows}.values())
     text += f". Added up, the runs took {human_seconds(seconds)}"
@@ -102,7 +121,7 @@ def _state(rows: Sequence[Row], runs: int, search_s: float) -> str:
 
 def _accuracies(rows: Sequence[Row], methods: Sequence[str], columns: Columns, get: Get) -> str:
     names = columns.names(rows)
-    values = {(m, c): _by_seed(rows, m, c, columns, get) for m in methods for c in names}
+    values = {(m, c): by_seed(rows, m, c, columns, get) for m in methods for c in names}
     full = {c: max(len(values[m, c]) for m in methods) for c in names}
     best = {c: _clear_best({m: values[m, c] for m in methods}, full[c]) for c in names}
     lines = [
@@ -111,7 +130,7 @@ def _accuracies(rows: Sequence[Row], methods: Sequence[str], columns: Columns, g
     return _markdown(["method", *names], lines)
 
 
-def _by_seed(
+def by_seed(
     rows: Sequence[Row], method: str, column: str, columns: Columns, get: Get
 ) -> dict[int, float]:
     """Seed -> percents of a cell's runs."""
@@ -136,12 +155,17 @@ def _clear_best(cells: Mapping[str, Mapping[int, float]], full: int) -> str | No
 
 
 def _ahead(best: Mapping[int, float], other: Mapping[int, float]) -> bool:
-    """Is the mean difference over the seeds of both above the half width of its 95 % interval (Student's t)?"""
+    found = lead(best, other)
+    return found is not None and found[0] > found[1]
+
+
+def lead(best: Mapping[int, float], other: Mapping[int, float]) -> tuple[float, float] | None:
+    """Mean difference over the seeds of both, and the half width of its 95 % interval (Student's t, paired); None below two."""
     gains = [best[seed] - other[seed] for seed in best.keys() & other.keys()]
     if len(gains) < 2:
-        return False
+        return None
     half = stdtrit(len(gains) - 1, 0.975) * statistics.stdev(gains) / math.sqrt(len(gains))
-    return bool(statistics.fmean(gains) > half)
+    return statistics.fmean(gains), float(half)
 
 
 def _cell_text(cell: Mapping[int, float], full: int, *, bold: bool) -> str:

@@ -41,7 +41,7 @@ _KINDS = (
     ("bytes_module_down", "module received", "#F0B04A", "//"),
 )
 _PAPER = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -63,7 +63,7 @@ def write_plots(run_dir: Path) -> tuple[Path, ...]:
     summary, metrics = read_summary(run_dir), read_metrics(run_dir)
     written: list[Path] = []
     names = [summary.run, *(m.site for m in metrics)]
-    with rc_context(_STYLE | style_for(names)):
+    with rc_context(STYLE | style_for(names)):
         for name, figure in (
             ("accuracy", _accuracy(summary, metrics)),
             ("traffic", _traffic(summary, metrics)),

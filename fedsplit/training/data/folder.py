@@ -15,8 +15,7 @@ from pathlib import Path
 from fedsplit.core.class_names import normal
 from fedsplit.core.foreign import printable
 from fedsplit.training.data.examples import Examples, Request, build
-from fedsplit.training.data.image_files import ImageFiles, Seen, look_at
-from fedsplit.training.data.pixels import range_notes, white_of
+from fedsplit.training.data.image_files import ImageFiles, look_at, range_of
 
 EXTENSIONS = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm", ".pnm",
@@ -93,37 +92,9 @@ def _checked(
             f"{len(several)} files have more than one page or frame, of which the first alone is used, e.g. "
             f"{printable(items.paths[several[0]], limit=150)}"
         )
-    white, more_notes = _range(list(seen.values()), request, path)
+    white, more_notes = range_of(list(seen.values()), request, path)
     items = ImageFiles(request, items.paths, white)
     return examples.with_notes(items, pixel_max=white or 255.0, notes=(*notes, *more_notes))
-
-
-def _range(seen: Sequence[Seen], request: Request, path: Path) -> tuple[float, list[str]]:
-    """White of the files whose format does not say it, 0 where there are none; what there is to say of it."""
-    good = [one for one in seen if one.fault is None]
-    deep = [one for one in good if one.deep]
-    largest = max((one.largest for one in deep or good), default=0.0)
-    floats = any(one.floats for one in deep)
-    if request.pixel_max:
-        return request.pixel_max, range_notes(
-            white=request.pixel_max, largest=largest, stated=True, floats=floats
-        )
-    if not deep:
-        return 0.0, range_notes(white=255.0, largest=largest, stated=False)
-    white = white_of(largest, floats=floats)
-    if white is None:
-        raise request.fault(
-            path,
-            f"pixels go up to {largest:g}, and nothing says which value is white; set pixel-max",
-        )
-    notes = range_notes(white=white, largest=largest, stated=False, floats=floats, deep=True)
-    dark = sum(one.largest < white / 8 for one in deep)
-    if dark:
-        notes.append(
-            f"{dark} of {len(deep)} such files stay below an eighth of that; if they have fewer bits, put them into a source "
-            f"of their own"
-        )
-    return white, notes
 
 
 def _add_class(folder: Path, request: Request, found: _Found) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image as Pillow
 
@@ -20,7 +21,7 @@ from fedsplit.core.cpus import usable_cpus
 from fedsplit.core.errors import DataError
 from fedsplit.core.foreign import printable
 from fedsplit.training.data.examples import Image, Request, digest_of
-from fedsplit.training.data.pixels import read_pixels, to_bytes
+from fedsplit.training.data.pixels import range_notes, read_pixels, to_bytes, white_of
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,7 @@ _PROGRESS_S = 10.0
 
 # Pillow guesses the format from the content; only these decoders may run, never EPS with its Ghostscript.
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-_PILLOW_ERRORS = (
+PILLOW_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
@@ -75,10 +76,10 @@ class ImageFiles:
         """Decode file `i`."""
         path = self.paths[i]
         try:
-            with Pillow.open(path, formats=_FORMATS) as image:
+            with opened(path) as image:
                 self._check_size(path, image)
                 return to_bytes(read_pixels(image), self.white)
-        except _PILLOW_ERRORS as err:
+        except PILLOW_ERRORS as err:
             raise self._broken(path, err) from err
 
     def origin(self, i: int) -> str:
@@ -101,28 +102,16 @@ class ImageFiles:
             if size > MAX_FILE_BYTES:
                 text = f"{size} bytes, more than the {MAX_FILE_BYTES} allowed; scale it down"
                 return Seen(self.request.fault(path, text))
-            with Pillow.open(path, formats=_FORMATS) as image:
+            with opened(path) as image:
                 self._check_size(path, image)
-                pages = int(getattr(image, "n_frames", 1))
-                pixels = read_pixels(image)
-            values = pixels.values
-            return Seen(
-                deep=pixels.white == 0,
-                floats=values.dtype.kind == "f",
-                largest=float(values.max()),
-                pages=pages,
-            )
+                return seen_in(image)
         except DataError as err:
             return Seen(err)
-        except _PILLOW_ERRORS as err:
+        except PILLOW_ERRORS as err:
             return Seen(self._broken(path, err))
 
     def _check_size(self, path: str, image: Pillow.Image) -> None:
-        pixels = image.width * image.height
-        if pixels > MAX_PIXELS:
-            raise self.request.fault(
-                path, f"{pixels} pixels, more than the {MAX_PIXELS} allowed; scale it down"
-            )
+        check_size(self.request, path, image)
 
     def _broken(self, path: str, err: BaseException) -> DataError:
         if isinstance(err, Pillow.DecompressionBombError | Pillow.DecompressionBombWarning):
@@ -132,6 +121,61 @@ class ImageFiles:
         return self.request.fault(
             path, f"not a readable image ({printable(err, limit=200)}); replace or remove the file"
         )
+
+
+def opened(source: str | BinaryIO) -> Pillow.Image:
+    """An image of which nothing but the header is read. Raises PILLOW_ERRORS."""
+    return Pillow.open(source, formats=_FORMATS)
+
+
+def check_size(request: Request, where: str, image: Pillow.Image) -> None:
+    """Raise DataError for more pixels than are decoded."""
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise request.fault(
+            where, f"{pixels} pixels, more than the {MAX_PIXELS} allowed; scale it down"
+        )
+
+
+def seen_in(image: Pillow.Image) -> Seen:
+    """Decode an opened image and say what it is like. Raises PILLOW_ERRORS."""
+    pages = int(getattr(image, "n_frames", 1))
+    pixels = read_pixels(image)
+    values = pixels.values
+    return Seen(
+        deep=pixels.white == 0,
+        floats=values.dtype.kind == "f",
+        largest=float(values.max()),
+        pages=pages,
+    )
+
+
+def range_of(seen: Sequence[Seen], request: Request, where: object) -> tuple[float, list[str]]:
+    """White of the images whose format does not say it, 0 where there are none; what there is to say of it."""
+    good = [one for one in seen if one.fault is None]
+    deep = [one for one in good if one.deep]
+    largest = max((one.largest for one in deep or good), default=0.0)
+    floats = any(one.floats for one in deep)
+    if request.pixel_max:
+        return request.pixel_max, range_notes(
+            white=request.pixel_max, largest=largest, stated=True, floats=floats
+        )
+    if not deep:
+        return 0.0, range_notes(white=255.0, largest=largest, stated=False)
+    white = white_of(largest, floats=floats)
+    if white is None:
+        raise request.fault(
+            where,
+            f"pixels go up to {largest:g}, and nothing says which value is white; set pixel-max",
+        )
+    notes = range_notes(white=white, largest=largest, stated=False, floats=floats, deep=True)
+    dark = sum(one.largest < white / 8 for one in deep)
+    if dark:
+        notes.append(
+            f"{dark} of {len(deep)} such files stay below an eighth of that; if they have fewer bits, put them into a source "
+            f"of their own"
+        )
+    return white, notes
 
 
 def look_at(items: ImageFiles, keys: Sequence[int]) -> list[Seen]:

@@ -7,6 +7,8 @@ Called by folder.py, arrays.py and hub.py.
 
 from __future__ import annotations
 
+import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +26,17 @@ _FEW = 64
 """8-bit images that stay below are dark, or have fewer bits than their files."""
 _UNIT_OVERSHOOT = 1.01
 """Floats up to here are 0 .. 1: interpolation and float32 go beyond 1 by a little."""
-_ORIENTATION = 0x0112
-# The rawmode that gives the low bytes of 16-bit samples where Pillow's own gives the high ones.
-_LOW = {"RGB;16B": "RGB;16L", "RGB;16L": "RGB;16B", "RGBA;16B": "RGBA;16L", "RGBA;16L": "RGBA;16B"}
+# Tags of TIFF, and of photos.
+_BITS, _WHITE_IS, _PLANES, _ORIENTATION = 258, 262, 284, 274
+_ZERO, _APART = 0, 2
+# The rawmode that gives the low bytes of 16-bit samples where Pillow's own gives the high ones. N is the machine's order,
+# in which libtiff hands out what it unpacked.
+_OTHER = "B" if sys.byteorder == "little" else "L"
+_LOW = {
+    f"{mode};16{order}": f"{mode};16{other}"
+    for mode in ("RGB", "RGBA")
+    for order, other in (("B", "L"), ("L", "B"), ("N", _OTHER))
+}
 
 
 @dataclass(frozen=True)
@@ -41,11 +51,13 @@ class Pixels:
 
 def read_pixels(image: Pillow.Image) -> Pixels:
     """Decode an opened image, upright, alpha dropped. Raises what Pillow raises, and ValueError for what has no range."""
+    _check_tiff(image)
     deep = _deep_colours(image)
     if deep is not None:
         return Pixels(deep, 0)
-    # A PGM says in its header what white is, and Pillow has scaled it to 16 bits by that.
-    told = _WORD if image.format == "PPM" else 0
+    # A PGM says in its header what white is, and Pillow has scaled it to 16 bits by that. Cameras that write 65535 there
+    # mean the size of the sample alone.
+    told = _WORD if image.format == "PPM" and _largest_of_ppm(image) != _WORD else 0
     upright = ImageOps.exif_transpose(image)
     if upright.mode.startswith("I;16"):
         return Pixels(np.asarray(upright).astype(np.uint16), told)
@@ -111,6 +123,8 @@ def range_notes(
 def _deep_colours(image: Pillow.Image) -> NDArray[Any] | None:
     """[H, W, 3] or [H, W] uint16 of an image with 16 bits a colour, which Pillow reads as 8; None for all others."""
     raw = _raw_mode(image)
+    if image.format == "PPM" and image.mode == "RGB" and _largest_of_ppm(image) == _WORD:
+        return _words_of_ppm(image)
     if raw == "LA;16B":
         return _upright(image, _grey_of_grey_alpha(image))
     if raw not in _LOW or image.mode not in {"RGB", "RGBA"}:
@@ -133,6 +147,47 @@ def _grey_of_grey_alpha(image: Pillow.Image) -> NDArray[Any]:
     return grey
 
 
+def _check_tiff(image: Pillow.Image) -> None:
+    """Raise ValueError for samples of more than 8 bits in a form of which Pillow gives others, or fewer bits."""
+    tags: Any = getattr(image, "tag_v2", None)
+    if image.format != "TIFF" or tags is None:
+        return
+    bits = tags.get(_BITS, (1,))
+    if max(bits if isinstance(bits, tuple) else (bits,)) <= 8:
+        return
+    colours = len(image.getbands()) > 1
+    if colours and (tags.get(_PLANES) == _APART or _raw_mode(image) not in _LOW):
+        raise ValueError(
+            "more than 8 bits a colour, in separate planes or in colours that are not RGB; save it as RGB, interleaved"
+        )
+    if not colours and tags.get(_WHITE_IS) == _ZERO:
+        raise ValueError("more than 8 bits, and 0 is white; save it so that 0 is black")
+
+
+def _largest_of_ppm(image: Pillow.Image) -> int:
+    """The value of white that the header says; 65535 also stands in a header that says no more than the size of a sample."""
+    tiles = getattr(image, "tile", None)
+    args = tiles[0][3] if tiles else ""
+    if isinstance(args, tuple) and len(args) == 2 and isinstance(args[1], int):
+        return args[1]
+    return _WORD if args == "I;16B" else _BYTE
+
+
+def _words_of_ppm(image: Any) -> NDArray[Any]:
+    """[H, W, 3] uint16 of a PPM whose samples have 16 bits."""
+    name, _, offset, _ = image.tile[0]
+    if name != "ppm":
+        raise ValueError("16-bit colours written as text; save it as PNG")
+    shape = (image.height, image.width, 3)
+    image.fp.seek(offset)
+    raw = image.fp.read(2 * math.prod(shape))
+    if len(raw) < 2 * math.prod(shape):
+        raise ValueError(
+            f"image file is truncated ({2 * math.prod(shape) - len(raw)} bytes missing)"
+        )
+    return np.frombuffer(raw, ">u2").reshape(shape).astype(np.uint16)
+
+
 def _raw_mode(image: Pillow.Image) -> str:
     tiles = getattr(image, "tile", None)
     args = tiles[0][3] if tiles else ""
@@ -140,10 +195,13 @@ def _raw_mode(image: Pillow.Image) -> str:
 
 
 def _set_raw_mode(image: Any, raw: str) -> None:
-    image.tile = [
-        (*tile[:3], (raw, *tile[3][1:]) if isinstance(tile[3], tuple) else raw)
-        for tile in image.tile
-    ]
+    tiles = []
+    for tile in image.tile:
+        args = (raw, *tile[3][1:]) if isinstance(tile[3], tuple) else raw
+        # Named tuples since Pillow 11, and TIFF's reader wants the names.
+        new = tile._replace(args=args) if hasattr(tile, "_replace") else (*tile[:3], args)
+        tiles.append(new)
+    image.tile = tiles
 
 
 def _again(image: Pillow.Image) -> Any:

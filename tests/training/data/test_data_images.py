@@ -391,10 +391,16 @@ def test_hub_images_and_unlabelled_rows(monkeypatch: pytest.MonkeyPatch) -> None
     features = Features({"img": Column(), "label": Value("string")})
     rows = {"img": [{"bytes": stream.getvalue()}, {"bytes": b"junk"}], "label": ["a", "b"]}
     _serve(monkeypatch, Dataset.from_dict(rows, features))
-    examples = load_source("hf:some/set", site="press-3")
-    assert examples.image(0)[1, 2].tolist() == [90, 90, 90]
     with pytest.raises(DataError, match=r"'press-3': hf:some/set\[train\]\[1\]: cannot be read"):
-        examples.image(1)
+        load_source("hf:some/set", site="press-3")
+    with pytest.raises(DataError, match=r"all rows but 1 are broken"):
+        load_source("hf:some/set", site="press-3", leave_out_broken=True)
+    more = {"img": [rows["img"][0], *rows["img"]], "label": ["b", *rows["label"]]}
+    _serve(monkeypatch, Dataset.from_dict(more, features))
+    examples = load_source("hf:some/set", site="press-3", leave_out_broken=True)
+    assert len(examples) == 2
+    assert examples.image(1)[1, 2].tolist() == [90, 90, 90]
+    assert examples.notes[0].startswith("1 broken rows are left out")
     _serve(monkeypatch, Dataset.from_dict(rows | {"label": ["a", None]}, features))
     with pytest.raises(DataError, match=r"hf:some/set\[train\]\[1\]: the label is empty"):
         load_source("hf:some/set", site="press-3")

@@ -91,6 +91,85 @@ def png_of(values: np.ndarray, colour: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")  # fmt: skip
 
 
+@pytest.mark.parametrize("kind", ["P5", "P6"])
+def test_65535_in_a_header_is_the_size_of_a_sample(tmp_path: Path, kind: str) -> None:
+    top = folder(tmp_path, "a", "b")
+    values = np.rint(RAMP * 4095).astype(">u2")
+    pixels = values if kind == "P5" else np.repeat(values[:, :, None], 3, axis=2)
+    path = top / "a" / "x.pnm"
+    path.write_bytes(kind.encode() + b" 8 8 65535\n" + pixels.tobytes())
+    examples = read(top)
+    assert_ramp(image_of(examples, "x.pnm"))
+    assert examples.pixel_max == 4095
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(DataError, match="truncated"):
+        read(top)
+
+
+def tiff_of(values: np.ndarray, *, order: str = "<", packed: bool = False, planes: bool = False) -> bytes:  # fmt: skip
+    """16 bits a colour, [H, W, C]: Pillow writes none of these."""
+    import struct
+    import zlib
+
+    height, width, channels = values.shape
+    parts = list(np.moveaxis(values, 2, 0)) if planes else [values]
+    raw = [part.astype(f"{order}u2").tobytes() for part in parts]
+    strips = [zlib.compress(one) for one in raw] if packed else raw
+    body, tables, start = b"".join(strips), b"", 8
+    places = [start + sum(map(len, strips[:i])) for i in range(len(strips))]
+    entries = []
+
+    def entry(tag: int, kind: str, *numbers: int) -> None:
+        nonlocal tables
+        content = struct.pack(f"{order}{len(numbers)}{kind}", *numbers)
+        if len(content) > 4:
+            at = start + len(body) + len(tables)
+            tables += content + b"\0" * (len(content) % 2)
+            content = struct.pack(f"{order}I", at)
+        code = {"H": 3, "I": 4}[kind]
+        entries.append(struct.pack(f"{order}HHI", tag, code, len(numbers)) + content.ljust(4, b"\0"))  # fmt: skip
+
+    body += b"\0" * (len(body) % 2)
+    entry(256, "H", width)
+    entry(257, "H", height)
+    entry(258, "H", *[16] * channels)
+    entry(259, "H", 8 if packed else 1)
+    entry(262, "H", 2)
+    entry(273, "I", *places)
+    entry(277, "H", channels)
+    entry(278, "H", height)
+    entry(279, "I", *map(len, strips))
+    entry(284, "H", 2 if planes else 1)
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    head = mark + struct.pack(f"{order}I", start + len(body) + len(tables))
+    return head + body + tables + struct.pack(f"{order}H", len(entries)) + b"".join(entries) + b"\0" * 4  # fmt: skip
+
+
+@pytest.mark.parametrize("white", [4095, 65535])
+@pytest.mark.parametrize("order", ["<", ">"], ids=["little", "big"])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
+def test_16_bit_colours_in_tiff_keep_their_depth(
+    tmp_path: Path, white: int, order: str, packed: bool
+) -> None:
+    top = folder(tmp_path, "a", "b")
+    values = np.repeat(np.rint(RAMP * white)[:, :, None], 3, axis=2)
+    path = top / "a" / "x.tif"
+    path.write_bytes(tiff_of(values, order=order, packed=packed))
+    assert_ramp(image_of(read(top), "x.tif"))
+    # Pillow mixes the planes up, or drops their low bytes.
+    path.write_bytes(tiff_of(values, order=order, packed=packed, planes=True))
+    with pytest.raises(DataError, match=r"x\.tif.*separate planes.*save it as RGB"):
+        read(top)
+
+
+def test_a_16_bit_tiff_in_which_0_is_white_is_named(tmp_path: Path) -> None:
+    top = folder(tmp_path, "a", "b")
+    grey = Image.fromarray(np.rint(RAMP * 4095).astype(np.uint16))
+    grey.save(top / "a" / "x.tif", tiffinfo={262: 0})
+    with pytest.raises(DataError, match=r"x\.tif.*0 is white; save it so that 0 is black"):
+        read(top)
+
+
 @pytest.mark.parametrize("white", [4095, 65535])
 @pytest.mark.parametrize(("colour", "channels"), [(2, 3), (4, 2), (6, 4)], ids=["RGB", "LA", "RGBA"])  # fmt: skip
 def test_16_bit_colours_keep_their_depth(
@@ -279,5 +358,21 @@ def test_an_image_in_memory_is_read_like_a_file() -> None:
     from fedsplit.training.data.pixels import read_pixels
 
     grey = np.repeat(np.rint(RAMP * 4095)[:, :, None], 3, axis=2)
-    with Image.open(io.BytesIO(png_of(grey, 2))) as image:
-        np.testing.assert_array_equal(read_pixels(image).values, grey)
+    for content in (png_of(grey, 2), tiff_of(grey, packed=True)):
+        with Image.open(io.BytesIO(content)) as image:
+            np.testing.assert_array_equal(read_pixels(image).values, grey)
+
+
+def test_deep_images_of_the_hub_have_one_range(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    grey = np.repeat(np.rint(RAMP * 4095)[:, :, None], 3, axis=2)
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("string")})
+    rows = {"img": [{"bytes": png_of(grey // n, 2)} for n in (1, 2)], "label": ["a", "b"]}
+    table = datasets.Dataset.from_dict(rows, features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *, split: table)
+    examples = load_source("hf:some/set", site="line-1")
+    assert examples.pixel_max == 4095
+    assert_ramp(examples.image(0))
+    assert examples.image(1).max() == 127
+    assert any("0 to 4095 is read as black to white" in note for note in examples.notes)

@@ -8,6 +8,7 @@ optimisers on top.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,7 @@ class Update:
 
     site: str
     samples: int
+    """What it counts for."""
     delta: Tensors
 
 
@@ -108,6 +110,22 @@ def moved(
     mean = total / sum(weight for weight, _ in parts)
     moved_value: NDArray[np.float32] = (value.astype(np.float64) + mean).astype(np.float32)
     return moved_value
+
+
+def capped(samples: Mapping[str, int], share: float) -> dict[str, int]:
+    """What each site counts for: its samples, but at most `share` of all together or three times the median.
+
+    Whichever is more; `share` is from 0.5, at which none counts for more than all others, to 1 for no bound. Of two sites
+    the median is the smaller: what a site says of itself must not raise its own bound.
+    """
+    if share >= 1 or not samples:
+        return dict(samples)
+    total, median = sum(samples.values()), statistics.median_low(samples.values())
+    factor = share / (1 - share)
+    return {
+        site: min(count, max(int(factor * (total - count)), 3 * median))
+        for site, count in samples.items()
+    }
 
 
 # A robust rule by name: how many sites it needs to stand `f` hostile ones, as (factor, constant) of f.

@@ -188,6 +188,10 @@ class RunConfig(BaseModel):
     """How the sites' updates are combined; all but mean stand some hostile sites."""
     byzantine_sites: int = Field(0, ge=0)
     """Hostile sites that the robust rule is to stand."""
+    max_update_ratio: float = Field(20.0, ge=0, allow_inf_nan=False)
+    """An update that moves so many times as far as the median of the sites' is refused; 0: none is. With robust-rule=mean."""
+    max_site_share: float = Field(0.5, ge=0.5, le=1)
+    """Most of the average that one site's samples count for, or three times the median's where that is more; 1: any."""
     codec: Literal["fp32", "fp16"] = "fp32"
     """How activations and gradients become bytes: fp32 (exact) or fp16 (half the bytes)."""
     in_flight: int = Field(2, ge=1, le=8)

@@ -11,7 +11,8 @@
     │   ├── OverloadedError     the encoder is full; carries `retry_after_s`
     │   └── UnreachableError    nobody answers at the address, the peer died or a deadline passed
     ├── FederationError     the run cannot go on: too few sites, no useful update
-    │   └── RoundLostError      a round came to nothing for reasons that may pass; it is done once more
+    │   ├── RoundLostError      a round came to nothing for reasons that may pass; it is done once more
+    │   └── DivergedError       a site's loss stopped being finite
     └── RunDirError         a run directory cannot be written or read: disk full, damaged checkpoint
 
 Every message says what it got, what it wanted and what to do.
@@ -74,6 +75,10 @@ class RoundLostError(FederationError):
     def __init__(self, message: str, *, why: str = "") -> None:
         super().__init__(message)
         self.why = why
+
+
+class DivergedError(FederationError):
+    """A site's training loss stopped being finite."""
 
 
 class RunDirError(FedsplitError):

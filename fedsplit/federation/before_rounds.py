@@ -27,6 +27,7 @@ def closed_form(
     Raises FederationError below `min-sites`.
     """
     start = ClosedFormStart(orders.config, orders.backbone, orders.spec, tensors)
+    weights = orders.weights(orders.sites)
 
     def asked(kind: Kind, module: ModuleTensors) -> Iterator[tuple[Site, Message]]:
         def again(site: Site) -> Iterator[Message]:
@@ -40,7 +41,8 @@ def closed_form(
         try:
             answer = replies.read(0, site.name, reply)
             arrays = messages.from_arrays(reply.content, messages.STATISTICS, start.wanted)
-            start.add(site.name, arrays)
+            samples, weight = site.call.samples, weights[site.name]
+            start.add(site.name, arrays, samples=samples, weight=weight)
         except FedsplitError as err:
             replies.left_out(0, site.name, str(err))
             continue

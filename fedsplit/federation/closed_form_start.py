@@ -54,8 +54,10 @@ class ClosedFormStart:
         one = FeatureStatistics.shapes(features=self._features, classes=self._classes)
         return {f"{part}/{n}": shape for part in (FIT, HELD_OUT) for n, shape in one.items()}
 
-    def add(self, site: str, arrays: Mapping[str, NDArray[Any]]) -> None:
-        """Take in one site's sums. Raises UpdateError when they cannot be right."""
+    def add(
+        self, site: str, arrays: Mapping[str, NDArray[Any]], *, samples: int, weight: int
+    ) -> None:
+        """Take in one site's sums, of at most `samples` samples that count for `weight`. Raises UpdateError when they cannot be right."""
         fit, held_out = (
             FeatureStatistics.of(
                 {n.removeprefix(f"{part}/"): a for n, a in arrays.items() if n.startswith(part)},
@@ -64,6 +66,13 @@ class ClosedFormStart:
             )
             for part in (FIT, HELD_OUT)
         )
+        told = fit.samples + held_out.samples
+        if not 1 <= told <= samples:
+            raise UpdateError(
+                f"feature statistics of {told} samples, at roll call there were {samples}; look at that site"
+            )
+        if weight < samples:
+            fit, held_out = fit.scaled(weight / samples), held_out.scaled(weight / samples)
         self._fit[site], self._held_out[site] = fit, held_out
 
     def provisional(self) -> ModuleTensors:

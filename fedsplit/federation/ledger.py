@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from fedsplit import __version__
 from fedsplit.core.config import RunConfig
+from fedsplit.core.notes import fit
 from fedsplit.core.records import LeftOut, Outcome, RoundMetrics, SiteSummary, Summary
 from fedsplit.federation.messages import LocalOnly, RollCall
 from fedsplit.model.backbone import Backbone
@@ -33,6 +34,10 @@ class Ledger:
     started: float = field(default_factory=time.monotonic)
     wall_before_s: float = 0.0
     """Wall time of the run before it was resumed."""
+
+    def note(self, text: str) -> None:
+        """Note what the run itself found odd."""
+        self.notes = fit([*self.notes, text])
 
     def absent(self, round_: int, site: str, reason: str) -> None:
         """Note that a site had no part in a round."""

@@ -65,10 +65,10 @@ class Stream(_Part):
 
 
 class Round(_Part):
-    """A round that a site is to replay: whose scalars, and the samples they stand for."""
+    """A round that a site is to replay: whose scalars, of how many samples, and for how many they count."""
 
     number: int
-    sites: tuple[tuple[Name, int], ...] = Field(max_length=100_000)
+    sites: tuple[tuple[Name, int, int], ...] = Field(max_length=100_000)
 
 
 class Order(_Part):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from flwr.app import Message, RecordDict
 
 from fedsplit import __version__
+from fedsplit.core.aggregation import capped
 from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Grant, Training
@@ -40,6 +41,8 @@ class Site:
 
 # How long after its deadline an order still takes an answer: word of how late it is.
 LATE_S = 60.0
+# A site may take the steps of so many times the samples that it counts for.
+STEPS_FOR = 10
 # Orders that only test or measure.
 _FORWARD: tuple[Kind, ...] = ("evaluate", "statistics", "calibrate")
 
@@ -110,12 +113,12 @@ class Orders:
         """One message a site of `sites`, each made when it is asked for; or `only` for one of them, once more."""
         digests: dict[Cut, str] = {}
         chosen = self.sites if sites is None else sites
-        samples = sum(site.call.samples for site in chosen)
+        weights = self.weights(chosen)
         for site in chosen if only is None else [only]:
             if site.cut not in digests:
                 held = module.device_names(self.backbone, self.spec, site.cut)
                 digests[site.cut] = digest_of({n: t for n, t in tensors.items() if n not in held})
-            yield self._message(site, kind, round_, tensors, digests[site.cut], samples)
+            yield self._message(site, kind, round_, tensors, digests[site.cut], weights)
 
     def _message(
         self,
@@ -124,12 +127,12 @@ class Orders:
         round_: int,
         tensors: ModuleTensors,
         encoder_digest: str,
-        samples: int,
+        weights: Mapping[str, int],
     ) -> Message:
-        """`samples`: of all sites that are asked."""
+        """`weights`: what the sites that are asked count for."""
         stream = None
         if not site.cut.local(self.backbone.blocks):
-            grant = self._grant(site, kind, round_, samples)
+            grant = self._grant(site, kind, round_, weights)
             stream = self.endpoint.stream_for(grant, deadline_s=self.deadline_s(kind))
         order = Order(
             kind=kind,
@@ -176,17 +179,22 @@ class Orders:
         content[messages.MODULE] = messages.to_arrays(tensors)
         return content
 
-    def _grant(self, site: Site, kind: Kind, round_: int, of_samples: int) -> Grant:
+    def weights(self, sites: Sequence[Site]) -> dict[str, int]:
+        """What each of these sites counts for beside the others."""
+        return capped({s.name: s.call.samples for s in sites}, self.config.max_site_share)
+
+    def _grant(self, site: Site, kind: Kind, round_: int, weights: Mapping[str, int]) -> Grant:
         epochs = self.config.local_epochs * (self.config.rounds if kind == "local-only" else 1)
         if self.config.personalisation == "ditto":
             epochs *= 2
         # With a trained head each perturbed forward of the device is a step of its own.
         forwards = 2 * self.config.zo_queries + 1 if self.config.gradient != "exact" else 1
         size = self.config.batch_size
-        epoch = math.ceil(site.call.samples / size)
-        steps = forwards * epochs * epoch + math.ceil(
-            3 * sum(s.call.test_samples for s in self.sites) / size
-        )
+        # What sites say of themselves is no ground to let them ask for anything.
+        most = {name: STEPS_FOR * weight for name, weight in self.weights(self.sites).items()}
+        epoch = math.ceil(min(site.call.samples, most[site.name]) / size)
+        tests = sum(min(s.call.test_samples, self._most_tests(most[s.name])) for s in self.sites)
+        steps = forwards * epochs * epoch + math.ceil(3 * tests / size)
         if self.config.keep_hardest < 1:
             steps += epoch
         return Grant(
@@ -205,10 +213,17 @@ class Orders:
             ),
             # Twice what the round needs: a retry must not run dry.
             max_steps=2 * steps + 64,
-            training=None if kind in _FORWARD else self._training(site, kind, round_, of_samples),
+            training=None if kind in _FORWARD else self._training(site, kind, round_, weights),
         )
 
-    def _training(self, site: Site, kind: Kind, round_: int, of_samples: int) -> Training | None:
+    def _most_tests(self, samples: int) -> int:
+        """The most test samples that go with so many training samples, or more of each."""
+        share = self.config.test_fraction
+        return math.ceil(samples * max(1.0, share / (1 - share)))
+
+    def _training(
+        self, site: Site, kind: Kind, round_: int, weights: Mapping[str, int]
+    ) -> Training | None:
         """What the encoder trains for a site in a round."""
         c = self.config
         if c.encoder_training == "frozen":
@@ -227,7 +242,7 @@ class Orders:
             weight_decay=c.weight_decay,
             clip_norm=c.clip_norm,
             lora="B" if c.lora_aggregation == "ffa" else "both",
-            weight=site.call.samples / of_samples,
+            weight=weights[site.name] / sum(weights.values()),
             leave=sampled_block(c, site=site.name, cut=site.cut, round_=round_)
             if kind == "train"
             else 0,

@@ -11,7 +11,7 @@ Only where every tensor of an update can be made again by everyone: one cut, one
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -53,6 +53,7 @@ class ReplayLog:
 
     usable: bool
     _rounds: dict[int, list[tuple[str, int, Scalars]]] = field(default_factory=dict)
+    _weights: dict[int, dict[str, int]] = field(default_factory=dict)
     _held: dict[str, int] = field(default_factory=dict)
     _full_only: set[str] = field(default_factory=set)
 
@@ -65,6 +66,19 @@ class ReplayLog:
     def forget(self, round_: int) -> None:
         """The round is done again. The module that it started from is still what its sites hold."""
         self._rounds.pop(round_, None)
+        self._weights.pop(round_, None)
+
+    def settle(self, round_: int, weights: Mapping[str, int]) -> None:
+        """Which of the round's updates were averaged, and for how many samples each counted."""
+        if self.usable:
+            kept = [u for u in self._rounds.get(round_, []) if u[0] in weights]
+            self._rounds[round_] = kept
+            self._weights[round_] = dict(weights)
+
+    def clear(self) -> None:
+        """The module is no longer what the rounds make of it: whole modules until new rounds have been."""
+        self._rounds.clear()
+        self._weights.clear()
 
     def failed(self, site: str) -> None:
         """The site could not catch up: it is sent whole modules from now on."""
@@ -76,14 +90,16 @@ class ReplayLog:
         if not self.usable or held is None or site in self._full_only:
             return None
         missed = range(held + 1, round_)
-        if any(r not in self._rounds for r in missed):
+        if any(r not in self._weights or r not in self._rounds for r in missed):
             return None  # A resumed run has forgotten them.
         arrays: dict[str, Scalars] = {}
         rounds: list[Round] = []
         for r in missed:
             told = sorted(self._rounds[r], key=lambda update: update[0])
             arrays |= {f"{r}/{i}": scalars for i, (_, _, scalars) in enumerate(told)}
-            rounds.append(Round(number=r, sites=tuple((name, n) for name, n, _ in told)))
+            weights = self._weights[r]
+            sites = tuple((name, samples, weights[name]) for name, samples, _ in told)
+            rounds.append(Round(number=r, sites=sites))
         return held, arrays, rounds
 
 
@@ -103,7 +119,7 @@ def caught_up(
     wanted = {
         f"{past.number}/{i}": scalars_shape(config, samples)
         for past in order.history
-        for i, (_, samples) in enumerate(past.sites)
+        for i, (_, samples, _) in enumerate(past.sites)
     }
     scalars = messages.from_arrays(content, messages.HISTORY, wanted)
     module = dict(kept)
@@ -114,7 +130,7 @@ def caught_up(
             updates = [
                 Update(
                     site=site,
-                    samples=samples,
+                    samples=weight,
                     delta=replayed(
                         scalars[f"{past.number}/{i}"],
                         config,
@@ -124,7 +140,7 @@ def caught_up(
                         start=start,
                     ),
                 )
-                for i, (site, samples) in enumerate(past.sites)
+                for i, (site, _, weight) in enumerate(past.sites)
             ]
             module = aggregate(module, updates)
     except (KeyError, UpdateError) as err:

@@ -15,8 +15,10 @@ from fedsplit.core.errors import (
     BackboneError,
     ConfigError,
     DataError,
+    DivergedError,
     FederationError,
     FedsplitError,
+    ProtocolError,
     RoundLostError,
     RunDirError,
     UpdateError,
@@ -39,6 +41,10 @@ from fedsplit.training.rank_pruning import kept_rank
 LATE_ROUNDS = 4
 # What a site says that it would say again.
 _LASTING = frozenset(kind.__name__ for kind in (BackboneError, ConfigError, DataError, RunDirError))
+
+
+# A site's errors that a module of absurd values causes.
+_STUCK = (DivergedError.__name__, ProtocolError.__name__)
 
 
 class Replies:
@@ -71,6 +77,10 @@ class Replies:
         """(round, its deadline, orders that nobody answered in time)."""
         self.pruned: dict[str, int] = {}
         """Ranks that sites have come down to in the round's updates, from the next round on."""
+        self.stuck: set[str] = set()
+        """Sites that could not train on what the round sent."""
+        self.asked = 0
+        """How many sites the round asked."""
 
     def awaited(
         self,
@@ -95,6 +105,7 @@ class Replies:
             for order in orders:
                 site = sites[order.metadata.dst_node_id]
                 asked.append(site.name)
+                self.asked += 1
                 yield site, order
 
         def more() -> Iterable[tuple[Site, Message]]:
@@ -108,6 +119,7 @@ class Replies:
 
         self._replied, self.pruned, self._by_order, self._good = [], {}, {}, set()
         self._may_pass = False
+        self.stuck, self.asked = set(), 0
         self._status(phase, round_)
         post = Post[Site](grid)
         came = exchange(post, whose(), deadline_s=wait_s, window=self._window, more=more)
@@ -258,6 +270,9 @@ class Replies:
             if not gone(reply):
                 # What it holds is no longer certain: whole modules from now on.
                 self._orders.log.failed(name)
+            fault = messages.fault_of(reply)
+            if fault is not None and fault.kind in _STUCK:
+                self.stuck.add(name)
             self.left_out(round_, name, str(err))
             return
         self.account(answer.metrics)

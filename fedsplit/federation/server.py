@@ -16,6 +16,7 @@ from pathlib import Path
 from flwr.common.logger import LOGGER_NAME
 from flwr.serverapp import Grid
 
+from fedsplit.core.aggregation import capped
 from fedsplit.core.config import RESUME_KEYS, RunConfig
 from fedsplit.core.errors import ConfigError, FedsplitError, RunDirError
 from fedsplit.core.foreign import MAX_CLASSES
@@ -138,6 +139,7 @@ class Run:
         self._fit(sites)
         classes = classes or self._classes(sites, start)
         self._ranges = {site.call.pixel_max for site in sites}
+        self._note_caps(sites)
         spec = ModuleSpec.of(self.config, classes)
         self._write_config(classes, sites)
         strategy = self._strategy = SplitStrategy(
@@ -243,6 +245,18 @@ class Run:
                 f"wanted; name the task's own in classes"
             )
         return classes
+
+    def _note_caps(self, sites: Sequence[Site]) -> None:
+        """Say whose samples count for less than the site says."""
+        samples = {site.name: site.call.samples for site in sites}
+        for name, weight in capped(samples, self.config.max_site_share).items():
+            if weight < samples[name]:
+                note = (
+                    f"{name} says {samples[name]} samples and counts for {weight}: max-site-share="
+                    f"{self.config.max_site_share:g}, or three times the median's"
+                )
+                self.ledger.note(note)
+                _log.warning("%s", note)
 
     def _write_config(self, classes: tuple[str, ...], sites: Sequence[Site]) -> None:
         packages = ("flwr", "grpcio", "pydantic", "numpy")

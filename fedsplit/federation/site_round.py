@@ -152,7 +152,8 @@ class SiteRound(SiteWork):
     def _own_start(self, run: OpenModel, tensors: ModuleTensors) -> ModuleTensors:
         """The closed-form classifier of this site's own samples."""
         start = ClosedFormStart(self.config, self.backbone, self.spec, tensors)
-        start.add(self.site.name, self._sums(run))
+        samples = len(self.own.train)
+        start.add(self.site.name, self._sums(run), samples=samples, weight=samples)
         if self.config.calibrate:
             module.load(run.model.part, tensors | start.provisional())
             _, held_out = self._held_out()

@@ -24,6 +24,7 @@ from fedsplit.federation.best import Best
 from fedsplit.federation.combiner import Combiner
 from fedsplit.federation.endpoint import Endpoint
 from fedsplit.federation.exchange import WINDOW, WINDOW_SIMULATED
+from fedsplit.federation.guard import Guard, Version
 from fedsplit.federation.ledger import Ledger
 from fedsplit.federation.messages import Kind
 from fedsplit.federation.orders import Orders, Site
@@ -101,6 +102,7 @@ class SplitStrategy(Strategy):
             run_dir=run_dir,
             on_update=on_update,
         )
+        self._guard = Guard(config, backbone.family.classifier)
 
     # What Flower's Strategy asks for.
 
@@ -124,6 +126,10 @@ class SplitStrategy(Strategy):
         """Check the updates, combine the good ones. Raises FederationError below `min-sites`."""
         updates = (self._replies.update(server_round, reply, self.module) for reply in replies)
         good = [update for update in updates if update]
+        if (undone := self._undo(server_round)) is not None:
+            return undone
+        good = self._guard.within(server_round, good, self._replies.left_out)
+        self._orders.log.settle(server_round, {u.site: u.samples for u in good})
         self._replies.check_enough(server_round, len(good), done=self.rounds_done)
         combined = self._combiner.combine(server_round, self.module, good)
         if self._best.improved(self.ledger.accuracy_of_round(server_round)):
@@ -148,6 +154,8 @@ class SplitStrategy(Strategy):
         """Note the sites' numbers; the accuracy over all test samples."""
         for _ in replies:
             pass  # Each is noted as it comes in.
+        if self._undo(server_round) is not None:
+            self.checkpoint()
         accuracy = self.ledger.accuracy_of_round(server_round)
         return None if accuracy is None else MetricRecord({"accuracy": accuracy})
 
@@ -266,6 +274,24 @@ class SplitStrategy(Strategy):
         if tested is None and round_ not in self._orders.repeated:
             self._replies.check_any(round_)
         return tested
+
+    def _undo(self, round_: int) -> tuple[ArrayRecord, MetricRecord] | None:
+        """Go back to the last good module where the one that this round sent out does harm, and say so."""
+        tested = Version(self.module, optimizer=self._combiner.rule.state(), round=round_ - 1)
+        rows = [m for m in self.ledger.metrics if m.round == round_]
+        back = self._guard.undo(tested, rows, self._replies.stuck, self._replies.asked)
+        if back is None:
+            return None
+        good, why = back
+        self.module = good.module
+        self._combiner.rule.restore(good.optimizer)
+        self._orders.log.clear()
+        self.ledger.note(f"round {round_ - 1} was undone: {why}")
+        self._say(f"round {round_}: {why}")
+        numbers = MetricRecord(
+            {"updates": 0, "accuracy-received": self.ledger.accuracy_of_round(round_) or 0.0}
+        )
+        return messages.to_arrays(self.module), numbers
 
     def _publish(self, round_: int) -> None:
         if self._orders.all_local:

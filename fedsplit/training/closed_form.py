@@ -84,6 +84,10 @@ class FeatureStatistics:
         """Of both their samples."""
         return FeatureStatistics(self.gram + other.gram, self.moment + other.moment)
 
+    def scaled(self, factor: float) -> FeatureStatistics:
+        """As if each sample were `factor` of one."""
+        return FeatureStatistics(self.gram * factor, self.moment * factor)
+
     def arrays(self, dtype: Any = np.float32) -> dict[str, NDArray[Any]]:
         """For the wire: the upper triangle of the gram, as it is symmetric, and the moment."""
         upper = np.triu_indices(len(self.gram))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedsplit.core.errors import ConfigError, FederationError
+from fedsplit.core.errors import ConfigError, DivergedError
 from fedsplit.model.split import SplitModel
 from fedsplit.training import pipeline
 from fedsplit.training.activation_cache import Place
@@ -78,7 +78,7 @@ def train(
 ) -> float:
     """Train the model's module in place; the mean loss over all samples of the round, of the data alone.
 
-    `anchor` is what the proximal term pulls to; without one, what the model holds now. Raises FederationError
+    `anchor` is what the proximal term pulls to; without one, what the model holds now. Raises DivergedError
     when the loss stops being finite, ConfigError for settings that do not fit the model.
     """
     check(settings.augmentation, model.part.family.kind)
@@ -109,15 +109,15 @@ class MeanLoss:
         self._sum, self._samples = 0.0, 0
 
     def check(self, loss: float, epoch: int) -> None:
-        """Raise FederationError when a loss is not finite."""
+        """Raise DivergedError when a loss is not finite."""
         if not math.isfinite(loss):
-            raise FederationError(
+            raise DivergedError(
                 f"the training loss became {loss} in epoch {epoch + 1}; lower learning-rate "
                 f"(now {self._learning_rate:g})"
             )
 
     def add(self, loss: float, samples: int, epoch: int) -> None:
-        """Take in a batch's mean. Raises FederationError when it is not finite."""
+        """Take in a batch's mean. Raises DivergedError when it is not finite."""
         self.check(loss, epoch)
         self._sum += loss * samples
         self._samples += samples

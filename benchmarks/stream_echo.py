@@ -67,6 +67,9 @@ class IdentityHost:
     ) -> Array:
         return h_BTD
 
+    def graph_bytes(self, batch: int, tokens: int) -> int:  # noqa: ARG002
+        return 0
+
     def backprop(self, step: int, dz: Array) -> Array:  # noqa: ARG002
         return dz
 

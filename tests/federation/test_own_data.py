@@ -39,7 +39,7 @@ def test_no_column_leaves_that_the_site_does_not_name(
     config = settings(runs, label_column="note")
     with (
         prepared(config, nodes) as (run, net),
-        pytest.raises(FederationError, match=r"line-a: the run reads label-column='note'"),
+        pytest.raises(FederationError, match=r"line-a, line-b: the run reads label-column='note'"),
     ):
         run.go()
     assert "Kurz" not in everything(runs)

@@ -80,7 +80,9 @@ def flower_run(
     """The strategy run as Flower runs it: `start` over a grid, sites that answer train messages."""
 
     def answer(message: Message, context: Context) -> Message:
-        round_, site = message.content["config"]["server-round"], message.metadata.dst_node_id
+        round_ = message.content["config"]["server-round"]
+        # The first site is 1, whatever the grid's first number is.
+        site = message.metadata.dst_node_id - first + 1
         moved = delta(site, int(round_), hostile=hostile)
         new = {n: a.numpy() + moved[n] for n, a in message.content["arrays"].items()}
         arrays = ArrayRecord({n: Array(v) for n, v in new.items()})
@@ -90,6 +92,7 @@ def flower_run(
 
     start = ArrayRecord({n: Array(v) for n, v in START.items()})
     with FlowersGrid([{} for _ in range(sites)], answer) as grid:
+        first = min(grid.get_node_ids())
         result = strategy.start(grid, start, num_rounds=rounds)
     return {n: a.numpy() for n, a in result.arrays.items()}
 

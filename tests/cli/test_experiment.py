@@ -89,7 +89,8 @@ def test_a_grid_from_dry_run_to_results_and_again(cli: Cli, grid: Path, tmp_path
     assert Path(told["out"]) == out
     assert {p.name for p in out.iterdir()} == {
         "results.csv", "table.md", "tuning.csv", "runs", "tuning", "labels.png", "labels.svg", "accuracy-bytes.png",
-        "accuracy-bytes.svg", "accuracy-rounds.png", "accuracy-rounds.svg",
+        "accuracy-bytes.svg", "accuracy-rounds.png", "accuracy-rounds.svg", "accuracy-final.png",
+        "accuracy-final.svg",
     }  # fmt: skip
     with (out / "results.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))

@@ -21,6 +21,13 @@ def normal(name: str) -> str:
     return unicodedata.normalize("NFC", name).strip()
 
 
+def plain(name: str) -> str:
+    """What two spellings of one class have in common: its normal form, and of a whole number its digits ("1.0" -> "1")."""
+    name = normal(name)
+    match = _WHOLE.fullmatch(name)
+    return match[1] if match else name
+
+
 def whole_numbers(names: Iterable[str]) -> dict[str, str]:
     """Name -> the whole number that it stands for ("1.0" -> "1"), if all names are numbers; else nothing."""
     found: dict[str, str] = {}

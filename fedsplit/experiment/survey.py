@@ -108,7 +108,7 @@ def survey(flat: Mapping[str, Any], *, backbone: bool, sheet: Path) -> Survey:
     notes += more
     images = examples.kind == "image"
     if images:
-        write_sheet(sheet, examples)
+        notes += write_sheet(sheet, examples)
     lengths = sorted(len(examples.text(i)) for i in range(len(examples))) if not images else []
     return Survey(
         source=config.data,

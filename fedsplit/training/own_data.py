@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.core.class_names import plain
 from fedsplit.core.errors import DataError
 from fedsplit.core.foreign import printable
 from fedsplit.training.data.examples import Digests, Examples, Image, Index, Items
@@ -199,7 +200,9 @@ def _places(listed: Listed, found: Examples) -> Index:
     """[N], the key of each listed sample in the source as it is now; -1 where it is gone or changed."""
     digests = _digests(listed, found)
     free: dict[tuple[int, str], list[int]] = defaultdict(list)
-    names = [found.classes[label] for label in found.labels]
+    # The list has the classes as the run spells them, the source as it does itself.
+    own, listed_as = [plain(c) for c in found.classes], [plain(c) for c in listed.classes]
+    names = [own[label] for label in found.labels]
     pairs = zip(digests.tolist(), names, found.keys.tolist(), strict=True)
     for digest, name, key in pairs:
         free[digest, name].append(key)
@@ -209,7 +212,7 @@ def _places(listed: Listed, found: Examples) -> Index:
     for i, (digest, label) in enumerate(
         zip(listed.digests.tolist(), listed.labels.tolist(), strict=True)
     ):
-        if keys := free.get((digest, listed.classes[label])):
+        if keys := free.get((digest, listed_as[label])):
             at[i] = keys.pop()
     return at
 

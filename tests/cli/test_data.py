@@ -95,3 +95,13 @@ def test_what_is_guessed_of_an_image_backbone_is_told(
     )
     assert code == 0
     assert any("has no preprocessor_config.json" in note for note in told["notes"])
+
+
+def test_a_machine_without_a_font_for_the_names_is_told(
+    pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:  # fmt: skip
+    from fedsplit.experiment import contact_sheet
+
+    monkeypatch.setattr(contact_sheet, "_FONTS", ("none.ttf",))
+    _, told = answer(capsys, f"folder:{pictures}", "--sheet", str(tmp_path / "s.png"))
+    assert any("shows boxes in place of them" in note for note in told["notes"])

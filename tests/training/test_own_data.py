@@ -16,7 +16,9 @@ from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import DataError, RunDirError
 from fedsplit.model.backbone import Backbone
 from fedsplit.training import site_data
+from fedsplit.training.data import Examples, load_source
 from fedsplit.training.data.sides import LISTS_KEPT, Record
+from fedsplit.training.own_data import open_own
 from fedsplit.training.site_data import SiteData, SiteSettings, open_site
 
 
@@ -282,3 +284,33 @@ def test_runs_at_once_lose_no_side(tmp_path: Path) -> None:
         list(pool.map(run, range(8)))
     found = Record(tmp_path, "line-a", "").sides(digests.ravel())
     assert found.reshape(8, 10).tolist() == [[i % 2] * 10 for i in range(8)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "classes"),
+    [(("1.0", "0.0"), ("0", "1")), (("1", "0"), ("1.0", "0.0")), (("none", "crack"), ("crack", "none"))],
+)  # fmt: skip
+def test_labels_are_the_runs_in_every_message(
+    tmp_path: Path, labels: tuple[str, str], classes: tuple[str, str]
+) -> None:
+    path = tmp_path / "t.csv"
+    # A first line that is a sample only because its label is declared.
+    path.write_text(f"x,{labels[1]}\n" + "".join(f"part {i},{labels[0]}\n" for i in range(9)))
+
+    def read(
+        classes: tuple[str, ...] | None = None,
+        *,
+        listed: frozenset[str] | None = None,
+        pixel_max: float = 0.0,
+    ) -> Examples:
+        return load_source(
+            f"csv:{path}", site="line-a", classes=classes, listed=listed, pixel_max=pixel_max
+        )
+
+    record = Record(tmp_path / "state", "line-a", "run")
+    for _ in range(2):
+        own = open_own(read, record, source="t", fraction=0.3, classes=classes, declared=True)
+        assert own.examples.classes == classes
+        names = [classes[label] for label in own.examples.labels]
+        assert names.count(classes[labels == ("none", "crack")]) in (1, 9)
+        assert len(names) == 10

@@ -14,7 +14,7 @@ from typing import Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsplit.core.class_names import EMPTY_WORDS, look_alikes, normal, whole_numbers
+from fedsplit.core.class_names import EMPTY_WORDS, look_alikes, normal, plain, whole_numbers
 from fedsplit.core.errors import ConfigError, DataError
 from fedsplit.core.foreign import MAX_CLASS_CHARS, MAX_CLASSES, printable
 
@@ -25,6 +25,7 @@ Kind = Literal["image", "text"]
 
 _SUBSAMPLE_SEED = 0
 _NAMES_SHOWN = 20
+_GROUPS_SHOWN = 10
 
 
 class Items(Protocol):
@@ -183,7 +184,12 @@ def _spelled(
 ) -> tuple[list[str], list[str]]:
     """Label names in one spelling, and what there is to say of those that look alike."""
     names = [normal(name) for name in names]
-    declared = request.classes or ()
+    # As the task spells them, so that "1.0" here is the "1" of the others.
+    ways = {plain(name): name for name in request.classes or ()}
+    declared = set(map(normal, request.classes or ()))
+    names = [name if name in declared else ways.get(plain(name), name) for name in names]
+    if request.listed is not None:
+        return names, []  # Told, and asked, at roll call.
     notes = []
     if not declared and (whole := whole_numbers(set(names))):
         first = min(whole)
@@ -196,9 +202,12 @@ def _spelled(
                 f"the label is {name!r}, which stands for a label that is not there; label the sample, remove it, or name "
                 f"{name!r} in classes if it is a class",
             )
-    for group in look_alikes(set(names)):
+    alike = look_alikes(set(names))
+    for group in alike[:_GROUPS_SHOWN]:
         shown = ", ".join(repr(printable(name, limit=60)) for name in group)
         notes.append(f"the classes {shown} look alike; if they are one, give them one name")
+    if len(alike) > _GROUPS_SHOWN:
+        notes.append(f"{len(alike) - _GROUPS_SHOWN} more groups of classes look alike")
     return names, notes
 
 

@@ -20,7 +20,9 @@ from fedsplit.training.data.image_files import ImageFiles, look_at, range_of
 EXTENSIONS = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm", ".pnm",
 )  # fmt: skip
-_SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation"})
+_SPLITS = frozenset(
+    {"train", "training", "test", "testing", "val", "valid", "validation", "dev", "eval"}
+)
 _SHOWN = 5
 
 
@@ -32,6 +34,10 @@ class _Found:
     names: list[str] = field(default_factory=list)
     other: Counter[str] = field(default_factory=Counter)
     """Extension -> files that are not read."""
+    deeper: Counter[str] = field(default_factory=Counter)
+    """Folder below a class -> images in it."""
+    closed: list[OSError] = field(default_factory=list)
+    """Why folders below could not be counted."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -41,6 +47,7 @@ def read_folder(path: Path, request: Request) -> Examples:
     for folder in _class_folders(path, request, found):
         _add_class(folder, request, found)
     _note_spellings(found)
+    _note_deeper(found)
     if found.other:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(found.other.items()))
         found.notes.append(
@@ -107,29 +114,44 @@ def _add_class(folder: Path, request: Request, found: _Found) -> None:
     if request.listed is not None:
         images = [path for path in images if path in request.listed]
     else:
-        _note_deeper(folder, folders, found)
+        _count_deeper(folder, folders, found)
         if not images:
-            raise request.fault(
-                folder,
-                f"the class folder has no image; add files ({', '.join(EXTENSIONS)}) or remove it",
+            below = sum(n for at, n in found.deeper.items() if at.startswith(f"{folder.name}/"))
+            cure = (
+                f"its {below} images lie deeper; move them up one folder"
+                if below
+                else f"add files ({', '.join(EXTENSIONS)}) or remove it"
             )
+            raise request.fault(folder, f"the class folder has no image; {cure}")
         known = {*images, *map(str, folders)}
         found.other.update(f.suffix.lower() or "no extension" for f in files if str(f) not in known)
     found.paths += images
     found.names += [folder.name] * len(images)
 
 
-def _note_deeper(folder: Path, folders: Sequence[Path], found: _Found) -> None:
-    """Images in folders below a class folder are not read; how many there are, and where, is told."""
+def _count_deeper(folder: Path, folders: Sequence[Path], found: _Found) -> None:
+    """Count images in folders below a class folder, which are not read."""
     for below in folders:
         count = 0
-        for _, _, names in os.walk(below):
+        for _, _, names in os.walk(below, onerror=found.closed.append):
             count += sum(Path(name).suffix.lower() in EXTENSIONS for name in names)
         if count:
-            where = printable(f"{folder.name}/{below.name}", limit=120)
-            found.notes.append(
-                f"{count} images lie deeper, in {where}, and are not read; move them up one folder"
-            )
+            found.deeper[f"{folder.name}/{below.name}"] = count
+
+
+def _note_deeper(found: _Found) -> None:
+    # One note, however many folders: there is room for few.
+    if found.deeper:
+        shown = printable(", ".join(list(found.deeper)[:_SHOWN]), limit=200)
+        more = len(found.deeper) - _SHOWN
+        found.notes.append(
+            f"{found.deeper.total()} images lie deeper, in {shown}{f' and {more} more folders' if more > 0 else ''}, and are "
+            f"not read; move them up one folder"
+        )
+    if found.closed:
+        found.notes.append(
+            f"{len(found.closed)} folders below cannot be looked into, e.g. {printable(found.closed[0], limit=200)}"
+        )
 
 
 def _note_spellings(found: _Found) -> None:
@@ -187,9 +209,10 @@ def _check_name(folder: Path, request: Request) -> None:
 
 
 def _check_splits(path: Path, folders: Sequence[Path], request: Request) -> None:
-    """Raise DataError where the folders are parts of a data set and no classes."""
-    names = {folder.name.lower() for folder in folders}
-    if len(names & _SPLITS) < 2 or names - _SPLITS:
+    """Raise DataError where folders are parts of a data set and no classes, unless the task says that they are."""
+    names = {folder.name.lower() for folder in folders} & _SPLITS
+    declared = {name.lower() for name in request.classes or ()}
+    if len(names) < 2 or names <= declared or request.listed is not None:
         return
     inner = [f for f in folders if f.name.lower().startswith("train")]
     try:
@@ -199,7 +222,7 @@ def _check_splits(path: Path, folders: Sequence[Path], request: Request) -> None
     cure = (
         f"give {inner[0].name} alone (folder:{printable(inner[0])}), for each site splits its samples by itself"
         if deeper
-        else "sort the images into one folder a class"
+        else "sort the images into one folder a class, or name them in classes if they are"
     )
     raise request.fault(
         path, f"{', '.join(sorted(names))} are parts of a data set and no classes; {cure}"

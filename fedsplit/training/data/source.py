@@ -59,7 +59,13 @@ def load_source(
     if name == "hf":
         return read_hub(argument, request)
     path = Path(argument).expanduser().absolute()
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as err:
+        raise request.fault(
+            path, f"cannot be looked at ({err.strerror}); check path and rights"
+        ) from err
+    if not there:
         raise request.fault(path, "does not exist; check the path in the site's data setting")
     if name == "folder":
         return read_folder(path, request)

@@ -15,11 +15,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsplit.core.class_names import normal
+from fedsplit.core.class_names import normal, plain
 from fedsplit.training.data.examples import Examples, Request, build, digest_of
 
 MAX_FILE_BYTES = 256 * 2**20
 """Texts are held in memory, and a device has little of it."""
+_PEEK = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,8 @@ def read_csv(path: Path, request: Request) -> Examples:
             )
     columns = _columns(path, request, first, table.notes)
     if columns is None:
-        _check_no_header(path, request, first_line, first, [row[1] for _, row in below])
+        if request.listed is None:  # Else it was asked at roll call.
+            _check_no_header(path, request, first_line, first, [row[1] for _, row in below])
         table.notes.append(f"the file has no header: line {first_line} is read as text,label")
         below, columns = rows, (0, 1)
     for line, row in below:
@@ -98,8 +100,8 @@ def _check_no_header(
     path: Path, request: Request, line: int, first: list[str], labels: list[str]
 ) -> None:
     """Raise DataError where a first line is rather names of columns than a sample: its label never comes again."""
-    label = normal(first[1])
-    if label in map(normal, labels) or label in map(normal, request.classes or ()):
+    label = plain(first[1])
+    if label in map(plain, labels) or label in map(plain, request.classes or ()):
         return
     raise request.fault(
         f"{path}:{line}",
@@ -250,6 +252,13 @@ def _text(path: Path, request: Request, notes: list[str]) -> str:
         encoding = "utf-16"
     else:
         encoding = "utf-8-sig"
+    zeros = raw[:_PEEK].count(0)
+    if encoding == "utf-8-sig" and zeros > len(raw[:_PEEK]) // 8:
+        raise request.fault(
+            path,
+            f"{zeros} of the first {len(raw[:_PEEK])} bytes are zero: it looks like UTF-16 without its mark; save the file as "
+            "UTF-8",
+        )
     try:
         return raw.decode(encoding)
     except UnicodeDecodeError as err:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedsplit.core.class_names import look_alikes, normal, whole_numbers
+from fedsplit.core.class_names import look_alikes, normal, plain, whole_numbers
 from fedsplit.core.errors import DataError
 from fedsplit.training.data import Examples, load_source
 from fedsplit.training.data.pixels import DEPTHS, white_of
@@ -233,10 +233,43 @@ def test_parts_of_a_data_set_are_no_classes(tmp_path: Path) -> None:
         DataError, match=r"test, train are parts of a data set and no classes; sort"
     ):
         read(top)
+    folder(top, "a")
+    with pytest.raises(DataError, match=r"test, train are parts of a data set and no classes"):
+        read(top)
+    declared = load_source(f"folder:{top}", site="line-1", classes=("a", "test", "train"))
+    assert len(declared) == 6
     folder(tmp_path / "deep" / "train", "a", "b")
     folder(tmp_path / "deep" / "test", "a", "b")
     with pytest.raises(DataError, match=r"give train alone \(folder:.*deep/train\)"):
         read(tmp_path / "deep")
+
+
+def test_many_folders_below_are_one_note(tmp_path: Path) -> None:
+    top = folder(tmp_path, "a", "b")
+    folder(top / "a", *(f"2024-{day:03}" for day in range(99)), each=1)
+    assert read(top).notes == (
+        "99 images lie deeper, in a/2024-000, a/2024-001, a/2024-002, a/2024-003, a/2024-004 and 94 more folders, and are "
+        "not read; move them up one folder",
+    )
+    folder(top / "c", "2024", each=3)
+    with pytest.raises(
+        DataError, match="/c: the class folder has no image; its 3 images lie deeper"
+    ):
+        read(top)
+
+
+def test_a_place_without_rights_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    top = folder(tmp_path, "a", "b")
+    real = os.stat
+
+    def stat(path: object, **options: object) -> os.stat_result:
+        if str(path).startswith(str(top)):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path, **options)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(os, "stat", stat)
+    with pytest.raises(DataError, match="cannot be looked at \\(Permission denied\\); check path and rights"):  # fmt: skip
+        read(top)
 
 
 def test_folders_of_one_name_in_two_forms_are_one_class(tmp_path: Path) -> None:
@@ -309,6 +342,9 @@ def test_whole_numbers_with_decimals_are_whole_numbers(tmp_path: Path) -> None:
     examples = table(tmp_path, "text,label\npump,1.0\nmotor,0.0\nx,1.0\n")
     assert examples.classes == ("0", "1")
     assert examples.notes == ("labels such as '0.0' are read as '0'",)
+    # As the run has them once all sites have answered.
+    again = load_source(f"csv:{tmp_path / 't.csv'}", site="line-1", classes=("0", "1", "2"))
+    assert again.labels.tolist() == [1, 0, 1]
 
 
 @pytest.mark.parametrize("word", ["NaN", "nan", "NULL", "#N/A"])
@@ -335,11 +371,15 @@ def test_tables_of_other_programs(tmp_path: Path) -> None:
         table(tmp_path, "text,label,label\npump,leak,1\n")
     with pytest.raises(DataError, match=r"looks like Shift_JIS \(cp932\); save the file as UTF-8"):
         table(tmp_path, "text,label\nポンプから水漏れ,漏れ\n".encode("cp932"))
+    for order in ("le", "be"):
+        with pytest.raises(DataError, match="looks like UTF-16 without its mark; save the file as UTF-8"):  # fmt: skip
+            table(tmp_path, "\n".join(rows).encode(f"utf-16-{order}"))
 
 
 @given(st.text(max_size=30))
 def test_normal_names_stay_as_they_are(name: str) -> None:
     assert normal(normal(name)) == normal(name)
+    assert plain(plain(name)) == plain(name)
     assert look_alikes([name]) == []
 
 

@@ -63,6 +63,7 @@ def _named(key: str, text: str, mark: str, example: str) -> dict[str, str]:
 
 def _numbers(name: str, text: str) -> frozenset[int]:
     numbers: set[int] = set()
+    listed = 0
     for part in text.split(","):
         first, dash, last = (p.strip() for p in part.partition("-"))
         last = last if dash else first
@@ -75,6 +76,12 @@ def _numbers(name: str, text: str) -> frozenset[int]:
         if not int(first) <= int(last) < MAX_SITES:
             raise ConfigError(
                 f"task-holders: {first}-{last} of {name} is no range of sites in 0..{MAX_SITES - 1}"
+            )
+        # A site reads this too, from the run: the same range a thousand times is work without end.
+        listed += int(last) - int(first) + 1
+        if listed > MAX_SITES:
+            raise ConfigError(
+                f"task-holders: {name} lists more than {MAX_SITES} sites; name each once"
             )
         numbers |= set(range(int(first), int(last) + 1))
     return frozenset(numbers)

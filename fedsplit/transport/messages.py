@@ -18,6 +18,7 @@ from fedsplit.core.errors import (
     RefusedError,
     UnreachableError,
 )
+from fedsplit.core.foreign import printable
 from fedsplit.transport.frames import MAX_JSON_BYTES, VERSION, Kind, Message, json_frame
 
 Code = Literal["refused", "protocol", "overloaded", "unavailable", "internal"]
@@ -90,7 +91,8 @@ def read_body(model: type[B], message: Message) -> B:
             f"{'.'.join(map(str, e['loc'])) or 'body'}: {e['msg']}"
             for e in error.errors(include_input=False)[:8]
         )
-        raise ProtocolError(f"{message.header.kind.name} is malformed: {faults[:1000]}") from error
+        shown = printable(faults, limit=1000)
+        raise ProtocolError(f"{message.header.kind.name} is malformed: {shown}") from error
 
 
 def error_frame(error: EncoderError, *, session: int) -> bytes:
@@ -121,7 +123,7 @@ def code_of(error: EncoderError) -> Code:
 
 def error_of(body: ErrorBody, address: str) -> EncoderError:
     """The exception that an ERROR frame stands for, at the site."""
-    text = f"the encoder at {address} ended the session: {body.message}"
+    text = f"the encoder at {address} ended the session: {printable(body.message, limit=1000)}"
     if body.code == "overloaded":
         return OverloadedError(text, retry_after_s=body.retry_after_s or 1.0)
     kinds: dict[str, type[EncoderError]] = {

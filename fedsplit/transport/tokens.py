@@ -138,7 +138,7 @@ def _check_times(claims: dict[str, Any], leeway_s: float) -> None:
     now = time.time()
     try:
         issued, expires = float(claims["iat"]), float(claims["exp"])
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise RefusedError("the token's times are no numbers") from error
     if not issued <= now + leeway_s:
         raise RefusedError(

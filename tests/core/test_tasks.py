@@ -124,3 +124,8 @@ def test_the_settings_of_one_task() -> None:
     assert (one.task, one.data, one.sources) == ("shapes", "npz:shapes.npz", config.sources)
     assert RunConfig.from_flat(one.flat_for_sites()) == one
     assert RunConfig(task="a", data="csv:a.csv").sources == {"a": "csv:a.csv"}
+
+
+def test_sites_listed_over_and_over_are_refused() -> None:
+    with pytest.raises(ConfigError, match="lists more than 100000 sites"):
+        parse_holders("a:" + ",".join(["0-99999"] * 1000))

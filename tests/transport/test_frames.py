@@ -27,7 +27,7 @@ from fedsplit.transport.frames import (
     frames_of,
     parse,
 )
-from fedsplit.transport.messages import Hello, read_body
+from fedsplit.transport.messages import ErrorBody, Hello, error_of, read_body
 from fedsplit.transport.rules import Rules, agree
 from tests.transport.conftest import HOSTED, WIDTH, ZEROTH, FakeHost, make_grant, make_h
 
@@ -230,3 +230,15 @@ def test_unknown_codec_and_non_finite_values() -> None:
         find_codec("zip")
     with pytest.raises(ProtocolError, match="1 of 2 values"):
         check_range(np.array([1, np.nan], np.float32), "x")
+
+
+def test_what_a_peer_writes_is_shown_on_one_line() -> None:
+    text = b'{"\\u001b[2J\\n": 1}'
+    header = Header(
+        Kind.HELLO, Dtype.BYTES, CodecId.RAW, Flag.NONE, (), 0, 0, len(text), 0, len(text)
+    )
+    with pytest.raises(ProtocolError) as caught:
+        read_body(Hello, Message(header, np.frombuffer(text, np.uint8)))
+    body = ErrorBody(code="internal", message="\x1b[31mred\nline")
+    for shown in (str(caught.value), str(error_of(body, "h:1"))):
+        assert shown.isprintable()

@@ -192,6 +192,8 @@ class RunConfig(BaseModel):
     """An update that moves so many times as far as the median of the sites' is refused; 0: none is. With robust-rule=mean."""
     max_site_share: float = Field(0.5, ge=0.5, le=1)
     """Most of the average that one site's samples count for, or three times the median's where that is more; 1: any."""
+    step_back: bool = True
+    """Undo a round by which most sites lost more than 10 points, or after which most cannot train."""
     codec: Literal["fp32", "fp16"] = "fp32"
     """How activations and gradients become bytes: fp32 (exact) or fp16 (half the bytes)."""
     in_flight: int = Field(2, ge=1, le=8)

@@ -95,7 +95,11 @@ class Guard:
         `rows` are the round's numbers, `stuck` the sites of the `asked` ones that could not train on the module.
         """
         tested.scores = {row.site: (row.correct_global, row.test_samples) for row in rows}
-        harm = "" if self._good is None else self._harm(self._good, tested, stuck, asked)
+        harm = (
+            ""
+            if self._good is None or not self._config.step_back
+            else self._harm(self._good, tested, stuck, asked)
+        )
         if harm and not self._undone:
             good = self._good
             assert good is not None

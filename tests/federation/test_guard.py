@@ -183,6 +183,12 @@ def test_small_losses_are_no_harm(before: Any, after: Any, of: int) -> None:
     assert guard.undo(Version(module(1), round=1), rows(*after, of=of), (), 3) is None
 
 
+def test_no_round_is_undone_where_that_is_switched_off() -> None:
+    guard = Guard(config(step_back=False), ())
+    guard.undo(Version(module(0)), rows(25, 25, 25), (), 3)
+    assert guard.undo(Version(module(1), round=1), rows(5, 5, 5), (), 3) is None
+
+
 def test_a_module_that_most_sites_cannot_train_on_is_undone() -> None:
     guard = Guard(config(), ())
     guard.undo(Version(module(0)), rows(25, 25, 25), (), 3)

@@ -76,7 +76,7 @@ def test_a_site_learns_from_the_shortcut_first(keep: float, tmp_path: Path) -> N
     before, _ = trained(tmp_path / "a", **same | {"method": "closed-form", "rounds": 0})
     after, run = trained(
         tmp_path / "b", **same | {"batch_size": 256}, local_loss_epochs=1, keep_hardest=keep, optimizer="sgd",
-        learning_rate=1.0, lr_schedule="constant",
+        learning_rate=1.0, lr_schedule="constant", step_back=False,
     )  # fmt: skip
     whole = whole_model(run.backbone, module.ModuleSpec.of(run.config, CLASSES), before)
     start = [torch.from_numpy(before[f"classifier.{n}"].copy()) for n in ("weight", "bias")]

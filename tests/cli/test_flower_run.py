@@ -68,7 +68,7 @@ def test_partial_run(cli: Cli, echo_app: Path, mark: str, environment: dict[str,
     assert record["outcome"] == "partial"
     assert record["left_out"][0]["site"] == "site-1"
     assert "Left out: site-1." in done.stderr
-    assert "done; accuracy after 2 rounds: 60.0 % (4 sites)" in done.stderr
+    assert "done; accuracy after 2 rounds: 60.0 % (80 test samples, 4 sites)" in done.stderr
     run_dir = Path(record["run_dir"])
     assert {p.name for p in run_dir.glob("*.png")} == {"accuracy.png", "traffic.png"}
     assert len(record["sites"]) == 4

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from fedsplit.core.config import RunConfig
 from fedsplit.core.methods import METHODS, Method, Value
+from fedsplit.core.recipes import RECIPES
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "methods.md"
 
@@ -35,6 +36,11 @@ All other settings are free. A setting given at its general default counts as no
 key. What contradicts each other beyond that is told before a run starts.
 """
 
+RECIPE_HEAD = """\
+A recipe sets a method and more, and adapts what depends on the backbone's L blocks and on the sites:
+[when to take which](../how-to/choose-a-method.md). What is given beside it wins, and is told.
+"""
+
 WHERE = {
     "any": "any cut",
     "split": "a split: some block runs on the server",
@@ -47,9 +53,25 @@ def page() -> str:
     lines = [HEAD, "| method | | runs |", "|---|---|---|"]
     for name, method in METHODS.items():
         lines.append(f"| [`{name}`](#{name}) | {method.summary} | {WHERE[method.placement]} |")
+    lines += ["", *recipes()]
     for name, method in METHODS.items():
         lines += ["", *section(name, method)]
     return "\n".join(lines) + "\n"
+
+
+def recipes() -> list[str]:
+    """All recipes: what they are for, what they set, what they adapt."""
+    lines = ["## Recipes", "", RECIPE_HEAD, "| `recipe=` | | sets | adapts |", "|---|---|---|---|"]
+    for name, recipe in RECIPES.items():
+        where = f"`0,b`, one block in {recipe.tail_of} in the tail" if recipe.tail_of else "`0,L`"
+        adapts = [f"`cut` ({where})"]
+        adapts += ["`module-blocks` (L)"] if recipe.every_block else []
+        rate = f"`lora-learning-rate` ({recipe.step_rate:g} for each site)"
+        adapts += [rate, "`rounds`"] if recipe.step_rate else []
+        lines.append(
+            f"| `{name}` | {recipe.summary} | {pairs(recipe.sets)} | {', '.join(adapts)} |"
+        )
+    return lines
 
 
 def section(name: str, method: Method) -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 
 from fedsplit.core.config import RunConfig
 from fedsplit.core.methods import METHODS
+from fedsplit.core.recipes import RECIPES
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "methods_reference.py"
@@ -46,6 +47,12 @@ def test_a_section_names_the_settings_that_make_the_method(script: ModuleType, n
         assert f"`{key}={script.text(settled[key])}`" in section
     for key, values in method.one_of.items():
         assert all(f"`{script.text(value)}`" in section.split(f"`{key}`", 1)[1] for value in values)
+
+
+def test_every_recipe_is_on_the_page(script: ModuleType) -> None:
+    text = script.page()
+    for name, recipe in RECIPES.items():
+        assert f"| `{name}` | {recipe.summary} | {script.pairs(recipe.sets)} |" in text
 
 
 def test_every_method_has_a_row_in_the_comparison() -> None:

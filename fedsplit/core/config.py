@@ -142,8 +142,8 @@ class RunConfig(BaseModel):
     """Share of its training samples that a site trains on in a round: those it gets most wrong at its start; 1: all."""
     batch_size: int = Field(32, ge=1, le=4096)
     """Samples of a step; also the most that a site's token allows."""
-    learning_rate: float = Field(0.01, gt=0, allow_inf_nan=False)
-    """Learning rate of the classifier, and of the rest where lora-learning-rate is 0."""
+    learning_rate: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Learning rate of the classifier, and of the rest where lora-learning-rate is 0. 0: 0.01, or 0.003 where a run that says nothing of its classifier trains on from ridge."""
     lora_learning_rate: float = Field(0.0005, ge=0, allow_inf_nan=False)
     """Learning rate of all that trains but the classifier; 0: the classifier's. Shared encoder: of all sites' steps together."""
     lr_schedule: Literal["constant", "cosine"] = "cosine"
@@ -158,8 +158,8 @@ class RunConfig(BaseModel):
     """Longest gradient of a step on the device; 0: any."""
     accumulate: int = Field(1, ge=1, le=1024)
     """Batches whose gradients make one step of the optimiser."""
-    loss: Literal["softmax", "one-vs-all", "balanced-softmax"] = "softmax"
-    """Cross-entropy; one yes-or-no question a class; or cross-entropy that allows for the site's mix of classes."""
+    loss: Literal["auto", "softmax", "one-vs-all", "balanced-softmax"] = "auto"
+    """Cross-entropy; one yes-or-no question a class; or cross-entropy that allows for the site's mix of classes. auto: softmax, but balanced-softmax where a run that says nothing of its classifier trains on from ridge."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the label that is spread over all classes."""
     augmentation: Literal["none", "flip", "crop+flip"] = "none"
@@ -398,6 +398,11 @@ class RunConfig(BaseModel):
     def classifier_start(self) -> Literal["zero", "class-means", "ridge"]:
         """How the classifier starts; `from_flat` has settled an auto already."""
         return "ridge" if self.classifier_init == "auto" else self.classifier_init
+
+    @property
+    def loss_kind(self) -> Literal["softmax", "one-vs-all", "balanced-softmax"]:
+        """The loss; `from_flat` has settled an auto already."""
+        return "softmax" if self.loss == "auto" else self.loss
 
     @property
     def ranks(self) -> tuple[int, ...]:

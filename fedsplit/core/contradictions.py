@@ -264,7 +264,7 @@ def _gradients(c: RunConfig) -> list[_Check]:
             f"encoder-training=frozen",
         ),
         (
-            c.personalisation == "fed-rod" and c.loss != "softmax",
+            c.personalisation == "fed-rod" and c.loss not in ("auto", "softmax"),
             "personalisation=fed-rod is made for loss=softmax",
         ),
         (

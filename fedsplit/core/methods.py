@@ -213,8 +213,7 @@ def apply(
     for key, value in method.prefers.items():
         if flat.get(key, defaults[key]) == defaults[key]:
             settled[key] = value
-    if settled.get("classifier-init", "auto") == "auto":
-        settled["classifier-init"] = _start(settled)
+    settled |= _settled(settled)
     for key, values in method.one_of.items():
         given = settled.get(key, defaults[key])
         if given not in values:
@@ -223,10 +222,20 @@ def apply(
     return settled, faults
 
 
-def _start(flat: Mapping[str, Value]) -> Value:
-    """The classifier's start where nobody names one.
+def _settled(flat: Mapping[str, Value]) -> dict[str, Value]:
+    """What is automatic where nobody names it: the classifier's start, the loss and the classifier's learning rate.
 
     An earlier module brings its classifier; and sums have no robust rule: one hostile site would decide a ridge.
+    Where labels are skewed, averages of classifiers that learn by plain softmax, or fast, lose what ridge found.
     """
-    others = flat.get("start-module") or flat.get("robust-rule", "mean") != "mean"
-    return "zero" if others else "ridge"
+    found: dict[str, Value] = {}
+    keeps = False
+    if flat.get("classifier-init", "auto") == "auto":
+        others = flat.get("start-module") or flat.get("robust-rule", "mean") != "mean"
+        found["classifier-init"] = "zero" if others else "ridge"
+        keeps = not others and flat.get("classifier-training", "trained") == "trained"
+    if flat.get("loss", "auto") == "auto":
+        found["loss"] = "balanced-softmax" if keeps else "softmax"
+    if flat.get("learning-rate", 0) == 0:
+        found["learning-rate"] = 0.003 if keeps else 0.01
+    return found

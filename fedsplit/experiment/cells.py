@@ -255,8 +255,9 @@ def config_key(config: RunConfig, sites_at_once: int = 1) -> str:
 
     Those at their defaults are left out: a setting that is new does not make finished runs others.
     """
-    # Runs that are finished named no start where it was zero.
-    defaults = RunConfig.defaults() | {"classifier-init": "zero"}
+    # What runs that are finished did not name before it became automatic.
+    named = {"classifier-init": "zero", "loss": "softmax", "learning-rate": 0.01}
+    defaults = RunConfig.defaults() | named
     flat = {k: v for k, v in config.flat().items() if k not in _NO_MATTER and v != defaults.get(k)}
     several = [sites_at_once] if sites_at_once > 1 else []
     text = json.dumps([__version__, flat, *several], sort_keys=True)

@@ -149,7 +149,7 @@ def settings_of(work: SiteWork, rounds: Sequence[int]) -> TrainSettings:
         weight_decay=c.weight_decay,
         in_flight=c.in_flight,
         schedule=tuple(f for f in factors for _ in range(c.local_epochs)),
-        loss=c.loss,
+        loss=c.loss_kind,
         class_counts=work.class_counts(),
         label_smoothing=c.label_smoothing,
         clip_norm=c.clip_norm,

@@ -92,7 +92,7 @@ def test_a_long_value_is_not_repeated_in_full() -> None:
     [
         ("rounds", "many"),
         ("rounds", 1.5),
-        ("learning-rate", 0),
+        ("learning-rate", -1),
         ("learning-rate", math.nan),
         ("learning-rate", math.inf),
         ("weight-decay", -0.1),

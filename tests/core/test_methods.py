@@ -123,4 +123,19 @@ def test_a_run_starts_from_ridge_unless_something_else_brings_a_classifier(
 ) -> None:
     config = RunConfig.from_flat(flat)
     assert config.classifier_init == start
+    # Nobody named start or loss: then what ridge found is guarded while the classifier learns.
+    guarded = start == "ridge" and "classifier-init" not in {
+        *flat,
+        *config.method_description.prefers,
+    }
+    assert config.loss == ("balanced-softmax" if guarded else "softmax")
+    assert config.learning_rate == (0.003 if guarded else 0.01)
+    assert RunConfig.from_flat(flat | {"learning-rate": 0.01}).learning_rate == 0.01
+    assert RunConfig.from_flat(flat | {"loss": "softmax"}).loss == "softmax"
+    assert (
+        RunConfig.from_flat(
+            flat | {"classifier-training": "fixed", "classifier-init": "ridge"}
+        ).loss
+        == "softmax"
+    )
     assert RunConfig.from_flat(config.flat()) == config

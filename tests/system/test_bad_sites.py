@@ -47,7 +47,7 @@ def test_site_with_another_version(
 ) -> None:
     monkeypatch.setattr("fedsplit.federation.site.__version__", "9.9.9")
     message = fails()
-    assert "site-0: it runs fedsplit 9.9.9" in message
+    assert "site-0, site-1: it runs fedsplit 9.9.9" in message
     assert "install the same version on both" in message
 
 

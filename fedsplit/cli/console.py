@@ -6,6 +6,7 @@ written as an escape, never an error. Used by every command. Rich is loaded here
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import json
@@ -31,11 +32,25 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False, soft_wrap=True, width=width)
 
 
+# What tables and sentences use, at the same width, so that columns stay.
+_PLAIN = str.maketrans({"…": ".", "–": "-", "—": "-", "−": "-", "×": "x", "→": ">", "’": "'"})  # noqa: RUF001
+_ERRORS = "fedsplit.plain"
+
+
+def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
+    """A codec's error handler: a plain character for punctuation, an escape for the rest."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end].translate(_PLAIN)
+    return text.encode("ascii", "backslashreplace").decode("ascii"), error.end
+
+
 def write_anything() -> None:
-    """Have stdout and stderr write an escape for what their encoding lacks. Called once, by main.py."""
+    """Have stdout and stderr write plain characters or escapes for what their encoding lacks. Called once, by main.py."""
+    codecs.register_error(_ERRORS, _plain)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors=_ERRORS)
 
 
 class Output:

@@ -39,6 +39,7 @@ def test_no_encoding_is_too_narrow(encoding: str) -> None:
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     out = done.stdout.decode(encoding)
     assert "検査" in out or "\\u691c\\u67fb" in out
+    assert "→" in out or " > " in out
     assert "DataError: " in done.stderr.decode(encoding)
 
 

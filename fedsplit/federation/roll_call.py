@@ -249,7 +249,7 @@ class RollCaller:
         if useful >= self.config.min_sites:
             return
         told = by_reason((site, reason) for _, site, reason in self.ledger.absences)
-        why = "; ".join(f"{', '.join(sites)}: {reason}" for reason, sites in told.items())
+        why = "; ".join(f"{', '.join(sorted(sites))}: {reason}" for reason, sites in told.items())
         others = f" ({without} more do not hold task {self.config.task!r})" if without else ""
         raise FederationError(
             f"{useful} of {nodes - without} sites can take part, "

@@ -97,7 +97,7 @@ def test_nobody_is_refused_where_there_is_no_majority_or_no_bound() -> None:
 
 def test_adamw_cannot_move_farther_than_its_steps() -> None:
     """Also of two sites in the first round: what the optimiser can do needs no majority."""
-    adam = Guard(config(optimizer="adamw"), ("classifier",))
+    adam = Guard(config(optimizer="adamw", learning_rate=0.01), ("classifier",))
     # Two steps of 0.01 and 0.0005.
     good, refused = judged(adam, 1, update("a", 0.004), update("b", 10.0))
     assert good == ["a"]

@@ -55,7 +55,7 @@ def test_a_site_tells_its_own_log_what_leaves_it(
     try:
         with (
             prepared(settings(tmp_path, rounds=1, cut="0,6"), nodes) as (run, _),
-            caplog.at_level("INFO"),
+            caplog.at_level("INFO", logger=LOGGER_NAME),
         ):
             run.go()
     finally:

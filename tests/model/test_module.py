@@ -283,6 +283,8 @@ def test_an_export_says_what_it_is(vit: Backbone, tmp_path: Path) -> None:
     module.export(tmp_path / "a" / "b", vit, LORA, away_from_zero(vit, LORA))
     folder = tmp_path / "a" / "b"
     about = json.loads((folder / "fedsplit.json").read_text())
+    inputs = about.pop("inputs")
+    assert (inputs["kind"], inputs["resize"], inputs["dtype"]) == ("image", [16, 16], "float32")
     assert about == {
         "classes": list(CLASSES),
         "backbone_sha256": vit.sha256,

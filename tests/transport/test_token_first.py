@@ -22,7 +22,10 @@ from fedsplit.transport.tokens import sign_publisher
 from fedsplit.transport.wiring import CAPABILITIES, COLLECT, PUBLISH, STEPS
 from tests.transport.conftest import KEY, FakeHost, connect, eventually, make_grant, make_h
 
-PUBLISHER = sign_publisher("run", KEY, 600)
+
+def publisher() -> str:
+    """Made when it is used: a suite may take longer than a token lives."""
+    return sign_publisher("run", KEY, 600)
 
 
 @contextmanager
@@ -68,7 +71,7 @@ def test_silent_calls_with_a_token_leave_the_sessions_places_alone_and_end(host:
     limits = Limits(max_sessions=2, hello_timeout_s=3.0)
     with (
         EncoderServer(host, key=KEY, limits=limits) as server,
-        silent_calls(server.address, CAPABILITIES, 30, PUBLISHER) as calls,
+        silent_calls(server.address, CAPABILITIES, 30, publisher()) as calls,
     ):
         eventually(lambda: server.stats().refused.get("overloaded", 0) >= 1)
         for site in ("site-1", "site-2"):
@@ -77,13 +80,13 @@ def test_silent_calls_with_a_token_leave_the_sessions_places_alone_and_end(host:
         codes = [code_of(call) for call in calls]
         # Those that found a place were cancelled for their silence, the others were told to come back.
         assert set(codes) == {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED}
-        assert capabilities(server.address, PUBLISHER).backbone == "fake"
+        assert capabilities(server.address, publisher()).backbone == "fake"
 
 
 def test_a_small_request_is_small(server: EncoderServer, unharmed: None) -> None:
     with grpc.insecure_channel(server.address) as channel:
         call = channel.unary_unary(COLLECT)
-        metadata = (("authorization", f"Bearer {PUBLISHER}"),)
+        metadata = (("authorization", f"Bearer {publisher()}"),)
         for body in (bytes(MAX_SMALL_BYTES + 1), b"\xff\xff\xff"):
             with pytest.raises(grpc.RpcError) as caught:
                 call(body, metadata=metadata, timeout=20)
@@ -93,7 +96,7 @@ def test_a_small_request_is_small(server: EncoderServer, unharmed: None) -> None
 def test_nothing_is_unzipped(server: EncoderServer, host: FakeHost, unharmed: None) -> None:
     """A megabyte of zeros is a kilobyte as gzip: refused unread, with a token or without."""
     body = pb.PublishChunk(version="v9", total_bytes=1 << 20, data=bytes(1 << 20))
-    for token in (PUBLISHER, ""):
+    for token in (publisher(), ""):
         metadata = (("authorization", f"Bearer {token}"),) if token else ()
         with grpc.insecure_channel(server.address, compression=grpc.Compression.Gzip) as channel:
             call = channel.stream_unary(PUBLISH)

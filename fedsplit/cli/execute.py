@@ -83,16 +83,19 @@ def _submit_and_follow(
             watch = RemoteWatch(commands, run_id, files.run_dir, say=progress.say)
         snapshot = follow(files, progress, finished=watch)
     except KeyboardInterrupt as err:
-        stopped = run_id is not None and commands.stop(run_id)
+        # Who asks twice gets the same good order.
+        with held_signals(drop=True):
+            stopped = run_id is not None and commands.stop(run_id)
         if simulating is None:
             raise Interrupted(
-                _left_elsewhere(request, run_id, stopped=stopped),
+                _left_elsewhere(request, files, run_id, stopped=stopped),
                 terminated=isinstance(err, Terminated),
             ) from err
         raise
     finally:
         if watch is not None:
-            watch.close()
+            with held_signals(drop=True):
+                watch.close()
     return _ending(request, commands, run_id, snapshot)
 
 
@@ -184,21 +187,27 @@ def error_in_log(log: str, lines: int = 15) -> tuple[str, str]:
     return "", "\n".join(useful[-lines:]) or "The run's log is empty."
 
 
-def _left_elsewhere(request: RunRequest, run_id: str | None, *, stopped: bool) -> str:
+def _left_elsewhere(
+    request: RunRequest, files: RunFiles, run_id: str | None, *, stopped: bool
+) -> str:
     """What a run on another's SuperLink leaves when this command is stopped, and how to go on."""
-    link, name = request.superlink, request.config.run_name
+    link = request.superlink
     if run_id is None:
         return "stopped before the run was with Flower; nothing was started"
+    if files.snapshot().summarised:
+        return _what_is_left(request, files)
     if not stopped:
         return (
-            f"Flower could not be told to stop the run, which may go on: flwr stop {run_id} {link}. To look: "
-            f"flwr list {link}"
+            f"Flower could not be told to stop the run, which may go on. To look: flwr list {link}. To stop it: "
+            f"flwr stop {run_id} {link}"
         )
-    where = request.run_dir if request.run_dir.exists() else "on the ServerApp's machine"
-    return (
-        f"Flower was told to stop the run; its processes on the server and at the sites end within about a minute. Its "
-        f"folder is {where}. To go on from its last checkpoint: fedsplit run --superlink {link} --resume {name}"
-    )
+    told = "Flower was told to stop the run; its processes on the server and at the sites end within about a minute."
+    if not request.run_dir.exists():
+        return (
+            f"{told} Its folder is on the ServerApp's machine. To go on from its last checkpoint, if it has one: "
+            f"{_resume_command(request)}"
+        )
+    return f"{told}\n{_what_is_left(request, files)}"
 
 
 def _what_is_left(request: RunRequest, files: RunFiles) -> str:
@@ -221,5 +230,10 @@ def _what_is_left(request: RunRequest, files: RunFiles) -> str:
         return f"stopped before the first round was through; nothing to go on from in {request.run_dir}"
     return (
         f"stopped; what was done so far is in {request.run_dir}. "
-        f"To go on from its last checkpoint: fedsplit run --resume {request.config.run_name}"
+        f"To go on from its last checkpoint: {_resume_command(request)}"
     )
+
+
+def _resume_command(request: RunRequest) -> str:
+    where = f"--superlink {request.superlink} " if request.superlink is not None else ""
+    return f"fedsplit run {where}--resume {request.config.run_name}"

@@ -8,7 +8,6 @@ as a program: the CLI imports nothing of it. Called by `execute.py`.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import shutil
@@ -30,6 +29,7 @@ from fedsplit.cli.keeper import DETACHED, kept
 from fedsplit.cli.processes import ProcessTree, held_signals, runs
 from fedsplit.core.closing import Closing
 from fedsplit.core.errors import FederationError
+from fedsplit.core.foreign import parse_json
 
 CONNECTION = "fedsplit"
 _START_TIMEOUT_S = 60.0
@@ -134,7 +134,8 @@ class FlowerCommands:
                 f"`flwr {args[0]}` gave no answer within {timeout_s:.0f} s; is the SuperLink {where} reachable?"
             ) from err
         try:
-            answer: dict[str, Any] = json.loads(done.stdout[done.stdout.index("{") :])
+            # Flower may warn of something on the lines before.
+            answer: dict[str, Any] = parse_json(done.stdout[done.stdout.index("{") :].encode())
         except ValueError as err:
             words = (done.stderr or done.stdout).strip()
             raise in_words(args[0], words or f"exit code {done.returncode}", where) from err

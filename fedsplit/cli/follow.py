@@ -109,8 +109,10 @@ class RunFiles:
 class Progress:
     """Snapshots as a bar on a terminal, or as a line a change of round elsewhere. A context manager."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, untrained: bool = False) -> None:
+        """`untrained`: the run's classifier starts from zero, so its accuracy before training is none."""
         self._console = console
+        self._untrained = untrained
         self._bar = Bar(
             TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.completed:.0f}/{task.total:.0f} replies"),
             TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("| left"), TimeRemainingColumn(),
@@ -138,7 +140,7 @@ class Progress:
         if status is None:
             return
         where = _where(status)
-        text = _accuracy_text(snapshot)
+        text = _accuracy_text(snapshot, untrained=self._untrained)
         self._bar.update(
             self._task,
             description=where,
@@ -174,7 +176,7 @@ def _stage(status: Status) -> str:
     return names.get(status.phase, status.message or f"{status.phase} ...")
 
 
-def _accuracy_text(snapshot: Snapshot) -> str:
+def _accuracy_text(snapshot: Snapshot, *, untrained: bool) -> str:
     accuracy = snapshot.accuracy()
     if accuracy is None:
         return ""
@@ -182,6 +184,8 @@ def _accuracy_text(snapshot: Snapshot) -> str:
     when = (
         f"after {trained} {'round' if trained == 1 else 'rounds'}" if trained else "before training"
     )
+    if untrained and not trained:
+        return f"accuracy {when}: untrained"
     where = f"{n} test samples, {sites} {'site' if sites == 1 else 'sites'}"
     return f"accuracy {when}: {100 * share:.1f} % ({where})"
 

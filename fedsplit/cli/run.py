@@ -69,7 +69,7 @@ def run_request(request: Any, out: Output) -> int:
     from fedsplit.cli.follow import Progress
     from fedsplit.core.records import TasksSummary
 
-    with Progress(out.stderr) as progress:
+    with Progress(out.stderr, untrained=request.config.untrained) as progress:
         ended = execute(request, progress)
     if isinstance(ended, TasksSummary):
         return finish_tasks(ended, request.run_dir, out)

@@ -123,9 +123,11 @@ class RemoteWatch:
         if snapshot is not self._snapshot:
             self._snapshot, self._last_word = snapshot, now
         self._last_word = max(self._last_word, self._log.last_word)
-        self._log.shown = not self._run_dir.exists() and now - self._started > _SHOWS_WITHIN_S
+        ended = self._log.ended
+        if not self._run_dir.exists() and now - self._started > _SHOWS_WITHIN_S:
+            self._log.show()
         self._warn(snapshot, now)
-        if self._log.ended:
+        if ended:
             if snapshot.over:
                 return True
             if now < self._next_try:
@@ -145,7 +147,7 @@ class RemoteWatch:
         self._pause_s = min(2 * self._pause_s, _MOST_PAUSE_S)
         self._next_try = now + self._pause_s
         self._log.close()
-        self._log = _Log(self._commands.stream_log(self._run_id), skip=self._log.lines)
+        self._log = _Log(self._commands.stream_log(self._run_id), skip=self._log.shown)
         return False
 
     def _warn(self, snapshot: Snapshot, now: float) -> None:
@@ -160,16 +162,16 @@ class RemoteWatch:
 
 
 class _Log:
-    """The lines that a program writes, read by a thread; on stderr from when `shown` is set."""
+    """The lines that a program writes, read by a thread and held until they are shown; the oldest give way."""
 
     def __init__(self, process: subprocess.Popen[bytes], *, skip: int = 0) -> None:
-        """`skip`: lines that were read before; a new stream begins at the run's beginning."""
-        self.shown = False
-        self.lines = 0
+        """`skip`: lines that were shown before; a new stream begins at the run's beginning."""
+        self.shown = skip
+        """The number of the last line that was shown."""
         self._skip = skip
         self.last_word = time.monotonic()
         self._process = process
-        self._held: deque[bytes] = deque(maxlen=_LINES_KEPT)
+        self._held: deque[tuple[int, bytes]] = deque(maxlen=_LINES_KEPT)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -177,6 +179,12 @@ class _Log:
     def ended(self) -> bool:
         """Did the program end?"""
         return not self._reader.is_alive()
+
+    def show(self) -> None:
+        """Write what is held to stderr."""
+        while self._held:
+            self.shown, line = self._held.popleft()
+            sys.stderr.write(line.decode("utf-8", "replace"))
 
     def close(self) -> None:
         """End the program and wait for it."""
@@ -190,11 +198,8 @@ class _Log:
 
     def _read(self) -> None:
         assert self._process.stdout is not None
-        for line in self._process.stdout:
+        for number, line in enumerate(self._process.stdout, start=1):
             self.last_word = time.monotonic()
-            self.lines += 1
-            if self.lines > self._skip:
-                self._held.append(line)
-            while self.shown and self._held:
-                sys.stderr.write(self._held.popleft().decode("utf-8", "replace"))
+            if number > self._skip:
+                self._held.append((number, line))
         self._process.wait()

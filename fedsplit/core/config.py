@@ -400,6 +400,11 @@ class RunConfig(BaseModel):
         return "ridge" if self.classifier_init == "auto" else self.classifier_init
 
     @property
+    def untrained(self) -> bool:
+        """Is the classifier all zeros before the first round? Then it names one class always."""
+        return self.classifier_start == "zero" and not self.start_module
+
+    @property
     def loss_kind(self) -> Literal["softmax", "one-vs-all", "balanced-softmax"]:
         """The loss; `from_flat` has settled an auto already."""
         return "softmax" if self.loss == "auto" else self.loss

@@ -44,7 +44,8 @@ def interval(share: float, n: int) -> tuple[float, float]:
     z = 1.96
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    # At 0 and 1 the sums are off by their last bit; the share is never outside.
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def percent_of(share: float | None, n: int) -> str:

@@ -121,6 +121,20 @@ def test_progress_on_a_terminal_names_round_and_accuracy(tmp_path: Path) -> None
     assert "70.0 %" in shown.getvalue()
 
 
+def test_a_classifier_of_zeros_has_no_accuracy(tmp_path: Path) -> None:
+    """The same word as in the tables; after a round there is one."""
+    files, shown = RunFiles(tmp_path), io.StringIO()
+    progress = Progress(Console(file=shown, width=200), untrained=True)
+    for number in (1, 2):
+        (tmp_path / "metrics.jsonl").write_text(line(number, "halle", 5))
+        status(tmp_path, "training", number, 1)
+        progress.show(files.snapshot())
+    assert shown.getvalue().splitlines() == [
+        "round 1 of 2; accuracy before training: untrained",
+        "round 2 of 2; accuracy after 1 round: 50.0 % (10 test samples, 1 site)",
+    ]
+
+
 LOG = """\x1b[92mINFO \x1b[0m: Starting
 Traceback (most recent call last):
   File "x.py", line 1, in main

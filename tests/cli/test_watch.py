@@ -76,16 +76,17 @@ def test_a_lost_connection_is_made_again(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedsplit.cli.watch._SHOWS_WITHIN_S", -1.0)
+    monkeypatch.setattr("fedsplit.cli.watch._MOST_PAUSE_S", 0.01)
     commands = Commands(
-        ["print(1)", "print(1); import time; time.sleep(1); print(2)"],
-        ["away", "finished:failed"],
+        ["print(1, 2, sep='\\n')", "print(1)", "print(1, 2, 3, sep='\\n')"],
+        ["away", "away", "finished:failed"],
     )
     watch = made(commands, tmp_path / "elsewhere")
     assert watch_until(watch, lambda: False)
     watch.close()
-    assert commands.asked == 2
-    # What was shown before is not shown again.
-    assert capsys.readouterr().err == "1\n2\n"
+    assert commands.asked == 3
+    # What was shown before is not shown again, also where a stream broke off earlier than the one before it.
+    assert capsys.readouterr().err == "1\n2\n3\n"
 
 
 def test_a_superlink_that_stays_away_is_told(

@@ -52,6 +52,9 @@ def test_an_accuracy_has_its_interval() -> None:
     for right, n in ((0, 5), (5, 18), (18, 18), (980, 1000)):
         known = binomtest(right, n).proportion_ci(method="wilson")
         assert interval(right / n, n) == pytest.approx((known.low, known.high), abs=1e-4)
+    for n in range(1, 300):
+        assert interval(0.0, n)[0] == 0.0
+        assert interval(1.0, n)[1] == 1.0
     assert percent_of(5 / 18, 18) == "27.8 % (12-51)"
     assert percent_of(0.5, 0) == "50.0 %"
     assert percent_of(None, 10) == "-"

@@ -23,14 +23,15 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "config.md"
 HEAD = """\
 # Settings of a run
 
-Generated from `fedsplit/core/config.py` by `python scripts/config_reference.py`; do not edit this page by hand.
+Generated from `fedsplit/core/config.py` by `python scripts/config_reference.py`; do not edit this
+page by hand.
 
-The same flat keys are used everywhere: in `[tool.flwr.app.config]` of `pyproject.toml` (the defaults), as
-`fedsplit run --set KEY=VALUE`, and in `flwr run . --run-config 'KEY=VALUE'`, where strings are quoted as in TOML. All
-faults of a set of values are reported in one error.
+The same flat keys work everywhere: in `[tool.flwr.app.config]` of `pyproject.toml` (the defaults),
+as `fedsplit run --set KEY=VALUE`, and in `flwr run . --run-config 'KEY=VALUE'`, where
+strings have quotes as in TOML. One error reports all faults of a set of values.
 
-A site may override `data`, `cut` and `encoder-tls-ca` in its [node config](node-config.md). A resumed run keeps the
-settings it was started with; [resume](../how-to/resume.md) lists the few that may change.
+A site may override `data`, `cut` and `encoder-tls-ca` in its [node config](node-config.md). A
+resumed run keeps its settings; [resume](../how-to/resume.md) lists the few that may change.
 """
 
 

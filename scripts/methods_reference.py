@@ -21,24 +21,27 @@ PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "methods.md"
 HEAD = """\
 # Methods
 
-Generated from `fedsplit/core/methods.py` by `python scripts/methods_reference.py`; do not edit this page by hand.
+Generated from `fedsplit/core/methods.py` by `python scripts/methods_reference.py`; do not edit
+this page by hand.
 
-A method is a name for several [settings](config.md) at once: `fedsplit run --set method=NAME`, or a row of
-[a grid](grid.md). Two names do more than that: `centralised` gives one simulated site the samples of all, and
-`local-only` ends after the sites have trained alone. What trains where in each, what is averaged how, and what is left
-out of the papers: [methods compared](../explanation/methods.md).
+A method is a name for several [settings](config.md): `fedsplit run --set method=NAME`, or a row
+of [a grid](grid.md). Two names do more: `centralised` gives one simulated site the samples of all
+sites, and `local-only` ends after the sites have trained alone.
+[Methods compared](../explanation/methods.md) explains what each method trains and averages, and
+what it leaves out of its paper.
 
-- *means*: settings that make the method what it is. Another value given is a fault.
-- *prefers*: in place of the setting's default. Another value given is taken.
+- *means*: settings that define the method. Any other value is a fault.
+- *prefers*: replaces the setting's default. You may give another value.
 - *takes*: the only values that fit.
 
-All other settings are free. A setting given at its general default counts as not given, for Flower hands over every
-key. What contradicts each other beyond that is told before a run starts.
+All other settings are free. A setting given at its general default counts as not given, because
+Flower passes every key. Other contradictions are reported before a run starts.
 """
 
 RECIPE_HEAD = """\
-A recipe sets a method and more, and adapts what depends on the backbone's L blocks and on the sites:
-[when to take which](../how-to/choose-a-method.md). What is given beside it wins, and is told.
+A recipe sets a method and more, and adapts some settings to the backbone's L blocks and to the
+sites ([which recipe to take](../how-to/choose-a-method.md)). A value that you give yourself
+wins, and fedsplit reports it.
 """
 
 WHERE = {
@@ -75,15 +78,15 @@ def recipes() -> list[str]:
 
 
 def section(name: str, method: Method) -> list[str]:
-    """One method: its sentence and a table."""
-    rows = [("source", method.source), ("runs", WHERE[method.placement])]
-    rows += [
+    """One method: source and settings. What it does and where it runs is in the table above."""
+    rows = [
+        ("source", method.source),
         ("means", pairs(method.fixes)),
         ("prefers", pairs(method.prefers)),
         ("takes", choices(method.one_of)),
     ]
     table = [f"| {title} | {text} |" for title, text in rows if text]
-    return [f"## `{name}`", "", method.summary, "", "| | |", "|---|---|", *table]
+    return [f"## `{name}`", "", "| | |", "|---|---|", *table]
 
 
 def pairs(settings: Mapping[str, Value]) -> str:

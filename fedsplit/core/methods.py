@@ -44,14 +44,14 @@ _MODULES: tuple[Value, ...] = ("lora", "prompt", "adapter")
 
 METHODS: dict[str, Method] = {
     "fedv": Method(
-        summary="U-shaped split with exact gradients; what the devices train is averaged each round.",
+        summary="U-shaped split with exact gradients. Each round averages what the devices train.",
         source="FedV, arXiv 2403.16050",
         one_of={"encoder-training": ("frozen", "hosted", "shared"), "gradient": ("exact",)},
     ),
     "fedvz": Method(
         summary=(
-            "The same split without a gradient on the wire: the server's module is trained by differences of the "
-            "losses that the sites report; heads are frozen, classifiers train by exact gradients at the site."
+            "The same split without a gradient on the wire. The server's module trains from differences of the "
+            "losses that sites report. Heads are frozen; classifiers train at the site with exact gradients."
         ),
         source="FedVZ, arXiv 2403.16050; estimators after MeZO, arXiv 2305.17333",
         placement="split",
@@ -60,88 +60,88 @@ METHODS: dict[str, Method] = {
     ),
     "fedvz-device": Method(
         summary=(
-            "Zeroth order at the device, which then only runs forward; updates travel as scalars, and so does the "
-            "module wherever a site can replay what it missed."
+            "Zeroth order at the device: it only runs forward. Updates travel as scalars. The module does too, if a "
+            "site can replay what it missed."
         ),
         source="MeZO, arXiv 2305.17333; seeds and scalars as in FedKSeed, arXiv 2312.06353",
         fixes={"gradient": "zeroth-order", **_WHOLE},
         prefers={"optimizer": "sgd"},
     ),
     "fedyolo": Method(
-        summary="The backbone is loaded once onto the device; only a module a task travels.",
+        summary="The device loads the backbone once. Only one module for each task travels.",
         source="FedYolo, arXiv 2307.04905",
         placement="device",
         fixes=_WHOLE,
         one_of={"module": _MODULES},
     ),
     "closed-form": Method(
-        summary="Ridge regression (or class means) from summed statistics of frozen features; one round.",
+        summary="Ridge regression (or class means) from summed statistics of frozen features, in one round.",
         source="Fed3R, arXiv 2406.01116; class means: FedNCM",
         fixes={"module": "classifier", "rounds": 0, **_WHOLE},
         prefers={"classifier-init": "ridge"},
         one_of={"classifier-init": ("ridge", "class-means")},
     ),
     "centralised": Method(
-        summary="One site with everybody's data: the bound that a federation is measured against.",
+        summary="One site has the data of all: the bound that a federation is compared with.",
         source="upper bound",
         placement="device",
         fixes={"min-sites": 1, **_WHOLE},
         prefers=_ZERO,
     ),
     "local-only": Method(
-        summary="Every site trains alone, for as many epochs as the rounds have, and nothing is averaged.",
+        summary="Every site trains alone, for as many epochs as the rounds have. Nothing is averaged.",
         source="lower bound",
         fixes={"compare-local-only": True},
         prefers=_ZERO,
     ),
     "linear-probe": Method(
-        summary="The classifier alone, on frozen features, by FedAvg.",
+        summary="Only the classifier trains, on frozen features, with FedAvg.",
         source="baseline",
         fixes={"module": "classifier", "loss": "softmax", **_WHOLE},
         prefers=_ZERO,
     ),
     "one-vs-all-probe": Method(
-        summary="The classifier alone, on frozen features, one yes-or-no question a class, by FedAvg.",
+        summary="Only the classifier trains, on frozen features, with one yes-or-no question for each class and FedAvg.",
         source="OvA-LP",
         fixes={"module": "classifier", "loss": "one-vs-all", **_WHOLE},
         prefers=_ZERO,
     ),
     "head-tail": Method(
-        summary="All weights of head and tail train, the encoder's stay frozen.",
+        summary="All weights of head and tail train. The encoder is frozen.",
         source="baseline",
         placement="split",
         fixes={"module": "full", "device-training": "head+tail", **_WHOLE},
         prefers=_ZERO,
     ),
     "fedavg-full": Method(
-        summary="Every site trains all weights of the whole model; they are averaged each round.",
+        summary="Every site trains all weights of the whole model. Each round averages them.",
         source="FedAvg, arXiv 1602.05629",
         placement="device",
         fixes={"module": "full", **_WHOLE},
         prefers=_ZERO,
     ),
     "fedavg-lora": Method(
-        summary="Every site runs the whole model and trains LoRA and the classifier; no split.",
+        summary="Every site runs the whole model and trains LoRA and the classifier. There is no split.",
         source="FedIT, arXiv 2305.05644",
         placement="device",
         fixes={"module": "lora", **_WHOLE},
         prefers=_ZERO,
     ),
     "fedprox": Method(
-        summary="Local training is held near the received module by proximal-mu / 2 times the squared distance.",
+        summary="The loss of local training adds proximal-mu / 2 times the squared distance to the received module.",
         source="FedProx, arXiv 1812.06127",
         prefers={**_ZERO, "proximal-mu": 0.01},
     ),
     "ditto": Method(
-        summary="Beside the averaged module each site keeps a personal one, held near it by ditto-lambda.",
+        summary="Each site also keeps a personal module. ditto-lambda holds it near the averaged one.",
         source="Ditto, arXiv 2012.04221",
         fixes={"personalisation": "ditto", "gradient": "exact"},
         prefers=_ZERO,
     ),
     "fed-rod": Method(
         summary=(
-            "A generic classifier trained by balanced softmax (a fixed one: plain) and a personal one beside it, "
-            "kept at the site."
+            "A generic classifier with balanced softmax (plain softmax if it is fixed), and a personal classifier "
+            "that stays at the site."
         ),
         source="Fed-RoD, arXiv 2107.00778",
         fixes={"personalisation": "fed-rod", "gradient": "exact"},
@@ -149,8 +149,8 @@ METHODS: dict[str, Method] = {
     ),
     "festa": Method(
         summary=(
-            "All weights train, the blocks between the cuts at the server by every site's steps; the paper's cut "
-            "is 0,L. Averages by samples and steps every site's gradient, which the released code does not."
+            "All weights train; every site's steps train the blocks between the cuts at the server. The paper's cut "
+            "is 0,L. Unlike the released code it averages by samples and steps every site's gradient."
         ),
         source="FESTA, arXiv 2111.01338, as FeSViBS (arXiv 2306.14638) runs it, without its sampling of blocks",
         placement="split",
@@ -159,8 +159,8 @@ METHODS: dict[str, Method] = {
     ),
     "fesvibs": Method(
         summary=(
-            "FESTA whose training steps leave the blocks early, after one that is drawn for each site and round, and go "
-            "to norm and pooling from there; tests go through all blocks. The cut ends at the last block: 0,L."
+            "FESTA, but a training step leaves the blocks early, after a block that is drawn for each site and round, "
+            "and goes to norm and pooling. Tests use all blocks. The cut ends at the last block: 0,L."
         ),
         source="FeSViBS, arXiv 2306.14638, with the backbone's norm and pooling in place of its projection network",
         placement="split",
@@ -169,8 +169,8 @@ METHODS: dict[str, Method] = {
     ),
     "sfprompt": Method(
         summary=(
-            "Prompt tokens and the classifier train around a frozen split: in each round first with head joined to "
-            "tail, without traffic, then through the encoder on the samples that this gets most wrong."
+            "Prompt tokens and the classifier train; all blocks are frozen. Each round first trains head and tail "
+            "joined, without traffic, then through the encoder on the samples with the largest errors."
         ),
         source="SFPrompt, arXiv 2407.17533; scores: EL2N, arXiv 2107.07075",
         placement="split",
@@ -179,8 +179,8 @@ METHODS: dict[str, Method] = {
     ),
     "splitfrozen": Method(
         summary=(
-            "The head is frozen and gets no gradient; LoRA trains at the server, and in a tail where there is one; "
-            "the paper's cut is a,L. Labels stay."
+            "The head is frozen and gets no gradient. LoRA trains at the server, and in the tail if there is one. "
+            "The paper's cut is a,L. Labels stay at the site."
         ),
         source="SplitFrozen, arXiv 2503.18986, in U-shape",
         placement="split",

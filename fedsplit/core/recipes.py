@@ -48,20 +48,20 @@ _SHARED: Mapping[str, Value] = {
 
 RECIPES: dict[str, Recipe] = {
     "closed-form": Recipe(
-        summary="One round of ridge regression on frozen features: what they are worth. Nothing is trained.",
+        summary="One round of ridge regression on frozen features. It shows what they are worth; nothing is trained.",
         sets={"method": "closed-form"},
     ),
     "shared": Recipe(
         summary=(
-            "One encoder at the server, its LoRA stepped by the gradients of all sites in turn, below a fixed ridge "
-            "classifier. The device holds embeddings and classifier; gradients go up."
+            "One encoder at the server. The gradients of all sites step its LoRA in turn; the ridge classifier is "
+            "fixed. The device holds embeddings and classifier. Gradients go up."
         ),
         sets={"method": "fedv", "module": "lora", **_SHARED},
         step_rate=0.0015,
         steps=_STEPS,
     ),
     "shared-full": Recipe(
-        summary="The same with all weights of the encoder: for tasks and texts that the backbone knows little of.",
+        summary="The same with all weights of the encoder, for tasks and texts that the backbone hardly knows.",
         sets={"method": "fedv", "module": "full", **_SHARED},
         every_block=True,
         step_rate=0.00015,
@@ -69,8 +69,8 @@ RECIPES: dict[str, Recipe] = {
     ),
     "tail": Recipe(
         summary=(
-            "The device trains LoRA of the last sixth of the blocks and the classifier from a ridge start. The encoder is "
-            "frozen, its answers are kept at the site, and no gradient leaves it."
+            "The device trains LoRA of the last sixth of the blocks, and the classifier from a ridge start. The encoder "
+            "is frozen. The site keeps its answers and sends no gradient."
         ),
         sets={
             "method": "fedv",
@@ -85,7 +85,7 @@ RECIPES: dict[str, Recipe] = {
         tail_of=6,
     ),
     "personal": Recipe(
-        summary="As shared, and beside the common classifier each site keeps one of its own: where sites differ.",
+        summary="As shared, and each site also keeps its own classifier: for sites that differ.",
         sets={"method": "fed-rod", "module": "lora", **_SHARED},
         step_rate=0.0015,
         steps=_STEPS,

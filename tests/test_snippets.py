@@ -197,6 +197,17 @@ def test_deep_pictures_are_read_with_the_range_of_the_run(
     )
 
 
+def test_deep_pictures_without_a_range_are_refused(place: Callable[..., Place]) -> None:
+    here = place("vit-glyphs")
+    here.leave(LORA, Inputs())
+    ramp = np.linspace(0, 1, 32 * 32).reshape(32, 32)
+    Image.fromarray(ramp.astype(np.float32)).save("floats.tif")
+    with pytest.raises(DataError, match=r"go up to 1, .*load_trained\(\.\.\., pixel_max="):
+        load_trained("runs/first/module", "vit-glyphs").prepare("floats.tif")
+    told = load_trained("runs/first/module", "vit-glyphs", pixel_max=1).prepare("floats.tif")
+    assert (told["pixel_values"].min(), told["pixel_values"].max()) == (-1, 1)
+
+
 def test_what_is_no_picture_is_told(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(first)
     trained = load_trained("runs/first/module", "vit-glyphs")

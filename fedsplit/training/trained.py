@@ -41,7 +41,7 @@ class TrainedModule:
     def prepare(self, sample: Sample) -> dict[str, torch.Tensor]:
         """The inputs of a batch of one: of a text, or of an image's path or its pixels, uint8 [H, W, 3].
 
-        Raises DataError for an image that cannot be read.
+        Raises DataError for an image that cannot be read, or of which nothing says which value is white.
         """
         if isinstance(self.transform, TextTransform):
             if not isinstance(sample, str):
@@ -56,11 +56,18 @@ class TrainedModule:
                     f"path, so that it is read as the run read its own"
                 )
             return {"pixel_values": self.transform(sample)[None]}
-        # Up to 1 is the range of an array of floats; a file of 8 bits has its own.
-        white = self.inputs.pixel_max if self.inputs.pixel_max > 1 else 0.0
-        items = ImageFiles(Request(site="here"), [str(sample)], white)
-        if fault := items.look(0).fault:
-            raise fault
+        white, request = self.inputs.pixel_max, Request(site="here")
+        seen = ImageFiles(request, [str(sample)]).look(0)
+        if seen.fault is not None:
+            raise seen.fault
+        if seen.deep and not white:
+            raise request.fault(
+                sample,
+                f"pixels go up to {seen.largest:g}, and neither the file nor the module says which value is white; give it "
+                f"as load_trained(..., pixel_max=...)",
+            )
+        # Up to 1 is the range of floats; a file of 8 bits has its own.
+        items = ImageFiles(request, [str(sample)], white if seen.deep or white > 1 else 0.0)
         return {"pixel_values": self.transform(items.get(0))[None]}
 
     def logits(self, sample: Sample) -> torch.Tensor:

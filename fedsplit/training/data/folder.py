@@ -89,10 +89,11 @@ def _checked(
         notes.append(
             f"{len(broken)} broken files are left out (broken-files=leave-out): {shown}{more}"
         )
-        good = [key for key in range(len(items.paths)) if key not in broken]
+        # Of those looked at alone: with max-samples the others must not come in now, unseen.
+        good = [key for key in keys if key not in broken]
         items = ImageFiles(request, [items.paths[key] for key in good], items.white)
         examples = build(request, path, "image", items=items, names=[names[key] for key in good])
-        seen = {place: seen[key] for place, key in enumerate(good) if key in seen}
+        seen = {place: seen[key] for place, key in enumerate(good)}
     several = [key for key, one in seen.items() if one.pages > 1]
     if several:
         notes.append(

@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image as Pillow
 
 from fedsplit.core.errors import DataError
+from fedsplit.core.foreign import printable
 from fedsplit.training.data.examples import Examples, Image, Kind, Request, build, digest_of
 from fedsplit.training.data.image_files import (
     PILLOW_ERRORS,
@@ -72,7 +73,8 @@ class HubItems:
 
     def _broken(self, i: int, err: BaseException) -> DataError:
         return self.request.fault(
-            self.origin(i), f"cannot be read ({err}); leave this row out of the data set"
+            self.origin(i),
+            f"cannot be read ({printable(err, limit=200)}); leave this row out of the data set",
         )
 
     def origin(self, i: int) -> str:

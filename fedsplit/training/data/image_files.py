@@ -77,7 +77,7 @@ class ImageFiles:
         path = self.paths[i]
         try:
             with opened(path) as image:
-                self._check_size(path, image)
+                check_size(self.request, path, image)
                 return to_bytes(read_pixels(image), self.white)
         except PILLOW_ERRORS as err:
             raise self._broken(path, err) from err
@@ -103,15 +103,12 @@ class ImageFiles:
                 text = f"{size} bytes, more than the {MAX_FILE_BYTES} allowed; scale it down"
                 return Seen(self.request.fault(path, text))
             with opened(path) as image:
-                self._check_size(path, image)
+                check_size(self.request, path, image)
                 return seen_in(image)
         except DataError as err:
             return Seen(err)
         except PILLOW_ERRORS as err:
             return Seen(self._broken(path, err))
-
-    def _check_size(self, path: str, image: Pillow.Image) -> None:
-        check_size(self.request, path, image)
 
     def _broken(self, path: str, err: BaseException) -> DataError:
         if isinstance(err, Pillow.DecompressionBombError | Pillow.DecompressionBombWarning):
@@ -167,6 +164,12 @@ def range_of(seen: Sequence[Seen], request: Request, where: object) -> tuple[flo
         raise request.fault(
             where,
             f"pixels go up to {largest:g}, and nothing says which value is white; set pixel-max",
+        )
+    if white == 1 and len(deep) < len(good):
+        raise request.fault(
+            where,
+            f"pixels are floats of 0 to 1 in {len(deep)} of {len(good)} images and whole numbers in the others; a source "
+            f"has one range: save all images in one of the two forms",
         )
     notes = range_notes(white=white, largest=largest, stated=False, floats=floats, deep=True)
     dark = sum(one.largest < white / 8 for one in deep)

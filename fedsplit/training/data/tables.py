@@ -180,7 +180,7 @@ def _columns(
 
 
 def read_jsonl(path: Path, request: Request) -> Examples:
-    """Read `jsonl:PATH`, one object a line; labels are strings or whole numbers. Raises DataError."""
+    """Read `jsonl:PATH`, one object a line; labels are strings or numbers. Raises DataError."""
     table = _Table(request, path)
     # Not splitlines(): U+2028 and its like may stand inside a JSON string.
     for line, content in enumerate(_text(path, request, table.notes).split("\n"), start=1):

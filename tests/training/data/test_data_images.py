@@ -85,15 +85,21 @@ def test_a_turned_photo_is_set_upright(parts: Path) -> None:
     assert load_source(f"folder:{parts}", site="a").image(1).shape == (8, 4, 3)
 
 
-def test_a_float_tiff_has_the_range_of_its_source(parts: Path) -> None:
-    Image.new("F", (3, 2), 0.5).save(parts / "ok" / "e.tif")
-    examples = load_source(f"folder:{parts}", site="press-3")
-    assert examples.image(2).tolist()[0][0] == [128] * 3
+def test_a_float_tiff_has_the_range_of_its_source(tmp_path: Path) -> None:
+    for name in ("ok", "scratch"):
+        (tmp_path / name).mkdir()
+        Image.new("F", (3, 2), 0.5).save(tmp_path / name / "e.tif")
+    examples = load_source(f"folder:{tmp_path}", site="press-3")
+    assert examples.image(0).tolist()[0][0] == [128] * 3
     assert any(note.startswith("pixels are floats: 0 to 1 is") for note in examples.notes)
-    Image.new("F", (3, 2), 3.0).save(parts / "ok" / "e.tif")
+    # 1 cannot be white in floats and in bytes.
+    Image.new("L", (3, 2), 128).save(tmp_path / "ok" / "f.png")
+    with pytest.raises(DataError, match=r"floats of 0 to 1 in 2 of 3 images and whole numbers in"):
+        load_source(f"folder:{tmp_path}", site="press-3")
+    Image.new("F", (3, 2), 3.0).save(tmp_path / "ok" / "e.tif")
     with pytest.raises(DataError, match=r"'press-3'.*pixels go up to 3, .* set pixel-max"):
-        load_source(f"folder:{parts}", site="press-3")
-    assert load_source(f"folder:{parts}", site="a", pixel_max=6).image(2)[0, 0, 0] == 128
+        load_source(f"folder:{tmp_path}", site="press-3")
+    assert load_source(f"folder:{tmp_path}", site="a", pixel_max=6).image(0)[0, 0, 0] == 128
 
 
 def test_faults_of_the_folders(parts: Path, tmp_path: Path) -> None:

@@ -227,6 +227,15 @@ def test_what_lies_elsewhere_is_told(tmp_path: Path) -> None:
     assert "1 files have more than one page or frame" in notes
 
 
+def test_a_choice_without_its_broken_files_takes_no_unseen_ones_in(tmp_path: Path) -> None:
+    top = folder(tmp_path, "a", "b", each=10)
+    for path in sorted(top.glob("*/*.png"))[::2]:
+        path.write_bytes(path.read_bytes()[:60])
+    examples = read(top, leave_out_broken=True, max_samples=12)
+    assert 2 <= len(examples) < 12
+    assert all(examples.image(i).shape == (8, 8, 3) for i in range(len(examples)))
+
+
 def test_parts_of_a_data_set_are_no_classes(tmp_path: Path) -> None:
     top = folder(tmp_path / "flat", "train", "test")
     with pytest.raises(

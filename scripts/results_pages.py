@@ -1,8 +1,8 @@
-"""Bring the pages of docs/results/ and the pictures of docs/results.md in line with the numbers beside them.
+"""Bring docs/results.md, the pages of docs/results/ and their pictures in line with the numbers in docs/results/*.csv.
 
-Of each page that has a results.csv of `fedsplit experiment`: the tables of accuracies and the words on what is bold; all
-other text stays as it is. Of each picture: final accuracies, from several grids on the same data. A picture keeps a digest
-of its numbers, so that --check need not draw.
+Of each page that has a results.csv of `fedsplit experiment`: the tables of accuracies and the words on what is bold. Of
+docs/results.md: its tables. All other text stays as it is. Of each picture: final accuracies, from several grids on the
+same data. A picture keeps a digest of its numbers, so that --check need not draw.
 
     python scripts/results_pages.py           write pages and pictures
     python scripts/results_pages.py --check   exit 1 and name what is out of date
@@ -31,6 +31,37 @@ PICTURES = {
     "results-cifar10": ("fedv", "fedv-encoder", "fedv-baselines"),
     "results-work-orders": ("fedv-work-orders", "fedv-work-orders-baselines"),
 }
+DATA = dict(zip(("boards", "photographs", "work orders"), PICTURES.values(), strict=True))
+"""Columns of docs/results.md -> the grids whose runs they show."""
+_SHARED, _FULL = "FedV, shared encoder", "FedV, shared encoder, all weights"
+HEADLINES = {
+    "One model for all sites, accuracy in %": (
+        "global accuracy, %",
+        {
+            "FedV, shared encoder": (_FULL, _SHARED, _FULL),
+            "Ridge on frozen features, one round": ("Ridge",) * 3,
+            "FESTA": ("FESTA",) * 3,
+            "Fed-RoD": ("Fed-RoD",) * 3,
+            "Linear probe": ("Linear probe",) * 3,
+            "FedAvg of all weights": ("FedAvg, full, mean", "FedAvg, full", "FedAvg, full"),
+            "One site with all data": (
+                "Centralised, all weights from ridge",
+                "Centralised, LoRA from ridge",
+                "Centralised, LoRA from ridge",
+            ),
+        },
+    ),
+    "Each site's own model on its own samples, accuracy in %": (
+        "personal accuracy, %",
+        {
+            "FedV, shared encoder, personal classifier": (f"{_SHARED}, personal classifier",) * 3,
+            "Fed-RoD": ("Fed-RoD",) * 3,
+            "FESTA": ("FESTA",) * 3,
+            "Each site alone": ("Local only",) * 3,
+        },
+    ),
+}
+"""Heading in docs/results.md -> (table of a grid's page, row -> the method in each of DATA): at Dirichlet 0.1."""
 STATE = re.compile(r"^(\d+ of \d+ runs are complete; ).*?(?=\. Added up|\.$)", re.MULTILINE)
 DIGEST = "Numbers"
 """The key of a picture's digest."""
@@ -62,6 +93,23 @@ def page(path: Path) -> str:
         here = [row for row in rows if row.problem == problem]
         for title, table in accuracy_tables(here, methods_of(here), columns).items():
             text = with_table(text, title, table)
+    return text
+
+
+def front_page(path: Path) -> str:
+    """The text of docs/results.md as it should be. Raises ValueError where it has not the places for its tables."""
+    text = path.read_text(encoding="utf-8")
+    runs = {data: merged(grids) for data, grids in DATA.items()}
+    for title, (measure, lines) in HEADLINES.items():
+        rows = [
+            row.model_copy(update={"method": label, "problem": "", "axes": (("partition", data),)})
+            for label, methods in lines.items()
+            for data, method in zip(DATA, methods, strict=True)
+            for row in runs[data]
+            if row.method == method and dict(row.axes)["partition"] == "dirichlet:0.1"
+        ]
+        tables = accuracy_tables(rows, list(lines), Columns(rows))
+        text = with_table(text, title, tables[measure])
     return text
 
 
@@ -113,8 +161,10 @@ def digest_in(path: Path) -> str:
 def out_of_date() -> dict[Path, Callable[[], object]]:
     """Files that are not what they should be -> what writes them anew."""
     found: dict[Path, Callable[[], object]] = {}
-    for path in pages():
-        wanted = page(path)
+    wanted_of = {path: page(path) for path in pages()}
+    if (front := DOCS / "results.md").exists():
+        wanted_of[front] = front_page(front)
+    for path, wanted in wanted_of.items():
         if path.read_text(encoding="utf-8") != wanted:
             found[path] = lambda path=path, wanted=wanted: path.write_text(wanted, encoding="utf-8")
     for name, names in PICTURES.items():

@@ -81,10 +81,10 @@ def global_accuracy(row: Row) -> float | None:
 def what_is_bold(seeds: int) -> str:
     """The words on how the cells of a page came from its seeds, and which of them are bold."""
     if seeds == 1:
-        return "one seed, so that no difference can be told from noise"
+        return "one seed, so any difference may be noise"
     return (
-        f"mean ± standard deviation over {seeds} seeds. Bold: the best of a column, where its lead over each other "
-        f"method is outside the 95 % interval of the paired differences by seed. (n=2): a cell with fewer runs"
+        f"mean ± standard deviation over {seeds} seeds. Bold: the best of a column, if the 95 % interval of "
+        f"its lead over each other method (paired by seed) excludes zero. (n=2): a cell with fewer runs"
     )
 
 

@@ -1,6 +1,6 @@
-"""The Flower ServerApp: the encoder lives as long as the app (its lifespan), the run is federation/server.py's.
+"""The Flower ServerApp: the encoder lives as long as the app (its lifespan), the run is federation/server/run.py's.
 
-Several tasks at once are federation/task_runs.py's.
+Several tasks at once are federation/server/task_runs.py's.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedsplit.core.config import RunConfig
-from fedsplit.federation.endpoint import Endpoint, external, hosted
-from fedsplit.federation.server import Run, settle, simulated
-from fedsplit.federation.task_runs import TaskRuns
+from fedsplit.federation.server.endpoint import Endpoint, external, hosted
+from fedsplit.federation.server.run import Run, settle, simulated
+from fedsplit.federation.server.task_runs import TaskRuns
 from fedsplit.model.threads import limit_threads
 from fedsplit.report import write_plots
 from fedsplit.serving.process import hosting

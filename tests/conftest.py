@@ -43,7 +43,7 @@ def _no_state_of_other_tests(
 ) -> None:
     """Sites with data of their own keep what they know of it; each test's begin with nothing."""
     folder = tmp_path_factory.getbasetemp() / "sites" / uuid.uuid4().hex
-    monkeypatch.setattr("fedsplit.federation.site_state.DEFAULT_FOLDER", str(folder))
+    monkeypatch.setattr("fedsplit.site.state.DEFAULT_FOLDER", str(folder))
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from experiments.forgetting import table, tasks
 from experiments.forgetting.__main__ import main
 from experiments.forgetting.table import Row
 from fedsplit.experiment.bench import Bench
-from fedsplit.federation.run_dir import RunDir
+from fedsplit.federation.server.books.run_dir import RunDir
 from fedsplit.report.read import read_summary
 
 PLAN = tasks.Plan(backbone="vit-glyphs", sites=3, samples=90, rounds=1, local_epochs=1)

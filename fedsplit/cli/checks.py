@@ -112,7 +112,7 @@ def _encoder(config: RunConfig) -> None:
     if config.encoder_secret_file:
         read_key(Path(config.encoder_secret_file))
     if config.encoder_address and not config.encoder_bind:
-        from fedsplit.federation.endpoint import external
+        from fedsplit.federation.server.endpoint import external
 
         external(config)
     elif config.encoder_bind:

@@ -24,7 +24,7 @@ from fedsplit.cli.watch import LocalWatch, RemoteWatch, Watch
 from fedsplit.core.cpus import usable_cpus
 from fedsplit.core.errors import RunDirError
 from fedsplit.core.records import Summary, TasksSummary
-from fedsplit.federation.run_dir import RunDir
+from fedsplit.federation.server.books.run_dir import RunDir
 from fedsplit.report.read import read_summary, read_tasks
 
 SUMMARY_MARK = "FEDSPLIT_SUMMARY "

@@ -18,7 +18,7 @@ from fedsplit.core.config import RESUME_KEYS, RunConfig
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.foreign import read_json
 from fedsplit.core.names import MAX_RUN_CHARS, MAX_TASK_CHARS, is_name, normalised
-from fedsplit.federation.run_dir import RunDir
+from fedsplit.federation.server.books.run_dir import RunDir
 
 SIMULATED_SITES = 4
 """Sites that are simulated when `sites` is left at 0."""

@@ -2,7 +2,7 @@
 
 Per-tensor, sample-weighted averaging (FedAvg, arXiv 1602.05629) over the sites that trained the tensor, so
 sites with different cuts train one module in one round. What LoRA's pairs need beyond that (products, ranks)
-is in `lora_rules`, which builds on this file; `federation.server_rules` puts robust rules and server
+is in `lora_rules`, which builds on this file; `federation.server.combine.rules` puts robust rules and server
 optimisers on top.
 """
 

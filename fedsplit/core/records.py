@@ -1,6 +1,6 @@
 """What a run leaves behind, as typed records: one metrics line a site and round, the status, the summary.
 
-`federation/run_dir.py` writes them under `runs/<run>/`; `report` and the CLI read them. All sizes are
+`federation/server/books/run_dir.py` writes them under `runs/<run>/`; `report` and the CLI read them. All sizes are
 bytes, all times seconds, all accuracies shares in [0, 1].
 """
 

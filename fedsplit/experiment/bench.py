@@ -21,15 +21,15 @@ from fedsplit.experiment.cells import Cell
 from fedsplit.experiment.memo import MEMO_BYTES, Memo
 from fedsplit.experiment.near_encoder import NearHost
 from fedsplit.experiment.results import Row, failed_row, folder_of, mark, row_of
-from fedsplit.federation.dial import Dial, dial_stream
-from fedsplit.federation.endpoint import Endpoint
-from fedsplit.federation.in_process import InProcessGrid
-from fedsplit.federation.in_step import InStep
-from fedsplit.federation.server import Run
+from fedsplit.federation.engine.in_process import InProcessGrid
+from fedsplit.federation.engine.in_step import InStep
+from fedsplit.federation.server.endpoint import Endpoint
+from fedsplit.federation.server.run import Run
 from fedsplit.federation.site import answer
 from fedsplit.model.backbone import Backbone
 from fedsplit.serving.host import BackboneHost
 from fedsplit.serving.process import hosting
+from fedsplit.training.dial import Dial, dial_stream
 
 # Weights of the backbones that are kept for the next runs.
 _MAX_HOSTS = 2

@@ -23,8 +23,8 @@ from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array, Encoder, Grant, Mask
 from fedsplit.core.errors import RefusedError, UnreachableError
+from fedsplit.core.orders import Stream
 from fedsplit.experiment.memo import BehindMemo, Memo, MemoEncoder
-from fedsplit.federation.messages import Stream
 from fedsplit.model import module
 from fedsplit.model.layers import DOWN, MERGED, UP
 from fedsplit.serving.host import MAX_VERSIONS, BackboneHost

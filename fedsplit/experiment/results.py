@@ -21,7 +21,7 @@ from fedsplit.core.foreign import read_json
 from fedsplit.core.records import RoundMetrics, SiteSummary, Summary
 from fedsplit.experiment.cells import Cell
 from fedsplit.experiment.files import write_whole
-from fedsplit.federation.run_dir import RunDir
+from fedsplit.federation.server.books.run_dir import RunDir
 
 CELL_FILE = "cell.json"
 Outcome = Literal["complete", "partial", "failed"]

@@ -1,1 +1,1 @@
-"""Floor 4: the Flower floor: strategy, messages, the site's round, run directories. No server code on devices."""
+"""Floor 5: the Flower floor: orders and answers as records, the server's half, a site's half, engines."""

@@ -1,38 +1,26 @@
-"""What travels in Flower messages: orders to sites, their answers, and module tensors as Flower arrays.
-
-Activations never do: they go over our own stream (docs/protocol.md). Structured parts are JSON of the
-frozen models below, so that both ends check the same schema; tensors are ArrayRecords.
-"""
+"""Orders and answers as Flower messages: structured parts are JSON of core/orders.py's models, tensors are ArrayRecords."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from numpy.typing import NDArray
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from fedsplit import __version__
-from fedsplit.core.encoder import Grant
 from fedsplit.core.errors import ConfigError, FederationError, FedsplitError
-from fedsplit.core.foreign import MAX_CLASSES, MAX_NAME_CHARS, ClassName, Name, printable
-from fedsplit.core.notes import MAX_NOTE_CHARS, MAX_NOTES
-from fedsplit.core.records import RoundMetrics
+from fedsplit.core.foreign import MAX_NAME_CHARS, printable
+from fedsplit.core.orders import MAX_FAULT_CHARS, Fault, Shape, Tensors
 
-ORDER, ANSWER, FAULT, MODULE, DELTA = "order", "answer", "fault", "module", "delta"
-NOT_HELD = "not-held"
+ORDER, ANSWER, FAULT, NOT_HELD = "order", "answer", "fault", "not-held"
 SITE_GONE = "it is not connected any more; look whether its SuperNode runs and reaches the server"
-STATISTICS, FIT, HELD_OUT = "statistics", "fit", "held-out"
-SCALARS, HISTORY = "scalars", "history"
 MAX_JSON_CHARS = 1_000_000
-# Counts are weights of the average: they must fit the arithmetic of numpy.
-MAX_SAMPLES = 10**12
-MAX_FAULT_CHARS = 4000
 # What np.save writes for numbers in C order: magic, version 1.0, header length, header. No header of 8 dimensions
 # of 12 digits is longer than this, and the pattern has one way alone to match a text.
 _NPY_MAGIC, _MAX_NPY_HEADER, _MAX_DIMENSIONS, _MAX_DIGITS = b"\x93NUMPY\x01\x00", 246, 8, 12
@@ -40,137 +28,12 @@ _NPY_HEADER = re.compile(
     rb"\{'descr': '([<>|](?:f[248]|[iu][1248]|b1))', 'fortran_order': False, "
     rb"'shape': \(([0-9, ]*)\), \} *\n"
 )
-Kind = Literal["roll-call", "statistics", "calibrate", "train", "evaluate", "local-only"]
-Tensors = Mapping[str, NDArray[np.float32]]
-Shape = tuple[int, ...]
-
-
-Word = Annotated[str, Field(max_length=128), AfterValidator(printable)]
-"""A short word: a cut, a digest, a version."""
-Classes = Annotated[tuple[ClassName, ...], Field(max_length=MAX_CLASSES)]
-
-
-class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Stream(_Part):
-    """How a site reaches the encoder in this round."""
-
-    address: str
-    token: str
-    grant: Grant
-    tls: bool
-    ca_file: str
-
-
-class Round(_Part):
-    """A round that a site is to replay: whose scalars, of how many samples, and for how many they count."""
-
-    number: int
-    sites: tuple[tuple[Name, int, int], ...] = Field(max_length=100_000)
-
-
-class Order(_Part):
-    """What a site is to do."""
-
-    kind: Kind
-    run: str
-    round: int
-    fedsplit_version: Word
-    config: dict[str, str | int | float | bool]
-    classes: Classes | None
-    cut: str
-    rank: int = Field(ge=1, le=1024)
-    """The site's LoRA rank."""
-    backbone_sha256: str
-    stream: Stream | None
-    """None where nothing runs on the server, and at roll call."""
-    encoder_digest: str = ""
-    """Digest of the module's tensors that the site does not hold: what its activations depend on beside its own."""
-    held: int = -1
-    """The round whose module the site kept and is to start from by replaying `history`; -1: the module came."""
-    history: tuple[Round, ...] = ()
-    module_digest: str = ""
-    """Digest of what the replay must arrive at."""
-    deadline_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Seconds from the message's making within which an answer counts; 0: the site need not look at its clock."""
-    state_dir: str = ""
-    """Simulation only: where the sites of this machine keep what is their own."""
 
 
 class _Version(BaseModel):
     """The one field that every fedsplit can read of another's order."""
 
     fedsplit_version: str = Field(max_length=64)
-
-
-class RollCall(_Part):
-    """What a site says of itself before the first round."""
-
-    site: Name
-    cut: Word
-    """The site's own cut; empty: the run's."""
-    classes: Classes
-    samples: int = Field(ge=1, le=MAX_SAMPLES)
-    test_samples: int = Field(ge=0, le=MAX_SAMPLES)
-    backbone_sha256: Word
-    fedsplit_version: Word
-    versions: dict[Word, Word] = Field({}, max_length=16)
-    """What is installed at the site and decides its numbers: core/versions.py's `installed`."""
-    number: int
-    """Its partition's number in simulation, -1 in deployment: decides the order in which cuts are dealt."""
-    rank: int = Field(0, ge=0, le=1024)
-    """The site's own LoRA rank; 0: the run's."""
-    pixel_max: Annotated[float, Field(ge=0, le=2**32, allow_inf_nan=False)] = 0.0
-    """The value that is white in its images; 0 for texts."""
-    notes: tuple[
-        Annotated[str, Field(max_length=MAX_NOTE_CHARS), AfterValidator(printable)], ...
-    ] = Field((), max_length=MAX_NOTES)
-    """What the site guessed, left out or found odd in its data and backbone, a sentence each."""
-
-
-class NotHeld(_Part):
-    """What a site says at roll call of a task that is none of its own."""
-
-    site: Name
-    task: str = Field(min_length=1, max_length=64)
-
-
-class Answer(_Part):
-    """What a site says after a round."""
-
-    metrics: RoundMetrics
-    rank: int = Field(default=0, ge=0, le=1024)
-    """The site's LoRA rank from the next round on, where it pruned its own; 0: as it was."""
-
-
-class Calibration(_Part):
-    """How a site's training samples like a closed-form classifier at several temperatures."""
-
-    site: Name
-    nll: tuple[float, ...] = Field(max_length=256)
-    """Summed negative log-likelihood, one a temperature."""
-    metrics: RoundMetrics
-
-
-class LocalOnly(_Part):
-    """What training alone reached."""
-
-    site: Name
-    correct_own: int = Field(ge=0, le=MAX_SAMPLES)
-    total_own: int = Field(ge=0, le=MAX_SAMPLES)
-    correct_everywhere: int = Field(ge=0, le=MAX_SAMPLES)
-    total_everywhere: int = Field(ge=0, le=MAX_SAMPLES)
-
-
-class Fault(_Part):
-    """A typed error of a site, in words for people."""
-
-    kind: Word
-    message: Annotated[str, AfterValidator(lambda text: printable(text, limit=MAX_FAULT_CHARS))]
-    site: Annotated[str, AfterValidator(lambda text: printable(text, limit=MAX_NAME_CHARS))] = ""
-    """The site's name where it is known."""
 
 
 _Model = TypeVar("_Model", bound=BaseModel)

@@ -1,7 +1,7 @@
 """Which training samples a model has most to learn from: those with the largest EL2N scores.
 
 EL2N is the length of the error, |softmax(logits) - one-hot label| (Paul et al., arXiv 2107.07075). Called by
-federation/site_learning.py. Shapes: N samples, B batch, C classes.
+site/learning.py. Shapes: N samples, B batch, C classes.
 """
 
 from __future__ import annotations

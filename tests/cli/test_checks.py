@@ -13,7 +13,7 @@ from PIL import Image
 from fedsplit.cli import checks
 from fedsplit.cli.request import prepare
 from fedsplit.core.errors import BackboneError, ConfigError, DataError, FedsplitError
-from fedsplit.federation.run_dir import RunDir
+from fedsplit.federation.server.books.run_dir import RunDir
 
 Refused = Callable[..., str]
 

@@ -12,9 +12,9 @@ import fedsplit
 from fedsplit.core import directions
 from fedsplit.core.config import RunConfig
 from fedsplit.core.encoder import Array, Grant, Training
+from fedsplit.core.orders import Stream
 from fedsplit.experiment.memo import Memo
 from fedsplit.experiment.near_encoder import NearHost
-from fedsplit.federation.messages import Stream
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec

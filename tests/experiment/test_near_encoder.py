@@ -13,9 +13,9 @@ from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Grant, Training
 from fedsplit.core.errors import ProtocolError, RefusedError, UnreachableError
+from fedsplit.core.orders import Stream
 from fedsplit.experiment.memo import Memo
 from fedsplit.experiment.near_encoder import Effect, NearEncoder, NearHost
-from fedsplit.federation.messages import Stream
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec

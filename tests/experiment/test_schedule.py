@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
+from fedsplit.core.orders import Stream
 from fedsplit.experiment import near_encoder, schedule
 from fedsplit.experiment.bench import Bench
 from fedsplit.experiment.cells import Cell, Way
 from fedsplit.experiment.near_encoder import NearEncoder, NearHost
 from fedsplit.experiment.results import Row, finished, folder_of, row_of, write_csv
 from fedsplit.experiment.schedule import Schedule
-from fedsplit.federation.messages import Stream
 from tests.experiment.conftest import METHODS, Parse, cells_of
 
 Done = list[tuple[Cell, Row, bool]]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedsplit.core.config import RunConfig
-from fedsplit.federation.endpoint import Endpoint
-from fedsplit.federation.server import Run
+from fedsplit.federation.server.endpoint import Endpoint
+from fedsplit.federation.server.run import Run
 from fedsplit.serving.process import hosting
 from tests.federation.grid import InProcessGrid
 

@@ -12,7 +12,7 @@ from typing import Any
 from flwr.app import Context, Message
 
 from client_app.app import app as client_app
-from fedsplit.federation import in_process
+from fedsplit.federation.engine import in_process
 
 Tamper = Callable[[int, Message, Message], Message]
 

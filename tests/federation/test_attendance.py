@@ -12,15 +12,15 @@ from flwr.app import Message
 
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import ConfigError
-from fedsplit.federation import known_nodes
+from fedsplit.federation.server import known_nodes
 from tests.federation.conftest import prepared, settings, simulated
 from tests.federation.grid import InProcessGrid
 
 
 @pytest.fixture(autouse=True)
 def _always_look(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr("fedsplit.federation.attendance.LOOK_S", 0.0)
-    monkeypatch.setattr("fedsplit.federation.roll_call.GRACE_S", 60.0)
+    monkeypatch.setattr("fedsplit.federation.server.attendance.LOOK_S", 0.0)
+    monkeypatch.setattr("fedsplit.federation.server.roll_call.GRACE_S", 60.0)
     return
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedsplit.federation.between_sites import differences_between
-from fedsplit.federation.messages import RollCall
+from fedsplit.core.orders import RollCall
+from fedsplit.federation.server.between_sites import differences_between
 
 
 def call(site: str, *classes: str, **more: Any) -> RollCall:

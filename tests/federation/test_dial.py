@@ -9,8 +9,8 @@ import pytest
 
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import ConfigError
-from fedsplit.federation import dial
-from fedsplit.federation.messages import Stream
+from fedsplit.core.orders import Stream
+from fedsplit.training import dial
 from fedsplit.training.site_data import SiteSettings
 from fedsplit.transport.wiring import ClientTls
 from tests.transport.conftest import make_grant

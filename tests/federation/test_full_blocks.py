@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedsplit.federation.server import Run
+from fedsplit.federation.server.run import Run
 from tests.federation.conftest import prepared, settings, simulated
 
 FULL: dict[str, Any] = {

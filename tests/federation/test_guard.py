@@ -11,10 +11,10 @@ from flwr.app import Message
 
 from fedsplit.core.aggregation import Update, capped
 from fedsplit.core.config import RunConfig
+from fedsplit.core.orders import DELTA, Answer, Order, RollCall
 from fedsplit.core.records import RoundMetrics
 from fedsplit.federation import messages
-from fedsplit.federation.guard import Guard, Version
-from fedsplit.federation.messages import Answer, RollCall
+from fedsplit.federation.server.combine.guard import Guard, Version
 from tests.core.test_records import METRICS
 from tests.federation.conftest import prepared, settings, simulated
 
@@ -111,7 +111,7 @@ def test_what_adamw_can_do_at_most_is_within_the_bound() -> None:
     """torch's own optimiser on the gradients that drive it farthest: small ones first, then ever larger."""
     import torch
 
-    from fedsplit.federation.guard import ADAMW_STEP
+    from fedsplit.federation.server.combine.guard import ADAMW_STEP
 
     worst = 0.0
     for growth in (1.0, 1.1, 1.5):
@@ -230,11 +230,11 @@ def adds(node: int, value: float, rounds: str) -> Any:
     """A site that adds `value` to all that it sends in these rounds."""
 
     def tamper(at: int, message: Message, reply: Message) -> Message:
-        record = reply.content.array_records.get(messages.DELTA) if reply.has_content() else None
+        record = reply.content.array_records.get(DELTA) if reply.has_content() else None
         if at != node or record is None or message.metadata.group_id not in rounds:
             return reply
         moved = {name: array.numpy() + np.float32(value) for name, array in record.items()}
-        reply.content[messages.DELTA] = messages.to_arrays(moved)
+        reply.content[DELTA] = messages.to_arrays(moved)
         return reply
 
     return tamper
@@ -255,7 +255,7 @@ def test_a_claim_of_many_samples_counts_for_little_and_is_told(tmp_path: Path) -
     with prepared(wide, simulated(3), tamper=says(2, 10**9)) as (run, net):
         summary = run.go()
     assert any("site-1 says 1000000000 samples and counts for 1" in n for n in summary.notes)
-    orders = [messages.read(m.content, messages.ORDER, messages.Order) for m in net.sent]
+    orders = [messages.read(m.content, messages.ORDER, Order) for m in net.sent]
     steps = [o.stream.grant.max_steps for o in orders if o.stream is not None]
     assert max(steps) < 1000
     assert summary.accuracy_global is not None

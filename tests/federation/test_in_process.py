@@ -7,8 +7,8 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedsplit.federation.exchange import gone
-from fedsplit.federation.in_process import InProcessGrid
+from fedsplit.federation.engine.in_process import InProcessGrid
+from fedsplit.federation.server.exchange import gone
 
 
 class Site:

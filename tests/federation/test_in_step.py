@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsplit.federation.in_step import InStep
+from fedsplit.federation.engine.in_step import InStep
 
 
 def noting(turns: InStep[str], said: list[str], name: str, steps: int) -> Callable[[], str]:

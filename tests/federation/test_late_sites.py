@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Message, RecordDict
+from flwr.app import Message
 
 from fedsplit.core.errors import FederationError
+from fedsplit.core.orders import Order
 from fedsplit.federation import messages
-from fedsplit.federation.in_process import InProcessGrid
-from fedsplit.federation.messages import Order
-from fedsplit.federation.time_limit import TimeLimit
+from fedsplit.site.time_limit import TimeLimit
 from fedsplit.training.data import Batch
 from tests.federation.conftest import prepared, settings, simulated
 
@@ -36,20 +35,18 @@ def test_work_ends_with_the_deadline_and_says_how_long_it_takes() -> None:
 
 
 def test_an_order_that_waited_too_long_is_not_begun() -> None:
-    with InProcessGrid([], lambda message, context: message):
-        order = Message(RecordDict(), 101, "train")
-    order.metadata.__dict__["_created_at"] = time.time() - 45
-    limit = TimeLimit.of(order, 20.0)
+    made = time.time() - 45
+    limit = TimeLimit(20.0, made)
     with pytest.raises(FederationError, match="its order was 45 s old before it could begin"):
         limit.check()
-    TimeLimit.of(order, 0.0).check()
+    TimeLimit(0.0, made).check()
 
 
 def test_a_site_whose_clock_is_behind_stops_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     limit = TimeLimit(deadline_s=20.0, made=time.time() + 300)
     limit.check()
     now = time.monotonic()
-    monkeypatch.setattr("fedsplit.federation.time_limit.time.monotonic", lambda: now + 21)
+    monkeypatch.setattr("fedsplit.site.time_limit.time.monotonic", lambda: now + 21)
     with pytest.raises(FederationError):
         limit.check()
 

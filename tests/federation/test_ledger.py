@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from fedsplit.core.config import RunConfig
+from fedsplit.core.orders import LocalOnly, RollCall
 from fedsplit.core.records import RoundMetrics, Summary
-from fedsplit.federation.ledger import Ledger
-from fedsplit.federation.messages import LocalOnly, RollCall
+from fedsplit.federation.server.books.ledger import Ledger
 from fedsplit.model.backbone import Backbone
 from tests.core.test_records import METRICS
 from tests.federation.test_messages import CALL

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedsplit.core.errors import DataError, FederationError
+from fedsplit.core.orders import Answer, Fault, LocalOnly, Order, RollCall, Stream
 from fedsplit.federation import messages
-from fedsplit.federation.messages import Answer, Fault, LocalOnly, Order, RollCall, Stream
 from tests.core.test_records import GRANT, METRICS
 
 ORDER: dict[str, Any] = {

@@ -11,8 +11,8 @@ import pytest
 from fedsplit.core.cut import Cut
 from fedsplit.core.methods import METHODS
 from fedsplit.core.records import Summary
-from fedsplit.federation.orders import sampled_block
-from fedsplit.federation.server import Run
+from fedsplit.federation.server.orders import sampled_block
+from fedsplit.federation.server.run import Run
 from tests.federation.conftest import prepared, settings, simulated
 
 SMALL: dict[str, Any] = {"max_samples": 120, "rounds": 1, "cut": "1,5"}

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fedsplit.core.records import RoundMetrics
-from fedsplit.federation.server import Run
+from fedsplit.federation.server.run import Run
 from fedsplit.model import module
 from fedsplit.model.split import whole_model
 from fedsplit.training import data

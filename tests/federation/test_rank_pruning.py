@@ -10,8 +10,8 @@ import pytest
 
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import ConfigError, FederationError
-from fedsplit.federation.messages import Answer
-from fedsplit.federation.server import Run, settle
+from fedsplit.core.orders import Answer
+from fedsplit.federation.server.run import Run, settle
 from tests.federation.conftest import prepared, settings, simulated
 from tests.federation.test_run import train_reply
 

@@ -13,12 +13,12 @@ from flwr.app import Message
 from safetensors.numpy import load_file
 
 from fedsplit.core.errors import BackboneError, ConfigError, FederationError, RunDirError
+from fedsplit.core.orders import DELTA, Answer
 from fedsplit.core.records import Summary
 from fedsplit.core.versions import CODE, installed
 from fedsplit.federation import messages
-from fedsplit.federation.messages import Answer
-from fedsplit.federation.run_dir import RunDir
-from fedsplit.federation.server import Run, settle
+from fedsplit.federation.server.books.run_dir import RunDir
+from fedsplit.federation.server.run import Run, settle
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from tests.federation.conftest import prepared, settings, simulated
@@ -35,14 +35,14 @@ def train_reply(
     """A tamper that changes what `node` says after training."""
 
     def tamper(at: int, message: Message, reply: Message) -> Message:
-        if at != node or messages.DELTA not in reply.content.array_records:
+        if at != node or DELTA not in reply.content.array_records:
             return reply
-        record = reply.content.array_records[messages.DELTA]
+        record = reply.content.array_records[DELTA]
         delta = {name: array.numpy() for name, array in record.items()}
         answer = messages.read(reply.content, messages.ANSWER, Answer)
         delta, answer = change(delta, answer)
         content = messages.write(messages.ANSWER, answer)
-        content[messages.DELTA] = messages.to_arrays(delta)
+        content[DELTA] = messages.to_arrays(delta)
         return Message(content, reply_to=message)
 
     return tamper
@@ -274,7 +274,7 @@ def test_other_fedsplit_version_is_refused_whatever_its_orders_hold(
 def test_a_site_that_answers_of_another_version_is_left_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedsplit.federation.site.__version__", "9.9.9")
+    monkeypatch.setattr("fedsplit.site.runtime.__version__", "9.9.9")
     with (
         prepared(settings(tmp_path), simulated(2)) as (run, _),
         pytest.raises(FederationError, match=r"it runs fedsplit 9\.9\.9, the server"),
@@ -286,7 +286,7 @@ def test_other_libraries_at_a_site_are_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     theirs = installed() | {"torch": "2.6.0", CODE: "0" * 12}
-    monkeypatch.setattr("fedsplit.federation.site.installed", lambda: theirs)
+    monkeypatch.setattr("fedsplit.site.runtime.installed", lambda: theirs)
     with prepared(settings(tmp_path, rounds=1), simulated(2)) as (run, _):
         summary = run.go()
     assert summary.outcome == "complete"

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from fedsplit.core.errors import RunDirError
 from fedsplit.core.records import RoundMetrics, Status
-from fedsplit.federation.run_dir import KEEP, MANIFEST, MODULE_FILE, Checkpoint, RunDir
+from fedsplit.federation.server.books.run_dir import KEEP, MANIFEST, MODULE_FILE, Checkpoint, RunDir
 from tests.core.test_records import METRICS
 
 
@@ -202,7 +202,7 @@ def test_what_a_killed_process_left_is_ignored_and_cleared(tmp_path: Path) -> No
 KILLED = """
 import os, sys
 from pathlib import Path
-from fedsplit.federation import run_dir as rd
+from fedsplit.federation.server.books import run_dir as rd
 from tests.federation.test_run_dir import checkpoint
 run = rd.RunDir(Path(sys.argv[1]))
 run.save_checkpoint(checkpoint(1))

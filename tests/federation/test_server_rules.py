@@ -25,8 +25,8 @@ from flwr.serverapp.strategy import (
 from fedsplit.core.aggregation import Update, aggregate, sites_needed
 from fedsplit.core.errors import ConfigError, FederationError
 from fedsplit.core.lora_rules import RULES, rule_of
-from fedsplit.federation.in_process import InProcessGrid
-from fedsplit.federation.server_rules import ServerRule
+from fedsplit.federation.engine.in_process import InProcessGrid
+from fedsplit.federation.server.combine.rules import ServerRule
 
 A, B, HEAD = "blocks.0.q.lora_A.weight", "blocks.0.q.lora_B.weight", "classifier.bias"
 START = {

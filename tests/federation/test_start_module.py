@@ -13,7 +13,7 @@ from sklearn.datasets import load_digits
 
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.records import Summary
-from fedsplit.federation.start_module import StartModule
+from fedsplit.federation.server.start_module import StartModule
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from tests.federation.conftest import prepared, settings
@@ -149,7 +149,7 @@ def test_a_resumed_run_keeps_its_classes(tmp_path: Path) -> None:
     longer = json.loads(config.read_text())
     longer["config"]["rounds"] = 2
     config.write_text(json.dumps(longer))
-    from fedsplit.federation.server import settle
+    from fedsplit.federation.server.run import settle
 
     again = settle(settings(tmp_path, rounds=2, **base | {"run_name": "", "resume": "run"}))
     with prepared(again, nodes[:1]) as (run, _):

@@ -19,9 +19,9 @@ from fedsplit.core.errors import ConfigError, FederationError
 from fedsplit.core.records import Status, TasksSummary
 from fedsplit.experiment.check import fits
 from fedsplit.federation import messages
-from fedsplit.federation.endpoint import Endpoint
-from fedsplit.federation.server import settle
-from fedsplit.federation.task_runs import TaskRuns
+from fedsplit.federation.server.endpoint import Endpoint
+from fedsplit.federation.server.run import settle
+from fedsplit.federation.server.task_runs import TaskRuns
 from fedsplit.serving.host import MAX_VERSIONS
 from fedsplit.serving.process import hosting
 from fedsplit.training.site_data import SiteSettings

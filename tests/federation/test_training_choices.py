@@ -10,10 +10,10 @@ import pytest
 
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.records import Summary
-from fedsplit.federation.server import Run
-from fedsplit.federation.site_state import SiteState
+from fedsplit.federation.server.run import Run
 from fedsplit.model import module
 from fedsplit.model.split import whole_model
+from fedsplit.site.state import SiteState
 from fedsplit.training import data
 from fedsplit.training.closed_form import collect, ridge, scaled_alpha
 from fedsplit.training.site_data import SiteSettings, open_site
@@ -158,7 +158,7 @@ def test_momentum_at_the_server_survives_a_resume(tmp_path: Path) -> None:
     same = {"server_optimizer": "momentum", "server_learning_rate": 0.5, "rounds": 3}
     _, straight, _ = trained(tmp_path / "a", **same)
     from fedsplit.core.errors import FederationError
-    from fedsplit.federation.server import settle
+    from fedsplit.federation.server.run import settle
 
     runs = tmp_path / "b"
     config = settings(runs, **(SMALL | same))
@@ -173,14 +173,15 @@ def test_momentum_at_the_server_survives_a_resume(tmp_path: Path) -> None:
 
 
 def test_a_robust_rule_stands_a_hostile_site(tmp_path: Path) -> None:
+    from fedsplit.core.orders import DELTA
     from fedsplit.federation import messages
 
     def tamper(node: int, message: Any, reply: Any) -> Any:
-        if node == 2 and messages.DELTA in reply.content.array_records:
-            record = reply.content.array_records[messages.DELTA]
+        if node == 2 and DELTA in reply.content.array_records:
+            record = reply.content.array_records[DELTA]
             delta = {name: array.numpy() for name, array in record.items()}
             wild = {n: np.full_like(d, 50.0) for n, d in delta.items()}
-            reply.content[messages.DELTA] = messages.to_arrays(wild)
+            reply.content[DELTA] = messages.to_arrays(wild)
         return reply
 
     reached = {}
@@ -269,7 +270,7 @@ def test_a_late_site_catches_up_by_replay_and_a_round_is_kilobytes(tmp_path: Pat
     assert summary.accuracy_global is not None
 
     # The same run where every site is sent the whole module each time: bit-equal.
-    from fedsplit.federation.replay_log import ReplayLog
+    from fedsplit.federation.server.books.replay_log import ReplayLog
 
     whole = settings(tmp_path, **(SMALL | same | {"run_name": "whole"}))
     with (
@@ -332,7 +333,7 @@ def test_the_encoder_alone_may_train(tmp_path: Path, method: str) -> None:
 
 
 def test_a_recipe_is_settled_at_roll_call_and_kept(tmp_path: Path) -> None:
-    from fedsplit.federation.server import settle
+    from fedsplit.federation.server.run import settle
     from tests.federation.conftest import prepared, settings
 
     flat = {

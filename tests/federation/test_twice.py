@@ -13,8 +13,8 @@ from flwr.app import Message
 
 from fedsplit.core.errors import DataError, FederationError, RefusedError, UnreachableError
 from fedsplit.federation import messages
-from fedsplit.federation.endpoint import Endpoint
-from fedsplit.federation.server import Run
+from fedsplit.federation.server.endpoint import Endpoint
+from fedsplit.federation.server.run import Run
 from tests.federation.conftest import prepared, settings, simulated
 from tests.federation.test_run import adapter
 
@@ -140,7 +140,7 @@ def test_a_refusal_that_lasts_is_not_tried_again(tmp_path: Path) -> None:
 
 
 def test_an_encoder_that_is_down_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fedsplit.federation.endpoint.RETRY_S", 0.01)
+    monkeypatch.setattr("fedsplit.federation.server.endpoint.RETRY_S", 0.01)
     calls: list[str] = []
 
     def publish(version: str, packed: bytes) -> None:

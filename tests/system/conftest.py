@@ -23,7 +23,7 @@ from fedsplit.cli.run import finish
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import FedsplitError
 from fedsplit.core.records import Summary
-from fedsplit.federation.server import Run, settle
+from fedsplit.federation.server.run import Run, settle
 from server_app.app import _endpoint
 from tests.federation.conftest import simulated
 from tests.federation.grid import InProcessGrid

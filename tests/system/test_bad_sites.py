@@ -28,7 +28,7 @@ def test_fewer_supernodes_than_sites_is_partial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hurried = SimpleNamespace(monotonic=iter(range(0, 10**6, 100)).__next__, sleep=lambda _: None)
-    monkeypatch.setattr("fedsplit.federation.roll_call.time", hurried)
+    monkeypatch.setattr("fedsplit.federation.server.roll_call.time", hurried)
     flat = BASE | {"runs-dir": str(tmp_path), "sites": 3, "cut": "6,6"}
     summary = run_once(flat, simulated(2), in_simulation=False)
     assert summary.outcome == "partial"
@@ -45,7 +45,7 @@ def test_two_sites_of_one_name(fails: Callable[..., str]) -> None:
 def test_site_with_another_version(
     fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedsplit.federation.site.__version__", "9.9.9")
+    monkeypatch.setattr("fedsplit.site.runtime.__version__", "9.9.9")
     message = fails()
     assert "site-0, site-1: it runs fedsplit 9.9.9" in message
     assert "install the same version on both" in message

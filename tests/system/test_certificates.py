@@ -17,8 +17,8 @@ from cryptography import x509
 from fedsplit.core.errors import FederationError
 from fedsplit.core.names import certificate_name
 from fedsplit.core.records import Summary
-from fedsplit.federation.endpoint import Endpoint
-from fedsplit.federation.server import Run
+from fedsplit.federation.server.endpoint import Endpoint
+from fedsplit.federation.server.run import Run
 from fedsplit.model.backbone import Backbone
 from fedsplit.serving.host import BackboneHost
 from fedsplit.transport.server import EncoderServer

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
 from fedsplit.core.records import Summary
-from fedsplit.federation.server import SUMMARY_MARK
+from fedsplit.federation.server.run import SUMMARY_MARK
 from fedsplit.training.data import parse_partition, partition
 from tests.system.flower import deployment, fedsplit, flwr_run
 

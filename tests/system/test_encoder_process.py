@@ -20,8 +20,8 @@ from safetensors.numpy import load_file
 
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import FederationError, FedsplitError, UnreachableError
-from fedsplit.federation import dial
-from fedsplit.federation.server import Run, settle
+from fedsplit.federation.server.run import Run, settle
+from fedsplit.training import dial
 from fedsplit.transport.client import StreamEncoder
 from server_app.app import _endpoint
 from tests.federation.conftest import settings, simulated

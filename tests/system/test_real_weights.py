@@ -13,7 +13,7 @@ from PIL import Image
 
 from fedsplit.core.cut import Cut
 from fedsplit.core.records import Summary
-from fedsplit.federation.server import Run
+from fedsplit.federation.server.run import Run
 from fedsplit.model import module
 from fedsplit.model.encoder import LocalEncoder
 from fedsplit.model.split import SplitModel, device_part, server_part

@@ -24,9 +24,9 @@ from sklearn.datasets import load_digits
 from fedsplit.cli.flower import flower_environment, free_port
 from fedsplit.core.config import RunConfig
 from fedsplit.core.records import SiteSummary, Status, Summary
-from fedsplit.federation.endpoint import hosted
-from fedsplit.federation.in_process import InProcessGrid
-from fedsplit.federation.server import Run
+from fedsplit.federation.engine.in_process import InProcessGrid
+from fedsplit.federation.server.endpoint import hosted
+from fedsplit.federation.server.run import Run
 from fedsplit.federation.site import answer
 from fedsplit.serving.process import hosting
 from tests.federation.conftest import simulated

@@ -25,7 +25,7 @@ import pytest
 from fedsplit.cli.execute import error_in_log
 from fedsplit.core.errors import RunDirError
 from fedsplit.core.records import RoundMetrics
-from fedsplit.federation.run_dir import RunDir
+from fedsplit.federation.server.books.run_dir import RunDir
 from tests.federation.conftest import simulated
 from tests.system.conftest import (
     BASE,

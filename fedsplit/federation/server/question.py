@@ -15,9 +15,9 @@ from fedsplit.core.cut import Cut
 from fedsplit.core.errors import FederationError, FedsplitError
 from fedsplit.core.foreign import printable
 from fedsplit.core.notes import fit
+from fedsplit.core.orders import NotHeld, Order, RollCall
 from fedsplit.core.versions import differences, installed
 from fedsplit.federation import messages
-from fedsplit.federation.messages import NotHeld, Order, RollCall
 from fedsplit.model.backbone import Backbone
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from fedsplit.core.class_names import look_alikes
 from fedsplit.core.foreign import printable
-from fedsplit.federation.messages import RollCall
+from fedsplit.core.orders import RollCall
 
 _SHOWN = 8
 

@@ -15,11 +15,11 @@ from flwr.serverapp import Grid
 
 from fedsplit.core.errors import FedsplitError
 from fedsplit.core.foreign import printable
-from fedsplit.federation.exchange import POLL_S, Post, gone
-from fedsplit.federation.ledger import Ledger
-from fedsplit.federation.messages import RollCall
-from fedsplit.federation.orders import Site
-from fedsplit.federation.question import Question
+from fedsplit.core.orders import RollCall
+from fedsplit.federation.server.books.ledger import Ledger
+from fedsplit.federation.server.exchange import POLL_S, Post, gone
+from fedsplit.federation.server.orders import Site
+from fedsplit.federation.server.question import Question
 
 # How often Flower is asked for its nodes while a round waits.
 LOOK_S = 3.0

@@ -10,10 +10,10 @@ from typing import TypeVar
 
 from fedsplit.core.errors import EncoderError, FederationError, RoundLostError
 from fedsplit.core.notes import fit
-from fedsplit.federation.attendance import Attendance
-from fedsplit.federation.ledger import Ledger
-from fedsplit.federation.orders import Orders
-from fedsplit.federation.run_dir import RunDir
+from fedsplit.federation.server.attendance import Attendance
+from fedsplit.federation.server.books.ledger import Ledger
+from fedsplit.federation.server.books.run_dir import RunDir
+from fedsplit.federation.server.orders import Orders
 
 T = TypeVar("T")
 

@@ -12,8 +12,8 @@ from fedsplit.core.aggregation import Update, check_update
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import ConfigError, EncoderError, RoundLostError, UpdateError
 from fedsplit.core.lora_rules import Rule
-from fedsplit.federation.orders import Orders
-from fedsplit.federation.server_rules import ServerRule
+from fedsplit.federation.server.combine.rules import ServerRule
+from fedsplit.federation.server.orders import Orders
 from fedsplit.model.module import ModuleTensors
 
 

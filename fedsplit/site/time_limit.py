@@ -1,6 +1,6 @@
 """How long a site may work on an order: what comes after the round's deadline counts for nothing.
 
-Called by site.py, which makes one an order, and by site_work.py, whose batches are its clock. Simulated sites have no
+Whoever hands a site its orders makes one an order; the batches of work.py are its clock. Simulated sites have no
 limit of their own: that one is late there says something of the machine, not of the site.
 """
 
@@ -9,8 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-
-from flwr.app import Message
 
 from fedsplit.core.errors import FederationError
 from fedsplit.training import data
@@ -31,11 +29,6 @@ class TimeLimit:
     _began: float = field(default_factory=time.monotonic)
     _first_s: float | None = None
     """Age at the first batch."""
-
-    @classmethod
-    def of(cls, message: Message, deadline_s: float) -> TimeLimit:
-        """The limit of an order that came with `message`."""
-        return cls(deadline_s, message.metadata.created_at)
 
     @property
     def age_s(self) -> float:

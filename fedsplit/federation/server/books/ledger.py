@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from fedsplit import __version__
 from fedsplit.core.config import RunConfig
 from fedsplit.core.notes import fit
+from fedsplit.core.orders import LocalOnly, RollCall
 from fedsplit.core.records import LeftOut, Outcome, RoundMetrics, SiteSummary, Summary
-from fedsplit.federation.messages import LocalOnly, RollCall
 from fedsplit.model.backbone import Backbone
 
 

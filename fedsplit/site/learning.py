@@ -1,7 +1,7 @@
 """How a site trains in a round: exact or zeroth-order gradients, and a personal model beside the common one.
 
 What comes out is what the round reports and what the site keeps; the mathematics is training's. Called by
-site_round.py.
+round.py.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsplit.federation.site_state import Saved
-from fedsplit.federation.site_work import PERSONAL, OpenModel, SiteWork
-from fedsplit.federation.zeroth_order import zeroth_order
 from fedsplit.model.module import ModuleTensors
+from fedsplit.site.state import Saved
+from fedsplit.site.work import PERSONAL, OpenModel, SiteWork
 from fedsplit.training.personal import (
     PersonalClassifier,
     holding,
@@ -25,6 +24,7 @@ from fedsplit.training.personal import (
 from fedsplit.training.pipeline import Flow
 from fedsplit.training.pruning import el2n, hardest
 from fedsplit.training.rank_pruning import kept_rank, prune
+from fedsplit.training.replay import zeroth_order
 from fedsplit.training.round import Score, TrainSettings, train
 from fedsplit.training.zeroth_order import train_zeroth_order
 

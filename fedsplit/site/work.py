@@ -1,6 +1,6 @@
 """What every order at a site stands on: its settings, data, state on disk, and a split model ready to run.
 
-Called by site_round.py, which carries the orders out, and site_learning.py, which trains.
+Called by round.py, which carries the orders out, and learning.py, which trains.
 """
 
 from __future__ import annotations
@@ -14,29 +14,27 @@ from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
-from flwr.app import RecordDict
 from numpy.typing import NDArray
 
 from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.directions import points
 from fedsplit.core.errors import FederationError
-from fedsplit.federation import messages
-from fedsplit.federation.dial import CountingEncoder, Dial
-from fedsplit.federation.messages import Order
-from fedsplit.federation.plan import Plan, plan
-from fedsplit.federation.replay_log import caught_up
-from fedsplit.federation.site_state import DEFAULT_FOLDER, Saved, SiteState
-from fedsplit.federation.time_limit import TimeLimit
+from fedsplit.core.orders import HISTORY, MODULE, Incoming, Order
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec, ModuleTensors
 from fedsplit.model.parts import borrowed_part
 from fedsplit.model.split import SplitModel
+from fedsplit.site.state import DEFAULT_FOLDER, Saved, SiteState
+from fedsplit.site.time_limit import TimeLimit
 from fedsplit.training import data
 from fedsplit.training.activation_cache import ActivationCache, Place, version_of
+from fedsplit.training.dial import CountingEncoder, Dial
 from fedsplit.training.flops import device_flops
 from fedsplit.training.pipeline import Flow
+from fedsplit.training.plan import Plan, plan
+from fedsplit.training.replay import caught_up, history_shapes
 from fedsplit.training.round import Adjust, Score, WaitMeter, evaluate
 from fedsplit.training.site_data import SiteData, SiteSettings
 
@@ -99,12 +97,12 @@ class SiteWork:
     dial: Dial
     limit: TimeLimit = field(default_factory=TimeLimit)
 
-    def module_of(self, content: RecordDict) -> ModuleTensors:
+    def module_of(self, incoming: Incoming) -> ModuleTensors:
         """The module that came, or the one that the site kept with the rounds since replayed."""
         if self.order.held < 0:
             shapes = module.shapes(self.backbone, self.spec)
             held = module.device_names(self.backbone, self.spec, self.cut)
-            return messages.from_arrays(content, messages.MODULE, {n: shapes[n] for n in held})
+            return incoming.arrays(MODULE, {n: shapes[n] for n in held})
         saved = self.state.load()
         kept = saved.under(HELD) if saved else {}
         # The module of an order is the one after the round before it.
@@ -114,7 +112,7 @@ class SiteWork:
                 f"whole module is sent from now on"
             )
         return caught_up(
-            content,
+            incoming.arrays(HISTORY, history_shapes(self.order, self.config)),
             self.order,
             kept,
             config=self.config,

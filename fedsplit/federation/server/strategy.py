@@ -18,20 +18,21 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.lora_rules import rule_of
-from fedsplit.federation import before_rounds, messages
-from fedsplit.federation.attendance import Attendance
-from fedsplit.federation.best import Best
-from fedsplit.federation.combiner import Combiner
-from fedsplit.federation.endpoint import Endpoint
-from fedsplit.federation.exchange import WINDOW, WINDOW_SIMULATED
-from fedsplit.federation.guard import Guard, Version
-from fedsplit.federation.ledger import Ledger
-from fedsplit.federation.messages import Kind
-from fedsplit.federation.orders import Orders, Site
-from fedsplit.federation.replay_log import ReplayLog, replayable
-from fedsplit.federation.replies import Replies
-from fedsplit.federation.run_dir import Checkpoint, RunDir
-from fedsplit.federation.twice import Twice
+from fedsplit.core.orders import Kind
+from fedsplit.federation import messages
+from fedsplit.federation.server import before_rounds
+from fedsplit.federation.server.attendance import Attendance
+from fedsplit.federation.server.books.ledger import Ledger
+from fedsplit.federation.server.books.replay_log import ReplayLog, replayable
+from fedsplit.federation.server.books.run_dir import Checkpoint, RunDir
+from fedsplit.federation.server.combine.best import Best
+from fedsplit.federation.server.combine.combiner import Combiner
+from fedsplit.federation.server.combine.guard import Guard, Version
+from fedsplit.federation.server.endpoint import Endpoint
+from fedsplit.federation.server.exchange import WINDOW, WINDOW_SIMULATED
+from fedsplit.federation.server.orders import Orders, Site
+from fedsplit.federation.server.replies import Replies
+from fedsplit.federation.server.twice import Twice
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec, ModuleTensors

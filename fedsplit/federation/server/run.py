@@ -21,19 +21,20 @@ from fedsplit.core.config import RESUME_KEYS, RunConfig
 from fedsplit.core.errors import ConfigError, FedsplitError, RunDirError
 from fedsplit.core.foreign import MAX_CLASSES
 from fedsplit.core.notes import fit
+from fedsplit.core.orders import LocalOnly
 from fedsplit.core.records import Outcome, Status, Summary
 from fedsplit.core.versions import installed
-from fedsplit.federation import known_nodes, messages
-from fedsplit.federation.attendance import Attendance
-from fedsplit.federation.endpoint import Endpoint
-from fedsplit.federation.ledger import Ledger
-from fedsplit.federation.messages import LocalOnly
-from fedsplit.federation.orders import Site
-from fedsplit.federation.question import Question
-from fedsplit.federation.roll_call import RollCaller
-from fedsplit.federation.run_dir import RunDir
-from fedsplit.federation.start_module import StartModule
-from fedsplit.federation.strategy import SplitStrategy
+from fedsplit.federation import messages
+from fedsplit.federation.server import known_nodes
+from fedsplit.federation.server.attendance import Attendance
+from fedsplit.federation.server.books.ledger import Ledger
+from fedsplit.federation.server.books.run_dir import RunDir
+from fedsplit.federation.server.endpoint import Endpoint
+from fedsplit.federation.server.orders import Site
+from fedsplit.federation.server.question import Question
+from fedsplit.federation.server.roll_call import RollCaller
+from fedsplit.federation.server.start_module import StartModule
+from fedsplit.federation.server.strategy import SplitStrategy
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.inputs import Inputs

@@ -19,9 +19,9 @@ from flwr.serverapp import Grid
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import FederationError, FedsplitError
 from fedsplit.core.records import Status, Summary, TasksSummary
-from fedsplit.federation.endpoint import Endpoint
-from fedsplit.federation.run_dir import RunDir
-from fedsplit.federation.server import Run
+from fedsplit.federation.server.books.run_dir import RunDir
+from fedsplit.federation.server.endpoint import Endpoint
+from fedsplit.federation.server.run import Run
 from fedsplit.model.backbone import Backbone
 
 TASKS_FILE = "tasks.json"

@@ -9,7 +9,7 @@ from typing import Protocol
 from fedsplit.core.config import RunConfig
 from fedsplit.core.encoder import Encoder
 from fedsplit.core.errors import OverloadedError
-from fedsplit.federation.messages import Stream
+from fedsplit.core.orders import Stream
 from fedsplit.training.site_data import SiteSettings
 from fedsplit.transport.client import StreamEncoder
 from fedsplit.transport.wiring import ClientTls

@@ -1,6 +1,6 @@
-"""The server's half of a closed-form classifier: add up the sites' statistics, solve, calibrate.
+"""A closed-form classifier from statistics: add up those of the sites, or of one, solve, calibrate.
 
-Called by the strategy before the first round; the mathematics is training/closed_form.py's. A classifier of two
+Called by the strategy before the first round, and by a site that trains alone; the mathematics is training/closed_form.py's. A classifier of two
 layers keeps its first one as it started and has its last one solved.
 """
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import UpdateError
-from fedsplit.federation.messages import FIT, HELD_OUT
+from fedsplit.core.orders import FIT, HELD_OUT
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec, ModuleTensors, final_linear
 from fedsplit.training.closed_form import (

@@ -22,12 +22,12 @@ from fedsplit.core.cut import Cut
 from fedsplit.core.errors import FederationError, FedsplitError
 from fedsplit.core.foreign import printable
 from fedsplit.core.notes import by_reason, fit
-from fedsplit.federation.between_sites import differences_between
-from fedsplit.federation.exchange import POLL_S, Post, gone
-from fedsplit.federation.ledger import Ledger
-from fedsplit.federation.messages import RollCall
-from fedsplit.federation.orders import Site
-from fedsplit.federation.question import Question
+from fedsplit.core.orders import RollCall
+from fedsplit.federation.server.between_sites import differences_between
+from fedsplit.federation.server.books.ledger import Ledger
+from fedsplit.federation.server.exchange import POLL_S, Post, gone
+from fedsplit.federation.server.orders import Site
+from fedsplit.federation.server.question import Question
 
 _log = logging.getLogger(LOGGER_NAME)
 

@@ -25,17 +25,18 @@ from fedsplit.core.errors import (
 )
 from fedsplit.core.foreign import printable
 from fedsplit.core.notes import fit
+from fedsplit.core.orders import DELTA, SCALARS, Answer
 from fedsplit.core.records import Phase, RoundMetrics, Status
 from fedsplit.federation import messages
-from fedsplit.federation.attendance import Attendance
-from fedsplit.federation.exchange import Post, exchange, expired, gone
-from fedsplit.federation.ledger import Ledger
-from fedsplit.federation.messages import Answer
-from fedsplit.federation.orders import Orders, Site
-from fedsplit.federation.run_dir import RunDir
-from fedsplit.federation.zeroth_order import replayed, scalars_of
+from fedsplit.federation.server.attendance import Attendance
+from fedsplit.federation.server.books.ledger import Ledger
+from fedsplit.federation.server.books.replay_log import Scalars
+from fedsplit.federation.server.books.run_dir import RunDir
+from fedsplit.federation.server.exchange import Post, exchange, expired, gone
+from fedsplit.federation.server.orders import Orders, Site
 from fedsplit.model.module import ModuleTensors
 from fedsplit.training.rank_pruning import kept_rank
+from fedsplit.training.replay import replayed, scalars_shape
 
 # So many rounds after its own an answer is still listened for.
 LATE_ROUNDS = 4
@@ -179,6 +180,16 @@ class Replies:
             raise FederationError("its test numbers contradict each other")
         return answer
 
+    def _scalars(self, site: Site, reply: Message, samples: int) -> Scalars:
+        """A site's scalars of a round, [steps, queries]. Raises UpdateError and FederationError where they are not that."""
+        wanted = scalars_shape(self._config, samples)
+        found = messages.from_arrays(reply.content, SCALARS, {SCALARS: wanted})
+        if SCALARS not in found:
+            raise UpdateError(
+                f"update of site {site.name!r} refused: no scalars, {wanted[0]} steps are wanted"
+            )
+        return found[SCALARS]
+
     def update(self, round_: int, reply: Message, module: ModuleTensors) -> Update | None:
         """The reply's update when it passes its checks; a bad one is refused by name. `module`: what was sent."""
         site = self.site_of(reply)
@@ -191,7 +202,7 @@ class Replies:
         try:
             if self._config.gradient == "zeroth-order":
                 samples = min(answer.metrics.samples, site.call.samples)
-                scalars = scalars_of(reply.content, self._config, site=site.name, samples=samples)
+                scalars = self._scalars(site, reply, samples)
                 delta = replayed(
                     scalars,
                     self._config,
@@ -202,7 +213,7 @@ class Replies:
                 )
             else:
                 wanted = {n: received[n].shape for n in names.sent}
-                delta = messages.from_arrays(reply.content, messages.DELTA, wanted)
+                delta = messages.from_arrays(reply.content, DELTA, wanted)
             update = Update(site=site.name, samples=answer.metrics.samples, delta=delta)
             check_update(update, module=received, trained=names.sent, samples=site.call.samples)
             self._note_rank(site, answer.rank)

@@ -1,29 +1,41 @@
 """One order carried out at a site: test, train, test again; or statistics, calibration, training alone.
 
-What trains and what is sent is plan.py's; site_work.py opens the model, site_learning.py trains it. Called by
-site.py.
+What trains and what is sent is training/plan.py's; work.py opens the model, learning.py trains it. Called by
+runtime.py.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import psutil
-from flwr.app import RecordDict
 from numpy.typing import NDArray
 
+from fedsplit.core.orders import (
+    DELTA,
+    FIT,
+    HELD_OUT,
+    SCALARS,
+    STATISTICS,
+    Answer,
+    Calibration,
+    Incoming,
+    LocalOnly,
+    Outgoing,
+    Tensors,
+    travelling_bytes,
+)
 from fedsplit.core.records import RoundMetrics
-from fedsplit.federation import messages
-from fedsplit.federation.closed_form_start import ClosedFormStart
-from fedsplit.federation.messages import Answer, Calibration, LocalOnly
-from fedsplit.federation.site_learning import learn, settings_of
-from fedsplit.federation.site_work import HELD, KEPT, PERSONAL, OpenModel, SiteWork
 from fedsplit.model import module
 from fedsplit.model.module import ModuleTensors
+from fedsplit.site.learning import learn, settings_of
+from fedsplit.site.work import HELD, KEPT, PERSONAL, OpenModel, SiteWork
 from fedsplit.training.closed_form import calibration, collect
+from fedsplit.training.closed_form_start import ClosedFormStart
 from fedsplit.training.round import Score, train
 
 # One training sample in so many is held out for the calibration.
@@ -36,13 +48,13 @@ class SiteRound(SiteWork):
 
     started: float = field(default_factory=time.perf_counter)
 
-    def carry_out(self, content: RecordDict) -> RecordDict:
+    def carry_out(self, incoming: Incoming) -> Outgoing:
         """Do what the order says. Raises FedsplitError."""
         self.limit.planned = self.planned()
-        tensors = self.module_of(content)
-        received = messages.array_bytes(content)
+        tensors = self.module_of(incoming)
+        received = incoming.bytes
         if self.order.kind == "local-only":
-            return messages.write(messages.ANSWER, self._local_only(tensors))
+            return Outgoing(self._local_only(tensors))
         if self.order.kind == "statistics":
             return self._statistics(tensors, received)
         if self.order.kind == "calibrate":
@@ -51,11 +63,10 @@ class SiteRound(SiteWork):
             return self._evaluate(tensors, received)
         return self._train_round(tensors, received)
 
-    def _train_round(self, tensors: ModuleTensors, received: int) -> RecordDict:
+    def _train_round(self, tensors: ModuleTensors, received: int) -> Outgoing:
         """Test the module that came, train it, test it again; the delta and the numbers."""
         saved = self.state.load() if self.keeps_state else None
         start = tensors | self.resumed(saved)
-        reply = RecordDict()
         with self.opened(tensors) as run:
             before = self.score(run, self.own.test)
             module.load(run.model.part, start)
@@ -63,10 +74,9 @@ class SiteRound(SiteWork):
             now = module.read(run.model.part)
             flops = self.flops(run)
         if learnt.scalars is not None:
-            reply[messages.SCALARS] = messages.to_arrays({messages.SCALARS: learnt.scalars})
+            reply: dict[str, Tensors] = {SCALARS: {SCALARS: learnt.scalars}}
         else:
-            delta = {n: now[n] - tensors[n] for n in self.plan.sent}
-            reply[messages.DELTA] = messages.to_arrays(delta)
+            reply = {DELTA: {n: now[n] - tensors[n] for n in self.plan.sent}}
         if self.keeps_state:
             kept = {f"{KEPT}/{n}": now[n] for n in self.plan.kept}
             personal = {f"{PERSONAL}/{n}": t for n, t in learnt.personal.items()}
@@ -78,49 +88,46 @@ class SiteRound(SiteWork):
             run, received, reply, before=before, after=learnt.score, loss=learnt.loss, flops=flops
         )
         rank = learnt.rank if learnt.rank != self.order.rank else 0
-        return _with_answer(reply, Answer(metrics=metrics, rank=rank))
+        return Outgoing(Answer(metrics=metrics, rank=rank), reply)
 
-    def _evaluate(self, tensors: ModuleTensors, received: int) -> RecordDict:
+    def _evaluate(self, tensors: ModuleTensors, received: int) -> Outgoing:
         with self.opened(tensors) as run:
             before = self.score(run, self.own.test)
             flops = self.flops(run)
-        metrics = self._metrics(run, received, RecordDict(), before=before, flops=flops)
-        return messages.write(messages.ANSWER, Answer(metrics=metrics))
+        metrics = self._metrics(run, received, {}, before=before, flops=flops)
+        return Outgoing(Answer(metrics=metrics))
 
-    def _statistics(self, tensors: ModuleTensors, received: int) -> RecordDict:
+    def _statistics(self, tensors: ModuleTensors, received: int) -> Outgoing:
         """Sums of features and of their products with labels, over the training samples.
 
         Where the classifier is to be calibrated, those of the held-out fifth come apart: a classifier is too
         sure of the samples that it was solved from.
         """
-        reply = RecordDict()
         with self.opened(tensors) as run:
             arrays = self._sums(run)
             run.tested += len(self.own.train)
             flops = self.flops(run)
-        reply[messages.STATISTICS] = messages.to_arrays(arrays)
+        reply = {STATISTICS: arrays}
         metrics = self._metrics(run, received, reply, flops=flops)
-        return _with_answer(reply, Answer(metrics=metrics))
+        return Outgoing(Answer(metrics=metrics), reply)
 
     def _sums(self, run: OpenModel) -> dict[str, NDArray[np.float32]]:
         arrays: dict[str, NDArray[np.float32]] = {}
-        for prefix, indices in zip(
-            (messages.FIT, messages.HELD_OUT), self._held_out(), strict=True
-        ):
+        for prefix, indices in zip((FIT, HELD_OUT), self._held_out(), strict=True):
             found = collect(run.model, self.batches(indices), run.flow)
             arrays |= {f"{prefix}/{n}": a for n, a in found.arrays().items()}
         return arrays
 
-    def _calibrate(self, tensors: ModuleTensors, received: int) -> RecordDict:
+    def _calibrate(self, tensors: ModuleTensors, received: int) -> Outgoing:
         """The loss of the module that came over the held-out samples, at several temperatures."""
         _, held_out = self._held_out()
         with self.opened(tensors) as run:
             nll = calibration(run.model, self.batches(held_out), flow=run.flow)
             run.tested += len(held_out)
             flops = self.flops(run)
-        metrics = self._metrics(run, received, RecordDict(), flops=flops)
+        metrics = self._metrics(run, received, {}, flops=flops)
         told = Calibration(site=self.site.name, nll=tuple(map(float, nll)), metrics=metrics)
-        return messages.write(messages.ANSWER, told)
+        return Outgoing(told)
 
     def _held_out(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Training samples to solve from, and those to calibrate on: a fifth, none where nobody calibrates."""
@@ -164,7 +171,7 @@ class SiteRound(SiteWork):
         self,
         run: OpenModel,
         received: int,
-        reply: RecordDict,
+        reply: Mapping[str, Tensors],
         *,
         before: Score | None = None,
         after: Score | None = None,
@@ -184,7 +191,7 @@ class SiteRound(SiteWork):
             loss=loss,
             bytes_activation_up=run.encoder.bytes_up if run.encoder else 0,
             bytes_activation_down=run.encoder.bytes_down if run.encoder else 0,
-            bytes_module_up=messages.array_bytes(reply),
+            bytes_module_up=travelling_bytes(reply),
             bytes_module_down=received,
             steps=run.encoder.steps if run.encoder else 0,
             seconds_device=max(0.0, time.perf_counter() - self.started - wait_s),
@@ -192,11 +199,6 @@ class SiteRound(SiteWork):
             peak_rss_bytes=peak_rss_bytes(),
             flops_device=flops,
         )
-
-
-def _with_answer(reply: RecordDict, answer: Answer) -> RecordDict:
-    reply[messages.ANSWER] = messages.write(messages.ANSWER, answer)[messages.ANSWER]
-    return reply
 
 
 def peak_rss_bytes() -> int:

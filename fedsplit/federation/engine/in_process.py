@@ -22,7 +22,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsplit.core.closing import Closing
-from fedsplit.federation.in_step import InStep
+from fedsplit.federation.engine.in_step import InStep
 
 NodeConfig = Mapping[str, str | int | float | bool]
 Answer = Callable[[Message, Context], Message]
@@ -96,7 +96,7 @@ class InProcessGrid(Closing, Grid):
         raise NotImplementedError
 
     def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
-        """Not for this grid: `federation.exchange` pushes and pulls."""
+        """Not for this grid: `federation.server.exchange` pushes and pulls."""
         raise NotImplementedError
 
     def get_node_ids(self) -> Iterable[int]:

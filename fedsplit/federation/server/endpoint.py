@@ -15,7 +15,7 @@ from fedsplit import __version__
 from fedsplit.core.config import RunConfig
 from fedsplit.core.encoder import Array, Capabilities, Grant
 from fedsplit.core.errors import ConfigError, OverloadedError, UnreachableError
-from fedsplit.federation.messages import Stream
+from fedsplit.core.orders import Stream
 from fedsplit.model.backbone import Backbone
 from fedsplit.transport import tokens
 from fedsplit.transport.client import capabilities, collect, publish

@@ -11,12 +11,12 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedsplit.core.errors import FederationError, FedsplitError
+from fedsplit.core.orders import STATISTICS, Calibration, Kind, LocalOnly
 from fedsplit.federation import messages
-from fedsplit.federation.closed_form_start import ClosedFormStart
-from fedsplit.federation.messages import Calibration, Kind, LocalOnly
-from fedsplit.federation.orders import Orders, Site
-from fedsplit.federation.replies import Replies
+from fedsplit.federation.server.orders import Orders, Site
+from fedsplit.federation.server.replies import Replies
 from fedsplit.model.module import ModuleTensors
+from fedsplit.training.closed_form_start import ClosedFormStart
 
 
 def closed_form(
@@ -40,7 +40,7 @@ def closed_form(
     for site, reply in asked("statistics", tensors):
         try:
             answer = replies.read(0, site.name, reply)
-            arrays = messages.from_arrays(reply.content, messages.STATISTICS, start.wanted)
+            arrays = messages.from_arrays(reply.content, STATISTICS, start.wanted)
             samples, weight = site.call.samples, weights[site.name]
             start.add(site.name, arrays, samples=samples, weight=weight)
         except FedsplitError as err:

@@ -16,16 +16,16 @@ from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Grant, Training
 from fedsplit.core.lora_rules import Rule
+from fedsplit.core.orders import HISTORY, MODULE, Kind, Order, RollCall
 from fedsplit.federation import messages
-from fedsplit.federation.endpoint import Endpoint
-from fedsplit.federation.messages import Kind, Order, RollCall
-from fedsplit.federation.plan import Plan, plan
-from fedsplit.federation.replay_log import ReplayLog
-from fedsplit.federation.zeroth_order import direction_seed
+from fedsplit.federation.server.books.replay_log import ReplayLog
+from fedsplit.federation.server.endpoint import Endpoint
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec, ModuleTensors
 from fedsplit.training.activation_cache import version_of as digest_of
+from fedsplit.training.plan import Plan, plan
+from fedsplit.training.replay import direction_seed
 
 
 @dataclass
@@ -173,10 +173,10 @@ class Orders:
                 }
             )
             content = messages.write(messages.ORDER, order)
-            content[messages.HISTORY] = messages.to_arrays(arrays)
+            content[HISTORY] = messages.to_arrays(arrays)
             return content
         content = messages.write(messages.ORDER, order)
-        content[messages.MODULE] = messages.to_arrays(tensors)
+        content[MODULE] = messages.to_arrays(tensors)
         return content
 
     def weights(self, sites: Sequence[Site]) -> dict[str, int]:

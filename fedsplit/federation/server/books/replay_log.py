@@ -2,7 +2,7 @@
 
 With zeroth order at the device an update is one number a step and direction, so the rounds that a site missed are
 KBs where the module is MBs. The server keeps the scalars of every round it ran and knows what each site holds;
-the site does the server's own arithmetic over them and checks the digest of what it arrives at. A site whose
+the site does the server's own arithmetic over them (training/replay.py) and checks the digest of what it arrives at. A site whose
 arithmetic comes out otherwise (another processor's last bit) says so and is sent the module from then on.
 
 Only where every tensor of an update can be made again by everyone: one cut, one rank, plain averages.
@@ -10,27 +10,15 @@ Only where every tensor of an update can be made again by everyone: one cut, one
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from flwr.app import RecordDict
 from numpy.typing import NDArray
 
-from fedsplit.core.aggregation import Update, aggregate
 from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
-from fedsplit.core.errors import FederationError, UpdateError
-from fedsplit.federation import messages
-from fedsplit.federation.messages import Order, Round
-from fedsplit.federation.plan import plan
-from fedsplit.federation.zeroth_order import replayed, scalars_shape
-from fedsplit.model.backbone import Backbone
-from fedsplit.model.module import ModuleSpec, ModuleTensors
-from fedsplit.training.activation_cache import version_of
-
-log = logging.getLogger(__name__)
+from fedsplit.core.orders import Round
 
 Scalars = NDArray[np.float32]
 
@@ -49,7 +37,7 @@ def replayable(config: RunConfig, cuts: Sequence[Cut], ranks: Sequence[int]) -> 
 
 @dataclass
 class ReplayLog:
-    """The server's half: the scalars of all rounds, and the module version that each site holds."""
+    """The scalars of all rounds, and the module version that each site holds."""
 
     usable: bool
     _rounds: dict[int, list[tuple[str, int, Scalars]]] = field(default_factory=dict)
@@ -101,55 +89,3 @@ class ReplayLog:
             sites = tuple((name, samples, weights[name]) for name, samples, _ in told)
             rounds.append(Round(number=r, sites=sites))
         return held, arrays, rounds
-
-
-def caught_up(
-    content: RecordDict,
-    order: Order,
-    kept: ModuleTensors,
-    *,
-    config: RunConfig,
-    backbone: Backbone,
-    spec: ModuleSpec,
-) -> ModuleTensors:
-    """The site's half: the module of this order, from what the site kept and the rounds since.
-
-    Raises FederationError where it does not arrive at the server's module.
-    """
-    wanted = {
-        f"{past.number}/{i}": scalars_shape(config, samples)
-        for past in order.history
-        for i, (_, samples, _) in enumerate(past.sites)
-    }
-    scalars = messages.from_arrays(content, messages.HISTORY, wanted)
-    module = dict(kept)
-    try:
-        for past in order.history:
-            names = plan(config, backbone, spec, Cut.parse(order.cut), past.number).trained
-            start = {n: module[n] for n in names}
-            updates = [
-                Update(
-                    site=site,
-                    samples=weight,
-                    delta=replayed(
-                        scalars[f"{past.number}/{i}"],
-                        config,
-                        backbone,
-                        site=site,
-                        round_=past.number,
-                        start=start,
-                    ),
-                )
-                for i, (site, _, weight) in enumerate(past.sites)
-            ]
-            module = aggregate(module, updates)
-    except (KeyError, UpdateError) as err:
-        raise FederationError(
-            f"the rounds since round {order.held} cannot be replayed: {err}"
-        ) from err
-    if version_of(module) != order.module_digest:
-        raise FederationError(
-            "the replayed rounds do not give the server's module on this machine's processor; the whole module "
-            "is sent from now on"
-        )
-    return module

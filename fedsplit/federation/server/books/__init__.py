@@ -1,0 +1,1 @@
+"""What a run writes down: its account, its directory, the scalars of its rounds."""

@@ -1,0 +1,1 @@
+"""A round's updates -> the next module: checks, bounds, rules, the best so far."""

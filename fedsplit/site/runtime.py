@@ -1,0 +1,132 @@
+"""One site: its settings, and what it does with an order. Nothing of Flower, gRPC or the server.
+
+Called by federation/site.py, which turns Flower's messages into orders and back.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydantic import ValidationError
+
+from fedsplit import __version__
+from fedsplit.core.config import RunConfig
+from fedsplit.core.errors import BackboneError, ConfigError, DataError
+from fedsplit.core.foreign import printable
+from fedsplit.core.notes import fit
+from fedsplit.core.orders import Incoming, NotHeld, Order, Outgoing, RollCall
+from fedsplit.core.proxies import proxy_variable
+from fedsplit.core.versions import installed
+from fedsplit.model.backbone import Backbone
+from fedsplit.model.threads import limit_threads
+from fedsplit.site import state
+from fedsplit.site.round import SiteRound
+from fedsplit.site.time_limit import TimeLimit
+from fedsplit.training.data.sides import Record
+from fedsplit.training.dial import Dial
+from fedsplit.training.site_data import SiteData, SiteSettings, open_site, with_text_notes
+
+
+@dataclass(frozen=True)
+class SiteRuntime:
+    """A site that carries out orders, one after the other."""
+
+    site: SiteSettings
+    dial: Dial
+    log: logging.Logger
+    """Where the site's own people read what leaves it."""
+
+    def carry_out(
+        self, order: Order, incoming: Incoming, *, limit: TimeLimit, run_id: int
+    ) -> Outgoing:
+        """Do what an order says. Raises FedsplitError. `run_id`: another one each time that a run is started or resumed."""
+        config = RunConfig.from_flat(order.config)
+        site = self.site.for_task(config)
+        if site is None:
+            return self._not_held(order, config)
+        limit_threads(site.threads)
+        backbone = Backbone.find(config.backbone)
+        if order.backbone_sha256 != backbone.sha256:
+            raise BackboneError(
+                f"site {site.name!r}: backbone {backbone.path} has digest {backbone.sha256[:12]}, the server's "
+                f"has {order.backbone_sha256[:12]} ({backbone.differs(order.backbone_sha256)}); copy the server's "
+                f"model files to this site"
+            )
+        record = _record(order, site, run_id) if site.data else None
+        own = open_site(config, site, backbone, order.classes, record)
+        if order.kind == "roll-call":
+            return Outgoing(self._roll_call(config, site, backbone, own))
+        return SiteRound(order, config, site, backbone, own, self.dial, limit).carry_out(incoming)
+
+    def _not_held(self, order: Order, config: RunConfig) -> Outgoing:
+        """That the task is none of this site's. Raises ConfigError where it is ordered to work on it all the same."""
+        if order.kind != "roll-call":
+            raise ConfigError(
+                f"site {self.site.name!r} does not hold task {config.task!r} and was ordered to {order.kind}; it must "
+                f"not lose a task while the run lasts, see tasks in its node config"
+            )
+        return Outgoing(NotHeld(site=self.site.name, task=config.task))
+
+    def _roll_call(
+        self, config: RunConfig, site: SiteSettings, backbone: Backbone, own: SiteData
+    ) -> RollCall:
+        own = with_text_notes(own)
+        if site.data:
+            self._tell(own)
+        if site.cut is not None:
+            site.cut.check(backbone.blocks)
+        try:
+            return RollCall(
+                site=site.name,
+                cut=str(site.cut) if site.cut is not None else "",
+                rank=site.lora_rank,
+                classes=own.examples.classes,
+                samples=len(own.train),
+                test_samples=len(own.test),
+                backbone_sha256=backbone.sha256,
+                fedsplit_version=__version__,
+                versions=installed(),
+                # Its own number, not that among the sites which hold the task.
+                number=self.site.partition[0] if self.site.partition else -1,
+                pixel_max=own.examples.pixel_max,
+                notes=fit((*own.notes, *_proxy_note(config))),
+            )
+        except ValidationError as err:
+            first = err.errors()[0]
+            raise DataError(
+                f"site {site.name!r} cannot take part with {first['loc'][0]}: {printable(first['msg'])}"
+            ) from err
+
+    def _tell(self, own: SiteData) -> None:
+        """Write into the site's log which names leave it, before they do."""
+        counts = np.bincount(own.examples.labels, minlength=len(own.examples.classes))
+        told = ", ".join(
+            f"{printable(name)} ({count})"
+            for name, count in zip(own.examples.classes, counts, strict=True)
+        )
+        self.log.info(
+            "site %s tells the server its classes: %s", self.site.name, printable(told, limit=2000)
+        )
+        for note in own.notes:
+            self.log.info("site %s: %s", self.site.name, printable(note))
+
+
+def _record(order: Order, site: SiteSettings, run_id: int) -> Record:
+    """What a real site keeps of its samples. A run that is resumed is a new one to Flower, and gets a new list."""
+    folder = Path(site.state_dir or state.DEFAULT_FOLDER)
+    return Record(folder, site.name, f"{run_id}/{order.run}")
+
+
+def _proxy_note(config: RunConfig) -> tuple[str, ...]:
+    """That a proxy stands before the encoder, which gRPC does not say when it fails there."""
+    variable = proxy_variable(config.encoder_address, os.environ)
+    if not variable:
+        return ()
+    return (
+        f"{variable} is set where the SuperNode runs, and catches the encoder's address {config.encoder_address}; if the "
+        f"encoder is not reached, add its host to no_proxy there",
+    )

@@ -18,17 +18,16 @@ MAX_NAME_CHARS = 128
 MAX_CLASSES = 4096
 MAX_CLASS_CHARS = 200
 MAX_JSON_BYTES = 64 * 2**20
-# Direction marks turn a line round, separators break it, both without being control characters.
-_UNSAFE = frozenset("\u2028\u2029\u200e\u200f\u061c\ufeff") | {
-    chr(c) for span in (range(0x202A, 0x202F), range(0x2066, 0x206A)) for c in span
-}
+_WIDE_BLANK = "\u3000"
+"""The blank of Japanese text: as plain to see as any, though to Python it is not printable."""
 
 
 def printable(text: object, *, limit: int = MAX_CHARS) -> str:
     """`text` on one line, at most `limit` characters: what is not printable is written as an escape."""
     # Cut before the work, for escapes only make it longer.
     raw = str(text)[: limit + 1]
-    out = "".join(c if c.isprintable() and c not in _UNSAFE else _escaped(c) for c in raw)
+    # Direction marks, which turn a line round, and separators, which break it, are not printable either.
+    out = "".join(c if c.isprintable() or c == _WIDE_BLANK else _escaped(c) for c in raw)
     return out if len(out) <= limit else out[: limit - 1] + "…"
 
 
@@ -36,7 +35,7 @@ def checked_name(text: str) -> str:
     """`text` itself. Raises ValueError where it cannot be shown as it is, for then two names may look alike."""
     if printable(text, limit=len(text)) != text:
         raise ValueError(
-            f"{printable(text, limit=MAX_NAME_CHARS)!r} holds characters that cannot be shown; rename it"
+            f"'{printable(text, limit=MAX_NAME_CHARS)}' holds characters that cannot be shown; rename it"
         )
     return text
 

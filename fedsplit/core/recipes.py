@@ -102,8 +102,9 @@ def apply(flat: Mapping[str, Value], defaults: Mapping[str, Value]) -> dict[str,
     for key, value in recipe.sets.items():
         if _open(flat, defaults, key):
             settled[key] = value
-    method = METHODS.get(str(settled["method"]))
-    if method is not None and settled["method"] != recipe.sets["method"]:
+    name = settled.get("method", defaults["method"])
+    method = METHODS.get(str(name))
+    if method is not None and name != recipe.sets["method"]:
         # A method that was given is taken as it is.
         for key in recipe.sets.keys() & (method.fixes.keys() | method.one_of.keys()):
             settled[key] = flat.get(key, defaults[key])

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import ConfigError, DataError
+from fedsplit.core.foreign import MAX_NAME_CHARS, printable
 from fedsplit.core.tasks import parse_classes, parse_held
 from fedsplit.model.backbone import Backbone
 from fedsplit.training.data import (
@@ -38,7 +39,6 @@ from fedsplit.training.own_data import Own, open_own, without_test
 
 NodeConfig = Mapping[str, str | int | float | bool]
 Index = NDArray[np.int64]
-MAX_NAME_CHARS = 128
 # What a site may say of itself; the first two are Flower's own in simulation.
 NODE_KEYS = (
     "partition-id",
@@ -120,7 +120,7 @@ class SiteSettings:
         if bool(node.get("encoder-tls-cert")) != bool(node.get("encoder-tls-key")):
             faults.append("encoder-tls-cert and encoder-tls-key go together; give both or neither")
         name = str(node.get("site", f"site-{number}" if share else f"node-{node_id}"))
-        if not 1 <= len(name) <= MAX_NAME_CHARS or not name.isprintable():
+        if not name or printable(name, limit=MAX_NAME_CHARS) != name:
             faults.append(
                 f"site={name[:50]!r}: 1 to {MAX_NAME_CHARS} printable characters are wanted"
             )

@@ -15,16 +15,17 @@ from fedsplit.core.foreign import MAX_CHARS, parse_json, printable, read_json
 def test_any_text_is_short_and_safe(text: str, limit: int) -> None:
     shown = printable(text, limit=limit)
     assert len(shown) <= limit
-    assert shown.isprintable()
+    assert shown.replace("\u3000", "").isprintable()
     shown.encode("utf-8")
 
 
 def test_ordinary_text_stays_as_it_is() -> None:
-    assert printable("検査ライン A: 98.1 %") == "検査ライン A: 98.1 %"
+    assert printable("検査ライン\u3000A: 98.1 %") == "検査ライン\u3000A: 98.1 %"
 
 
 def test_escape_sequences_are_told_and_not_obeyed() -> None:
-    assert printable("a\x1b[2Jb\nc\u202ed\udc81") == "a\\x1b[2Jb c\\u202ed\\udc81"
+    text = "a\x1b[2Jb\nc\u202ed\udc81\u2028e\u2066"
+    assert printable(text) == "a\\x1b[2Jb c\\u202ed\\udc81\\u2028e\\u2066"
 
 
 def test_a_long_text_is_cut_with_a_mark() -> None:

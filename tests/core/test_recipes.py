@@ -39,6 +39,11 @@ def test_a_recipe_fits_every_backbone_and_any_sites(
     assert not any("as given" in line for line in told)
 
 
+def test_what_is_kept_need_not_be_written_again() -> None:
+    config = RunConfig.from_flat({"recipe": "tail", "recipe-keeps": "method,cut"})
+    assert (config.method, config.loss) == ("fedv", "balanced-softmax")
+
+
 def test_what_a_recipe_adapts() -> None:
     boards = settled("shared", 12, 20, 480)
     assert (boards.cut, boards.lora_learning_rate, boards.rounds) == ("0,12", 0.03, 8)

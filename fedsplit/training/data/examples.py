@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from fedsplit.core.class_names import EMPTY_WORDS, look_alikes, normal, plain, whole_numbers
 from fedsplit.core.errors import ConfigError, DataError
-from fedsplit.core.foreign import MAX_CLASS_CHARS, MAX_CLASSES, printable
+from fedsplit.core.foreign import MAX_CLASS_CHARS, MAX_CLASSES, checked_name, printable
 
 Image = NDArray[np.uint8]
 Index = NDArray[np.int64]
@@ -165,8 +165,7 @@ def build(
         raise request.fault(where, "there is no sample in it; add labelled samples")
     names, notes = _spelled(request, names, items)
     labels, classes = _number(request, names, items)
-    if request.classes is None:
-        _check_names(request, where, classes)
+    _check_names(request, where, classes)
     keys = np.arange(len(names), dtype=np.int64)
     if 0 < request.max_samples < len(keys):
         rng = np.random.default_rng(_SUBSAMPLE_SEED)
@@ -244,6 +243,11 @@ def _check_names(request: Request, where: object, classes: Sequence[str]) -> Non
             f"{MAX_CLASSES} classes with names of at most {MAX_CLASS_CHARS} characters. Is this the label? Name the "
             "right column as label-column, or shorten the names",
         )
+    for name in classes:
+        try:
+            checked_name(name)
+        except ValueError as err:
+            raise request.fault(where, f"the class {err}") from err
 
 
 def _shown(classes: tuple[str, ...]) -> str:

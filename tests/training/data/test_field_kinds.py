@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import unicodedata
 from pathlib import Path
 
@@ -303,6 +304,13 @@ def test_a_folder_whose_name_is_no_utf8_is_named_with_its_cure(tmp_path: Path) -
     assert text.isprintable()
     text.encode()
     assert "not UTF-8, in cp932 they are '傷'; rename the folder" in text
+
+
+@pytest.mark.parametrize("name", ["a\xa0b", "a\u200bb", "a\x07b"])
+def test_a_class_that_cannot_be_shown_is_named_before_it_leaves(tmp_path: Path, name: str) -> None:
+    shown = name.encode("unicode_escape").decode()
+    with pytest.raises(DataError, match=rf"the class '{re.escape(shown)}' holds .*; rename it"):
+        read(folder(tmp_path, name, "ひび\u3000割れ"))
 
 
 def test_an_empty_class_folder_is_named(tmp_path: Path) -> None:

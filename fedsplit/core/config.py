@@ -57,45 +57,45 @@ class RunConfig(BaseModel):
     task: str = "digits"
     """Name of the task: in tokens, summaries and the run's folder."""
     data: str = "digits"
-    """digits | folder:PATH | csv:PATH | jsonl:PATH | npz:PATH | hf:NAME; a site's node config overrides."""
+    """digits | folder:PATH | csv:PATH | jsonl:PATH | npz:PATH | hf:NAME. A site's node config overrides it."""
     tasks: str = ""
-    """Several tasks "NAME=SOURCE;NAME=SOURCE" that take turns on one encoder; empty: the one of task and data."""
+    """Several tasks "NAME=SOURCE;NAME=SOURCE" that take turns on one encoder; empty: one task, from task and data."""
     task_holders: str = ""
-    """Simulation: numbers of the sites that hold a task, "NAME:0-3;NAME:2,5"; a task that is not named: all."""
+    """Simulation: which sites hold a task, by number, "NAME:0-3;NAME:2,5". All sites hold a task that is not named."""
     classes: str = ""
     """The task's classes, comma-separated; empty: the union of the sites' class names."""
     text_column: str = Field("text", min_length=1)
-    """Column of a csv, jsonl or hf source that holds the text."""
+    """The column of a csv, jsonl or hf source that holds the text."""
     label_column: str = Field("label", min_length=1)
-    """Column that holds the label."""
+    """The column that holds the label."""
     pixel_max: float = Field(0.0, ge=0, le=2**32, allow_inf_nan=False)
-    """Pixel value that is white, in all images of a source; 0: found out from them and told. A site's node config overrides."""
+    """The pixel value that is white in all images of a source; 0: found from the images and reported. A site's node config overrides it."""
     broken_files: Literal["refuse", "leave-out"] = "refuse"
-    """What a site with image files that cannot be read does: takes no part and names them, or goes on without them."""
+    """What a site does if it cannot read some image files: refuse names them and takes no part; leave-out goes on without them."""
     cut: str = "1,5"
-    """"a,b", or several, "a,b;c,d", dealt to the sites in turn; a site's node config overrides."""
+    """"a,b", or several, "a,b;c,d", dealt to the sites in turn. A site's node config overrides it."""
     recipe: Literal["", "closed-form", "shared", "shared-full", "tail", "personal"] = ""
-    """Recommended settings, adapted to the backbone and the sites; docs/how-to/choose-a-method.md says which. What else is given wins."""
+    """Recommended settings, adapted to the backbone and the sites (docs/how-to/choose-a-method.md). Other settings that you give win."""
     recipe_keeps: str = ""
-    """Keys, comma-separated, that were given though they are at their defaults, so that a recipe leaves them; `fedsplit run` writes them."""
+    """Comma-separated keys that were given at their default values; a recipe leaves them. `fedsplit run` writes this key."""
     method: str = "fedv"
-    """A name for several of the keys below at once; docs/reference/methods.md lists them."""
+    """A name for several of the keys below (docs/reference/methods.md)."""
     module: Literal["lora", "prompt", "adapter", "classifier", "full"] = "lora"
-    """What is trained beside the classifier: LoRA, prompt tokens, adapters, nothing, or all weights."""
+    """What trains besides the classifier: LoRA, prompt tokens, adapters, nothing, or all weights."""
     module_blocks: int = Field(0, ge=0)
-    """LoRA, adapters or all weights of the last so many blocks; 0: of all, and all weights with the embeddings'."""
+    """How many of the last blocks get LoRA, adapters or trained weights; 0: all blocks, and with all weights the embeddings too."""
     device_training: Literal["tail", "head+tail"] = "tail"
-    """tail freezes a split's head, so that no gradient crosses the wire; a device without a split trains all."""
+    """tail freezes the head of a split: no gradient comes back to the device, and none leaves it unless the encoder trains. Without a split the device trains all blocks."""
     encoder_training: Literal["frozen", "hosted", "shared", "zeroth-order"] = "frozen"
-    """What trains on the server: nothing, a copy a site, one copy that sites step in turn, a copy without gradients."""
+    """What trains on the server: nothing, one copy for each site, one copy that the sites step in turn, or copies without gradients."""
     block_sampling: int = Field(0, ge=0)
-    """FeSViBS: a site's steps leave a training encoder after a block that is drawn each round, this one or later; 0: after the last."""
+    """FeSViBS: a training step leaves the encoder after a block that is drawn each round, this block or a later one; 0: after the last."""
     gradient: Literal["exact", "zeroth-order"] = "exact"
-    """How the device's gradient is found: by backpropagation, or from differences of losses alone."""
+    """How the device finds its gradient: by backpropagation, or only from differences of losses."""
     zo_estimator: Literal["forward", "central", "one-point"] = "central"
-    """Zeroth-order estimator: q+1, 2q or 1 forwards a step."""
+    """Zeroth-order estimator. A step takes q+1, 2q or q forwards."""
     zo_queries: int = Field(1, ge=1, le=1024)
-    """q, the directions of a zeroth-order step."""
+    """q, the number of directions in a zeroth-order step."""
     zo_epsilon: float = Field(0.01, gt=0, le=10)
     """Length of a zeroth-order perturbation."""
     zo_directions: Literal["gaussian", "sphere"] = "gaussian"
@@ -107,145 +107,145 @@ class RunConfig(BaseModel):
     lora_targets: str = ""
     """Comma-separated names of the linear layers that get LoRA, or all-linear; empty: query and value."""
     lora_ranks: str = ""
-    """Ranks "4;8;16" dealt to the sites in turn, at most lora-rank; empty: lora-rank for all."""
+    """Ranks "4;8;16", dealt to the sites in turn, at most lora-rank; empty: lora-rank for all."""
     lora_aggregation: Literal[
         "plain", "ffa", "rolora", "flexlora", "flora", "lora-fair", "hetlora"
     ] = "plain"
-    """How the sites' LoRA becomes one."""
+    """How the sites' LoRA modules become one."""
     rank_pruning: float = Field(1.0, gt=0, le=1)
-    """HetLoRA: share of its rank that a site keeps once training has shrunk the rest of its products; 1: all, always."""
+    """HetLoRA: the share of its rank that a site keeps after training has shrunk the other components; 1: always all."""
     rank_penalty: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """HetLoRA: weight in the loss of those components that rank-pruning may take."""
+    """HetLoRA: the weight in the loss of the components that rank-pruning may remove."""
     prompt_tokens: int = Field(8, ge=1, le=1024)
-    """Tokens of module=prompt."""
+    """Number of tokens of module=prompt."""
     prompt_depth: Literal["first", "all"] = "first"
-    """Where module=prompt puts tokens: in front of the first block, or new ones in front of every block (VPT-deep)."""
+    """Where module=prompt puts tokens: before the first block only, or new tokens before every block (VPT-deep)."""
     adapter_width: int = Field(16, ge=1, le=4096)
     """Inner width of module=adapter."""
     classifier_init: Literal["auto", "zero", "class-means", "ridge"] = "auto"
-    """The classifier's start: zero, or in closed form from summed statistics of frozen features. auto: the method's own, else ridge; zero with a start-module or a robust-rule."""
+    """The classifier's start: zero, or in closed form from summed statistics of frozen features. auto: the method's own start, else ridge, but zero with a start-module or a robust-rule."""
     ridge_lambda: float = Field(100.0, gt=0, allow_inf_nan=False)
     """Regularisation of classifier-init=ridge, in units of the features' mean variance."""
     calibrate: bool = True
-    """Scale a closed-form classifier by a temperature that the sites' held-out samples settle."""
+    """Scale a closed-form classifier by a temperature, found on held-out samples of the sites."""
     classifier_training: Literal["trained", "fixed"] = "trained"
     """fixed keeps the classifier as it started."""
     rounds: int = Field(5, ge=0, le=100_000)
-    """Rounds of training; one more message tests the last module."""
+    """Rounds of training. One more message tests the last module."""
     participation: float = Field(1.0, gt=0, le=1)
-    """Share of the sites that trains in a round, drawn anew each round; all are tested at the end."""
+    """Share of the sites that train in a round, drawn again each round. All sites are tested at the end."""
     local_epochs: int = Field(1, ge=1, le=1000)
-    """Times a site goes through its training samples in a round."""
+    """How often a site goes through its training samples in a round."""
     local_loss_epochs: int = Field(0, ge=0, le=1000)
-    """Times a site goes through its training samples in a round beforehand with head joined to tail, without the encoder."""
+    """How often a site first goes through its training samples in a round with head joined to tail, without the encoder."""
     keep_hardest: float = Field(1.0, gt=0, le=1)
-    """Share of its training samples that a site trains on in a round: those it gets most wrong at its start; 1: all."""
+    """Share of its training samples that a site trains on in a round: those with the largest errors at its start; 1: all."""
     batch_size: int = Field(32, ge=1, le=4096)
-    """Samples of a step; also the most that a site's token allows."""
+    """Samples in a step. A site's token allows no more."""
     learning_rate: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """Learning rate of the classifier, and of the rest where lora-learning-rate is 0. 0: 0.01, or 0.003 where a run that says nothing of its classifier trains on from ridge."""
+    """Learning rate of the classifier, and of the rest if lora-learning-rate is 0. 0 means 0.01, or 0.003 if no setting of the classifier is given and it trains on from ridge."""
     lora_learning_rate: float = Field(0.0005, ge=0, allow_inf_nan=False)
-    """Learning rate of all that trains but the classifier; 0: the classifier's. Shared encoder: of all sites' steps together."""
+    """Learning rate of everything that trains except the classifier; 0: the classifier's. With a shared encoder: of all sites' steps together."""
     lr_schedule: Literal["constant", "cosine"] = "cosine"
-    """How the learning rates go over the rounds: cosine falls from the full rate towards 0."""
+    """How the learning rates change over the rounds: cosine falls from the full rate towards 0."""
     warmup_rounds: int = Field(0, ge=0, le=100_000)
-    """Rounds over which the learning rates rise to the full rate first."""
+    """Number of first rounds in which the learning rates rise to the full rate."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """The site's optimiser; it starts anew in each round."""
+    """The site's optimiser. It starts again in each round."""
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     """Weight decay of the optimiser."""
     clip_norm: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """Longest gradient of a step on the device; 0: any."""
+    """Largest gradient norm of a step on the device; 0: no limit."""
     accumulate: int = Field(1, ge=1, le=1024)
-    """Batches whose gradients make one step of the optimiser."""
+    """Number of batches whose gradients make one optimiser step."""
     loss: Literal["auto", "softmax", "one-vs-all", "balanced-softmax"] = "auto"
-    """Cross-entropy; one yes-or-no question a class; or cross-entropy that allows for the site's mix of classes. auto: softmax, but balanced-softmax where a run that says nothing of its classifier trains on from ridge."""
+    """Cross-entropy, one yes-or-no question for each class, or cross-entropy balanced by the site's mix of classes. auto: softmax, but balanced-softmax if no setting of the classifier is given and it trains on from ridge."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the label that is spread over all classes."""
     augmentation: Literal["none", "flip", "crop+flip"] = "none"
     """Random changes of training images."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Arithmetic of the device's blocks in training; bf16 where the device has it."""
+    """Arithmetic of the device's blocks in training. bf16 needs a CPU, or a GPU that supports it."""
     early_stop_rounds: int = Field(0, ge=0)
-    """End after so many rounds without a better global accuracy and keep the best module; 0: never."""
+    """End after this many rounds without a better global accuracy, and keep the best module; 0: never."""
     proximal_mu: float = Field(0.0, ge=0, allow_inf_nan=False)
     """FedProx: weight of the squared distance to the received module."""
     personalisation: Literal["none", "ditto", "fed-rod"] = "none"
-    """What a site keeps for itself beside the averaged module."""
+    """What a site keeps for itself besides the averaged module."""
     ditto_lambda: float = Field(0.1, ge=0, allow_inf_nan=False)
     """How strongly Ditto holds the personal module near the averaged one."""
     site_local: Literal["none", "classifier", "all"] = "none"
     """What the device trains and never sends: nothing, its classifier, or everything."""
     sync_every: int = Field(1, ge=1)
-    """Rounds between two averages of what the devices train; in between it stays at the site."""
+    """Rounds between two averages of what the devices train. In between it stays at the site."""
     server_optimizer: Literal["mean", "momentum", "adam", "yogi"] = "mean"
-    """What the server makes of the mean update: itself, or a step of FedAvgM, FedAdam or FedYogi."""
+    """What the server does with the mean update: apply it, or take a step of FedAvgM, FedAdam or FedYogi."""
     server_learning_rate: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Learning rate of the server's optimiser; 1 with mean, about 0.1 with momentum, 0.01 with adam and yogi."""
+    """Learning rate of the server's optimiser. Good values: 1 with mean, about 0.1 with momentum, 0.01 with adam and yogi."""
     server_momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of server-optimizer=momentum, and the first beta of adam and yogi."""
     robust_rule: Literal["mean", "trimmed-mean", "median", "krum", "multi-krum", "bulyan"] = "mean"
-    """How the sites' updates are combined; all but mean stand some hostile sites."""
+    """How the sites' updates are combined. All rules except mean tolerate some hostile sites."""
     byzantine_sites: int = Field(0, ge=0)
-    """Hostile sites that the robust rule is to stand."""
+    """Number of hostile sites that the robust rule must tolerate."""
     max_update_ratio: float = Field(20.0, ge=0, allow_inf_nan=False)
-    """An update that moves so many times as far as the median of the sites' is refused; 0: none is. With robust-rule=mean."""
+    """Refuse an update that moves this many times as far as the median of the sites'; 0: refuse none. With robust-rule=mean."""
     max_site_share: float = Field(0.5, ge=0.5, le=1)
-    """Most of the average that one site's samples count for, or three times the median's where that is more; 1: any."""
+    """Largest share of the average for one site's samples, or three times the median's share if that is more; 1: no limit."""
     step_back: bool = True
-    """Undo a round by which most sites lost more than 10 points, or after which most cannot train."""
+    """Undo a round in which most sites lost more than 10 points, or after which most cannot train."""
     codec: Literal["fp32", "fp16"] = "fp32"
     """How activations and gradients become bytes: fp32 (exact) or fp16 (half the bytes)."""
     in_flight: int = Field(2, ge=1, le=8)
-    """Steps on the wire at once where the algorithm allows it: evaluation, frozen heads."""
+    """Steps on the wire at the same time, where the algorithm allows it: evaluation, frozen heads."""
     cache_activations: bool = False
-    """Keep what the encoder answered for each sample while its module stays the same, in memory."""
+    """Keep the encoder's answer for each sample in memory while its module stays the same."""
     partition: str = "dirichlet:0.3"
-    """How simulation deals one source to the sites; deployed sites have their own data."""
+    """How simulation deals one source to the sites. Deployed sites have their own data."""
     test_fraction: float = Field(0.2, gt=0, lt=1)
     """Share of a site's samples that it keeps for testing."""
     max_samples: int = Field(0, ge=0)
     """Use at most this many samples of the source; 0: all."""
     max_site_samples: int = Field(0, ge=0)
-    """Simulation: a site keeps at most so many of the samples that it was dealt; 0: all."""
+    """Simulation: a site keeps at most this many of the samples dealt to it; 0: all."""
     image_size: int = Field(0, ge=0, le=2048)
-    """Side of the images in pixels; 0: what the backbone was trained with."""
+    """Side of the images in pixels; 0: the size that the backbone was trained with."""
     max_length: int = Field(128, ge=4, le=8192)
-    """Longest text in tokens; longer ones are cut."""
+    """Longest text in tokens. Longer texts are cut."""
     sites: int = Field(0, ge=0)
-    """Sites the run waits for; 0: all that are connected."""
+    """Number of sites that the run waits for; 0: all that are connected."""
     roster: str = ""
-    """Comma-separated names of the sites that take part, in place of `sites`; empty: whoever is connected."""
+    """Comma-separated names of the sites that take part, in place of `sites`; empty: all that are connected."""
     min_sites: int = Field(2, ge=1)
-    """Fewer useful updates than this in a round end the run."""
+    """A round with fewer useful updates ends the run."""
     deadline_s: float = Field(600.0, gt=0, allow_inf_nan=False)
-    """How long a round waits for its sites before it goes on without the missing ones."""
+    """How long a round waits for its sites before it continues without the missing ones."""
     seed: int = Field(0, ge=0, lt=2**32)
-    """Decides the module's start, the order of the batches and, in simulation, partition and test split."""
+    """Sets the module's start, the order of the batches and, in simulation, partition and test split."""
     encoder_address: str = ""
-    """HOST:PORT that sites dial; empty: the app hosts the encoder on loopback."""
+    """HOST:PORT that sites connect to; empty: the app hosts the encoder on loopback."""
     encoder_bind: str = ""
-    """HOST:PORT that the app's own encoder listens on; empty with an address: that encoder is elsewhere."""
+    """HOST:PORT on which the app's own encoder listens. Empty with an address: the encoder runs elsewhere."""
     encoder_secret_file: str = ""
     """File with the key that signs the sites' tokens, shared with `fedsplit encoder serve`."""
     encoder_tls_cert: str = ""
     """PEM file: certificate of the app's own encoder port."""
     encoder_tls_key: str = ""
-    """PEM file: its key; with an encoder elsewhere both are what the app shows to it."""
+    """PEM file: its key. If the encoder runs elsewhere, the app shows both to it."""
     encoder_tls_ca: str = ""
-    """CA that sites check the encoder against: a PEM file, or "system"; a site's node config overrides."""
+    """CA with which sites check the encoder: a PEM file, or "system". A site's node config overrides it."""
     encoder_insecure: bool = False
     """Allow the encoder port without TLS beyond loopback."""
     start_module: str = ""
-    """Folder of a trained module to start from, on the ServerApp's machine; its classes stay, new ones are added. Empty: a fresh one."""
+    """Folder of a trained module to start from, on the ServerApp's machine. Its classes stay, new ones are added. Empty: a new module."""
     compare_local_only: bool = False
-    """Also train every site alone, for as many epochs, and report how far that gets."""
+    """Also train every site alone for as many epochs, and report its accuracy."""
     runs_dir: str = "runs"
     """Where runs are written, on the ServerApp's machine."""
     run_name: str = ""
     """Folder of this run; empty: task and date."""
     resume: str = ""
-    """Name of a run in runs-dir to go on from, at its last checkpoint."""
+    """Name of a run in runs-dir to continue from its last checkpoint."""
 
     @field_validator("task", "run_name", "resume")
     @classmethod

@@ -103,8 +103,8 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = [
         "# What averaging the factors misses",
         "",
-        "Written by `python -m experiments.lora_error`: |mean(B) mean(A) - mean(BA)| over |mean(BA)|, Frobenius norms over all",
-        "layers, in %, by round; mean and standard deviation over the seeds.",
+        "Written by `python -m experiments.lora_error`: |mean(B) mean(A) - mean(BA)| / |mean(BA)| in %, by",
+        "round. Frobenius norms over all layers; mean and standard deviation over the seeds.",
         "",
         "| method | sites | " + " | ".join(map(str, rounds)) + " |",
         "|---|---|" + "---:|" * len(rounds),

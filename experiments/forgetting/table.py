@@ -7,7 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-_NAMES = {"fedyolo": "a module a task (`fedyolo`)", "full": "full fine-tuning (`fedavg-full`)"}
+_NAMES = {
+    "fedyolo": "a module for each task (`fedyolo`)",
+    "full": "full fine-tuning (`fedavg-full`)",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,8 +80,8 @@ def markdown(rows: Sequence[Row]) -> str:
     lines = [
         "# Forgetting, as measured",
         "",
-        "Written by `python -m experiments.forgetting`. The tasks are trained one after the other, in the order of",
-        "the table; accuracies are on the test samples of all sites, as mean (min to max) over",
+        "Written by `python -m experiments.forgetting`. The tasks train one after another, in the order of",
+        "the table. Accuracies are on the test samples of all sites: mean (min to max) over",
         f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'} ({', '.join(seeds)}).",
         "",
         "| way | task | right after its training | at the end | forgotten, points |",
@@ -91,7 +94,7 @@ def markdown(rows: Sequence[Row]) -> str:
         lines.append(
             f"| {_NAMES[way]} | {task} | {' | '.join(cells)} | {_percent((d.drop for d in of), '')} |"
         )
-    lines += ["", "The last task has nothing after it:", "", "| way | task | accuracy |"]
+    lines += ["", "The last task, with no task after it:", "", "| way | task | accuracy |"]
     lines += ["|---|---|---|"]
     last = rows[-1].trained
     for way in _names(row.way for row in rows):
@@ -99,8 +102,11 @@ def markdown(rows: Sequence[Row]) -> str:
         if of_last:
             lines.append(f"| {_NAMES[way]} | {last} | {_percent(of_last)} |")
     lines += ["", "## What a round moves", ""]
-    lines += ["All sites together, module down and up; the test at a run's end is counted in.", ""]
-    lines += ["| way | task | MB a round | the whole model, MB | factor |", "|---|---|---|---|---|"]
+    lines += ["All sites together, module down and up, including the test at a run's end.", ""]
+    lines += [
+        "| way | task | MB in a round | the whole model, MB | factor |",
+        "|---|---|---|---|---|",
+    ]
     for way, task in dict.fromkeys((r.way, r.trained) for r in rows):
         one = next(r for r in rows if (r.way, r.trained) == (way, task))
         lines.append(

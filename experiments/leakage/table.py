@@ -49,7 +49,7 @@ def markdown(rows: Sequence[Row]) -> str:
         "# Leakage, as measured",
         "",
         "Written by `python -m experiments.leakage`; [what it means](../explanation/leakage.md). The reference is",
-        "what the same attack gives by chance, or for images the PSNR of an image in its own mean colour.",
+        "what the same attack finds by chance. For images it is the PSNR of an image in its own mean colour.",
     ]
     for scene in _names(row.scene for row in rows):
         for target in _names(row.target for row in rows if row.scene == scene):

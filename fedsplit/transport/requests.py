@@ -35,11 +35,12 @@ class SmallCalls:
         self._lock = threading.Lock()
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """Hold a place for one call. Raises OverloadedError where all are taken."""
+    def place(self, *, half: bool) -> Iterator[None]:
+        """Hold a place for one call; `half` of them are for those that any token may make. Raises OverloadedError."""
+        most = self._most // 2 if half else self._most
         with self._lock:
-            if self._live >= self._most:
-                text = f"{self._live} small calls are on, {self._most} are allowed"
+            if self._live >= most:
+                text = f"{self._live} small calls are on, {most} are allowed"
                 raise OverloadedError(text, retry_after_s=self._retry_after_s)
             self._live += 1
         try:

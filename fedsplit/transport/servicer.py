@@ -102,7 +102,10 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
     def _small(self, context: Any, check: Callable[..., _T], what: str) -> Iterator[_T]:
         """A small call: its token, a place for it, and a status for what goes wrong in it."""
         who = self._authorised(context, check)
-        with self._full(context), self.small.place(), _answered(context, what):
+        # A site cannot keep the ServerApp from publishing, whatever it holds open.
+        half = check is verify_any
+        what = f"run {printable(who)}: {what}" if who else what
+        with self._full(context), self.small.place(half=half), _answered(context, what):
             yield who
 
     @contextmanager

@@ -312,13 +312,21 @@ def test_what_a_session_may_not_do(host: BackboneHost) -> None:
             call()
 
 
-@pytest.mark.parametrize("training", [None, SGD, shared(0.5)], ids=["frozen", "hosted", "shared"])
+@pytest.mark.parametrize(
+    ("family", "training"),
+    [("vit", None), ("vit", SGD), ("vit", shared(0.5)), ("bert", None)],
+    ids=["frozen", "hosted", "shared", "text"],
+)
 def test_a_graph_is_counted_with_what_it_really_holds(
-    host: BackboneHost, training: Training | None
+    tiny: dict[str, Path], family: str, training: Training | None
 ) -> None:
     """Against the storages that the kept graph itself refers to, found by walking it."""
+    host = BackboneHost(Backbone.find(str(tiny[family])))
+    host.publish("v", packed(host.backbone))
     session = open_site(host, training)
-    counted = session.graph_bytes(2, 5)
+    # A text long enough for its mask to weigh something.
+    tokens = 5 if family == "vit" else 64
+    counted = session.graph_bytes(2, tokens)
     weights = {p.untyped_storage().data_ptr() for p in session._part.model.parameters() if not p.is_meta}  # fmt: skip
     seen: dict[int, int] = {}
     kept: list[torch.Tensor] = []
@@ -330,9 +338,10 @@ def test_a_graph_is_counted_with_what_it_really_holds(
         kept.append(tensor)
         return tensor
 
-    h_BTD = make_h()
+    h_BTD = np.ones((2, tokens, host.backbone.width), np.float32)
+    mask_BT = None if family == "vit" else np.arange(tokens) < np.array([[9], [40]])
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        z = session.encode(0, h_BTD, keep=True)
+        z = session.encode(0, h_BTD, mask_BT, keep=True)
     real = sum(seen.values())
     # Tensors of a size of their own (masks, weights of the moment) are counted for each sample; ends once or twice.
     assert 0.95 * real <= counted <= 1.35 * real + 4 * h_BTD.nbytes + z.nbytes

@@ -15,10 +15,10 @@ import pytest
 from fedsplit.core.throttle import Throttle, ThrottledWarnings
 from fedsplit.transport import encoder_pb2 as pb
 from fedsplit.transport.admission import Limits
-from fedsplit.transport.calls import capabilities
+from fedsplit.transport.calls import capabilities, publish
 from fedsplit.transport.requests import MAX_SMALL_BYTES
 from fedsplit.transport.server import EncoderServer
-from fedsplit.transport.tokens import sign_publisher
+from fedsplit.transport.tokens import sign, sign_publisher
 from fedsplit.transport.wiring import CAPABILITIES, COLLECT, PUBLISH, STEPS
 from tests.transport.conftest import KEY, FakeHost, connect, eventually, make_grant, make_h
 
@@ -81,6 +81,16 @@ def test_silent_calls_with_a_token_leave_the_sessions_places_alone_and_end(host:
         # Those that found a place were cancelled for their silence, the others were told to come back.
         assert set(codes) == {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.CANCELLED}
         assert capabilities(server.address, publisher()).backbone == "fake"
+
+
+def test_silent_calls_of_a_site_do_not_keep_the_server_app_from_publishing(
+    server: EncoderServer, host: FakeHost, unharmed: None
+) -> None:
+    site = sign(make_grant(), KEY, 60)
+    with silent_calls(server.address, CAPABILITIES, 30, site):
+        eventually(lambda: server.stats().refused.get("overloaded", 0) >= 20)
+        publish(server.address, publisher(), "v9", b"tensors")
+    assert "v9" in host.published
 
 
 def test_a_small_request_is_small(server: EncoderServer, unharmed: None) -> None:

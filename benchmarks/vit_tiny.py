@@ -123,8 +123,8 @@ def encoder_process(path: Path, tensors: ModuleTensors, *, threads: int) -> Iter
 
 
 def _serve(path: str, packed: bytes, key: bytes, threads: int, pipe: Connection) -> None:
-    from fedsplit.serving.host import BackboneHost
     from fedsplit.transport.server import EncoderServer
+    from fedsplit.trunk.host import BackboneHost
 
     torch.set_num_threads(threads)
     host = BackboneHost(Backbone.find(path))

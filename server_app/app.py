@@ -18,8 +18,8 @@ from fedsplit.federation.server.run import Run, settle, simulated
 from fedsplit.federation.server.task_runs import TaskRuns
 from fedsplit.model.threads import limit_threads
 from fedsplit.report import write_plots
-from fedsplit.serving.process import hosting
 from fedsplit.transport.keys import read_key
+from fedsplit.trunk.process import hosting
 
 app = ServerApp()
 # Flower hands the lifespan and main the same context, but nothing from the one to the other.

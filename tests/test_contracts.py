@@ -19,6 +19,7 @@ PLANTED = [
     (SITE, "import fedsplit.federation.server.combine.guard"),
     (SITE, "import fedsplit.federation.engine.in_process"),
     ("fedsplit/site/round.py", "import fedsplit.transport.server"),
+    ("fedsplit/site/work.py", "import fedsplit.trunk.host"),
     (EXPERIMENT, "import grpc"),
     (EXPERIMENT, "import flwr"),
 ]

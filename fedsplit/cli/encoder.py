@@ -1,4 +1,4 @@
-"""`fedsplit encoder serve`: the frozen encoder as a service of its own. The work is `fedsplit.serving`'s."""
+"""`fedsplit encoder serve`: the frozen encoder as a service of its own. The work is `fedsplit.trunk`'s."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def serve(
     # gRPC's own lines about a taken port say less than our error, and say it first.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from fedsplit.model.backbone import Backbone
-    from fedsplit.serving.process import serve_encoder
+    from fedsplit.trunk.process import serve_encoder
 
     sha256 = Backbone.find(backbone).sha256
 

@@ -1,7 +1,7 @@
 """The Encoder protocol: the one seam between `model` and `transport`, which cannot see each other.
 
 The real model (model/encoder.py), the gRPC stream (transport/client.py) and the fakes in the tests
-implement `Encoder` alike; `serving` implements `EncoderHost` for the gRPC server. What the encoder itself trains, if
+implement `Encoder` alike; `trunk` implements `EncoderHost` for the gRPC server. What the encoder itself trains, if
 anything, is the grant's `Training`. Shapes: B batch, T tokens, D the backbone's width, P the width of the pooled
 features, K perturbed forwards of a step.
 """

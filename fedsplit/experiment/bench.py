@@ -27,9 +27,9 @@ from fedsplit.federation.server.endpoint import Endpoint
 from fedsplit.federation.server.run import Run
 from fedsplit.federation.site import answer
 from fedsplit.model.backbone import Backbone
-from fedsplit.serving.host import BackboneHost
-from fedsplit.serving.process import hosting
 from fedsplit.training.dial import Dial, dial_stream
+from fedsplit.trunk.host import BackboneHost
+from fedsplit.trunk.process import hosting
 
 # Weights of the backbones that are kept for the next runs.
 _MAX_HOSTS = 2

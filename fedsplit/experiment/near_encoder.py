@@ -27,7 +27,6 @@ from fedsplit.core.orders import Stream
 from fedsplit.experiment.memo import BehindMemo, Memo, MemoEncoder
 from fedsplit.model import module
 from fedsplit.model.layers import DOWN, MERGED, UP
-from fedsplit.serving.host import MAX_VERSIONS, BackboneHost
 from fedsplit.training.site_data import SiteSettings
 from fedsplit.transport.admission import Limits
 from fedsplit.transport.codec import Codec, check_range, encode_mask, find_codec
@@ -41,6 +40,7 @@ from fedsplit.transport.shapes import (
     check_probed_size,
     check_size,
 )
+from fedsplit.trunk.host import MAX_VERSIONS, BackboneHost
 
 # A real session's id is a random 63-bit number; nearly all of them have as many digits as this one, and the
 # handshake's length is then the same in every run.

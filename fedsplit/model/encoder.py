@@ -1,6 +1,6 @@
 """The real encoder: blocks[a:b] of a part, frozen, behind core's Encoder protocol.
 
-`serving` opens one per session over shared weights; in-process use and the tests open it directly. Sessions that train
+`trunk` opens one per session over shared weights; in-process use and the tests open it directly. Sessions that train
 the module's tensors on the server's blocks are in training_encoder.py and probing_encoder.py and build on this.
 """
 

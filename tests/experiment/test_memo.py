@@ -18,8 +18,8 @@ from fedsplit.experiment.near_encoder import NearHost
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec
-from fedsplit.serving.host import BackboneHost
 from fedsplit.training.site_data import SiteSettings
+from fedsplit.trunk.host import BackboneHost
 
 SITE = SiteSettings.from_node({"site": "a"}, node_id=1)
 SPEC = ModuleSpec(classes=("a", "b"), rank=2, alpha=4, last_blocks=2)

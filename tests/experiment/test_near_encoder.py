@@ -19,11 +19,11 @@ from fedsplit.experiment.near_encoder import Effect, NearEncoder, NearHost
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec
-from fedsplit.serving.host import BackboneHost
 from fedsplit.training.site_data import SiteSettings
 from fedsplit.transport import tokens
 from fedsplit.transport.client import StreamEncoder
 from fedsplit.transport.server import EncoderServer
+from fedsplit.trunk.host import BackboneHost
 
 KEY = b"k" * 32
 SITE = SiteSettings.from_node({"site": "a"}, node_id=1)

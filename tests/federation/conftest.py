@@ -10,7 +10,7 @@ from typing import Any
 from fedsplit.core.config import RunConfig
 from fedsplit.federation.server.endpoint import Endpoint
 from fedsplit.federation.server.run import Run
-from fedsplit.serving.process import hosting
+from fedsplit.trunk.process import hosting
 from tests.federation.grid import InProcessGrid
 
 Federate = Callable[..., Run]

@@ -17,7 +17,7 @@ from fedsplit.core.errors import ProtocolError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec
-from fedsplit.serving.host import BackboneHost
+from fedsplit.trunk.host import BackboneHost
 from tests.model.kinds import CLASSES, LORA, SPECS, away_from_zero
 
 

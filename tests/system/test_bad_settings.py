@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from fedsplit.core.config import RunConfig
-from fedsplit.serving.process import hosting
+from fedsplit.trunk.process import hosting
 from tests.system.conftest import assert_one_screen, one_object
 from tests.system.flower import fedsplit
 
@@ -174,7 +174,7 @@ def test_encoder_with_another_backbone(
 def test_encoder_of_another_version(
     fails: Callable[..., str], secret: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fedsplit.serving.host.__version__", "9.9.9")
+    monkeypatch.setattr("fedsplit.trunk.host.__version__", "9.9.9")
     with hosting(RunConfig(), secret.read_bytes().strip()) as (server, _, _):
         message = fails(encoder_address=server.address, encoder_secret_file=str(secret))
     assert "runs fedsplit 9.9.9" in message

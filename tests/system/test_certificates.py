@@ -20,9 +20,9 @@ from fedsplit.core.records import Summary
 from fedsplit.federation.server.endpoint import Endpoint
 from fedsplit.federation.server.run import Run
 from fedsplit.model.backbone import Backbone
-from fedsplit.serving.host import BackboneHost
 from fedsplit.transport.server import EncoderServer
 from fedsplit.transport.wiring import ServerTls
+from fedsplit.trunk.host import BackboneHost
 from tests.federation.conftest import settings, simulated
 from tests.federation.grid import InProcessGrid
 

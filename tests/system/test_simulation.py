@@ -28,7 +28,7 @@ from fedsplit.federation.engine.in_process import InProcessGrid
 from fedsplit.federation.server.endpoint import hosted
 from fedsplit.federation.server.run import Run
 from fedsplit.federation.site import answer
-from fedsplit.serving.process import hosting
+from fedsplit.trunk.process import hosting
 from tests.federation.conftest import simulated
 from tests.system.flower import BIN, ROOT, fedsplit
 

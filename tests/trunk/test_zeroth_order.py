@@ -20,13 +20,13 @@ from fedsplit.model import module, seam
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.encoder import LocalEncoder
 from fedsplit.model.split import SplitModel, server_part
-from fedsplit.serving.host import BackboneHost
 from fedsplit.transport import client
 from fedsplit.transport.client import collect
 from fedsplit.transport.frames import HEADER_BYTES, Header, Kind, parse
 from fedsplit.transport.server import EncoderServer
+from fedsplit.trunk.host import BackboneHost
 from tests.model.whole import SPEC, make_batch, split_model, trained_start
-from tests.serving.wire import dial, grant, packed, publisher, serving
+from tests.trunk.wire import dial, grant, packed, publisher, serving
 
 PLACE = Cut(1, 3)
 B, T, D = 5, 17, 24

@@ -1,4 +1,4 @@
-"""A running encoder for the tests of serving, and what a site and a ServerApp need to talk to it."""
+"""A running encoder for the tests of the trunk, and what a site and a ServerApp need to talk to it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fedsplit.core.encoder import Grant
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec
-from fedsplit.serving.host import BackboneHost
 from fedsplit.transport import tokens
 from fedsplit.transport.client import StreamEncoder, publish
 from fedsplit.transport.server import EncoderServer
+from fedsplit.trunk.host import BackboneHost
 from tests.model.whole import SPEC, trained_start
 
 KEY = secrets.token_bytes(32)

@@ -20,7 +20,7 @@ from fedsplit.model.encoder import Graphs, LocalEncoder
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.split import server_part
 from fedsplit.model.turns import FairTurns
-from fedsplit.serving.training import TRAINING_BYTES, Trainees
+from fedsplit.trunk.training import TRAINING_BYTES, Trainees
 
 # The version of this round, the one before it, and room for a second run on the same host.
 MAX_VERSIONS = 4

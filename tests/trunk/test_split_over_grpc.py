@@ -14,8 +14,8 @@ from fedsplit.core.cut import Cut
 from fedsplit.core.errors import ProtocolError, RefusedError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
-from fedsplit.serving.host import MAX_VERSIONS, BackboneHost
 from fedsplit.transport.server import EncoderServer
+from fedsplit.trunk.host import MAX_VERSIONS, BackboneHost
 from tests.model.whole import (
     SPEC,
     assert_same,
@@ -26,8 +26,8 @@ from tests.model.whole import (
     whole_model,
     whole_step,
 )
-from tests.serving.wire import dial, grant, packed, serving
 from tests.tiny import CONFIGS
+from tests.trunk.wire import dial, grant, packed, serving
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.trained_tensors import trained_at
-from fedsplit.serving.host import MAX_VERSIONS, BackboneHost
-from fedsplit.serving.training import copy_bytes
+from fedsplit.trunk.host import MAX_VERSIONS, BackboneHost
+from fedsplit.trunk.training import copy_bytes
 from tests.model.whole import SPEC
-from tests.serving.wire import grant, packed
+from tests.trunk.wire import grant, packed
 
 RATE = 0.01
 SGD = Training(mode="hosted", optimizer="sgd", learning_rate=RATE)

@@ -16,8 +16,8 @@ from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.split import server_part
-from fedsplit.serving.host import BackboneHost
-from tests.serving.wire import grant
+from fedsplit.trunk.host import BackboneHost
+from tests.trunk.wire import grant
 
 SPEC = ModuleSpec(classes=("a", "b"), kind="full")
 RATE = 0.1

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from fedsplit.core.config import RunConfig
 from fedsplit.model.backbone import Backbone
-from fedsplit.serving.host import BackboneHost
 from fedsplit.transport.keys import read_key
 from fedsplit.transport.server import EncoderServer
 from fedsplit.transport.wiring import ServerTls
+from fedsplit.trunk.host import BackboneHost
 
 
 @contextmanager

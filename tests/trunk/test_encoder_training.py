@@ -20,7 +20,7 @@ from fedsplit.model.split import SplitModel
 from fedsplit.transport.client import StreamEncoder, collect
 from fedsplit.transport.server import EncoderServer
 from tests.model.whole import SPEC, make_batch, split_model, trained_start, whole_model
-from tests.serving.wire import dial, grant, publisher, serving
+from tests.trunk.wire import dial, grant, publisher, serving
 
 FAMILIES = ["vit", "bert"]
 RATE = 0.01

@@ -1,1 +1,0 @@
-"""Floor 4: the encoder host: sessions over one frozen backbone, and the process that serves it."""

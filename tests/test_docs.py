@@ -18,7 +18,7 @@ from PIL import Image
 from fedsplit.cli.main import app
 from fedsplit.cli.request import prepare
 from fedsplit.core.config import RunConfig, parse_set
-from fedsplit.training.site_data import NODE_KEYS
+from fedsplit.training.site_settings import NODE_KEYS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [

@@ -63,7 +63,8 @@ def _task(config: RunConfig) -> tuple[str, ...]:
     """Read, deal and split one task's data as its first site will. Gives what is odd about images and backbone."""
     from fedsplit.model.backbone import Backbone
     from fedsplit.training.familiar import unfamiliar
-    from fedsplit.training.site_data import EVERY_SITE, SiteSettings, forget, open_site
+    from fedsplit.training.site_data import EVERY_SITE, SiteSources
+    from fedsplit.training.site_settings import SiteSettings
 
     number = min(config.holders.get(config.task, {0}))
     node = {"partition-id": number, "num-partitions": config.sites}
@@ -72,7 +73,7 @@ def _task(config: RunConfig) -> tuple[str, ...]:
         return ()
     try:
         backbone = Backbone.find(config.backbone)
-        own = open_site(config, site, backbone, config.class_names)
+        own = SiteSources().open(config, site, backbone, config.class_names)
         classes, odd = own.examples.classes, unfamiliar(backbone, own.examples)
     except (ConfigError, DataError) as err:
         # No site has met it yet: the fault is the source's.
@@ -80,8 +81,6 @@ def _task(config: RunConfig) -> tuple[str, ...]:
         for name in (site.name, EVERY_SITE):
             text = text.removeprefix(f"site {name!r}: ")
         raise type(err)(text) from err
-    finally:
-        forget()
     if len(classes) < 2:
         raise DataError(
             f"data={config.data} has one class, {classes[0]!r}; two or more are wanted: one folder a class, or "

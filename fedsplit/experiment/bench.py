@@ -27,6 +27,8 @@ from fedsplit.federation.server.endpoint import Endpoint
 from fedsplit.federation.server.run import Run
 from fedsplit.federation.site import answer
 from fedsplit.model.backbone import Backbone
+from fedsplit.site.kept import Kept
+from fedsplit.site.runtime import SiteRuntime
 from fedsplit.training.dial import Dial, dial_stream
 from fedsplit.trunk.host import BackboneHost
 from fedsplit.trunk.process import hosting
@@ -41,6 +43,7 @@ class Bench:
     def __init__(self, *, memo_bytes: int = MEMO_BYTES) -> None:
         """`memo_bytes`: what answers of frozen blocks may take."""
         self.memo = Memo(memo_bytes)
+        self._kept = Kept()
         self._hosts: OrderedDict[str, NearHost] = OrderedDict()
         # Flower's log tells each run's start and its whole summary.
         logging.getLogger("flwr").setLevel(logging.WARNING)
@@ -55,7 +58,7 @@ class Bench:
             mark(cell)
             in_step = InStep[Any]() if cell.way.by_turns else None
             with self._encoder(cell, in_step) as (endpoint, dial):
-                site = functools.partial(answer, dial=dial)
+                site = functools.partial(answer, runtime=SiteRuntime(dial, self._kept))
                 workers = cell.way.sites_at_once
                 with InProcessGrid(
                     cell.nodes, site, workers=workers, torch_threads=1, in_step=in_step

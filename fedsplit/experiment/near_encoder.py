@@ -27,7 +27,7 @@ from fedsplit.core.orders import Stream
 from fedsplit.experiment.memo import BehindMemo, Memo, MemoEncoder
 from fedsplit.model import module
 from fedsplit.model.layers import DOWN, MERGED, UP
-from fedsplit.training.site_data import SiteSettings
+from fedsplit.training.site_settings import SiteSettings
 from fedsplit.transport.admission import Limits
 from fedsplit.transport.codec import Codec, check_range, encode_mask, find_codec
 from fedsplit.transport.frames import CHUNK_BYTES, HEADER_BYTES, Kind, json_frame

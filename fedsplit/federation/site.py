@@ -18,14 +18,15 @@ from fedsplit.core.orders import NotHeld, Order, Outgoing, Shape
 from fedsplit.federation import messages
 from fedsplit.site.runtime import SiteRuntime
 from fedsplit.site.time_limit import TimeLimit
-from fedsplit.training.dial import Dial, dial_stream
-from fedsplit.training.site_data import SiteSettings
-
-# What Flower's own logger says is in the SuperNode's output.
-_log = logging.getLogger(LOGGER_NAME)
+from fedsplit.training.site_settings import SiteSettings
 
 
-def answer(message: Message, context: Context, *, dial: Dial = dial_stream) -> Message:
+def new_runtime() -> SiteRuntime:
+    """A runtime that tells what leaves its sites where people look: what Flower's logger says is in a SuperNode's output."""
+    return SiteRuntime(log=logging.getLogger(LOGGER_NAME))
+
+
+def answer(message: Message, context: Context, runtime: SiteRuntime) -> Message:
     """Carry out the order of a message; a typed error becomes a reply that names it."""
     try:
         messages.check_version(message.content)
@@ -34,9 +35,8 @@ def answer(message: Message, context: Context, *, dial: Dial = dial_stream) -> M
         # What waited behind another order for too long is not begun.
         limit.check()
         site = SiteSettings.from_node(context.node_config, node_id=context.node_id)
-        told = SiteRuntime(site, dial, _log).carry_out(
-            order, _Received(message.content), limit=limit, run_id=context.run_id
-        )
+        came = _Received(message.content)
+        told = runtime.carry_out(site, order, came, limit=limit, run_id=context.run_id)
     except FedsplitError as err:
         name = str(context.node_config.get("site", ""))
         if not name and "partition-id" in context.node_config:

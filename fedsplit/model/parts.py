@@ -1,8 +1,8 @@
 """Device parts that are used again: a process that plays many sites builds each kind of part a few times, not per site.
 
-Building a skeleton costs some 100 ms and its frozen tensors the backbone's size. `borrowed_part` lends a part
+Building a skeleton costs some 100 ms and its frozen tensors the backbone's size. A `PartPool` lends a part
 exclusively and takes it back; parts of one backbone share one copy of its frozen tensors. A borrowed part is as
-good as a new one once `module.load` has filled it: that sets every value that can differ. Called by federation.
+good as a new one once `module.load` has filled it: that sets every value that can differ.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -113,16 +113,3 @@ def _own_bytes(part: Part) -> int:
     """Bytes that no other part shares: the module, and the weights to which merged deltas were added."""
     sizes = {n: 4 * p.numel() for n, p in module.parameters(part).items()}
     return sum(size * (1 if module.trains(n) else 2) for n, size in sizes.items())
-
-
-_POOL = PartPool()
-
-
-def borrowed_part(backbone: Backbone, cut: Cut, spec: ModuleSpec) -> AbstractContextManager[Part]:
-    """A device part of this process's pool; see `PartPool.borrowed`."""
-    return _POOL.borrowed(backbone, cut, spec)
-
-
-def frozen_weights(backbone: Backbone) -> FrozenWeights:
-    """The frozen tensors that this process's parts share, e.g. for `server_part(weights=...)`."""
-    return _POOL.frozen(backbone)

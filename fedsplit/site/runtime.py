@@ -1,4 +1,4 @@
-"""One site: its settings, and what it does with an order. Nothing of Flower, gRPC or the server.
+"""The sites of one process: what they do with an order, and what they keep. Nothing of Flower, gRPC or the server.
 
 Called by federation/site.py, which turns Flower's messages into orders and back.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -24,30 +24,41 @@ from fedsplit.core.versions import installed
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.threads import limit_threads
 from fedsplit.site import state
+from fedsplit.site.kept import Kept
 from fedsplit.site.round import SiteRound
 from fedsplit.site.time_limit import TimeLimit
 from fedsplit.training.data.sides import Record
-from fedsplit.training.dial import Dial
-from fedsplit.training.site_data import SiteData, SiteSettings, open_site, with_text_notes
+from fedsplit.training.dial import Dial, dial_stream
+from fedsplit.training.site_data import SiteData, with_text_notes
+from fedsplit.training.site_settings import SiteSettings
 
 
 @dataclass(frozen=True)
 class SiteRuntime:
-    """A site that carries out orders, one after the other."""
+    """Carries out orders: for one message, for a simulation's sites in one process, or for years."""
 
-    site: SiteSettings
-    dial: Dial
-    log: logging.Logger
+    dial: Dial = dial_stream
+    kept: Kept = field(default_factory=Kept)
+    log: logging.Logger = field(default_factory=lambda: logging.getLogger(__name__))
     """Where the site's own people read what leaves it."""
 
     def carry_out(
-        self, order: Order, incoming: Incoming, *, limit: TimeLimit, run_id: int
+        self,
+        whole: SiteSettings,
+        order: Order,
+        incoming: Incoming,
+        *,
+        limit: TimeLimit,
+        run_id: int,
     ) -> Outgoing:
-        """Do what an order says. Raises FedsplitError. `run_id`: another one each time that a run is started or resumed."""
+        """Do what an order says, as the site of these settings. Raises FedsplitError.
+
+        `run_id`: another one each time that a run is started or resumed.
+        """
         config = RunConfig.from_flat(order.config)
-        site = self.site.for_task(config)
+        site = whole.for_task(config)
         if site is None:
-            return self._not_held(order, config)
+            return _not_held(whole, order, config)
         limit_threads(site.threads)
         backbone = Backbone.find(config.backbone)
         if order.backbone_sha256 != backbone.sha256:
@@ -57,26 +68,20 @@ class SiteRuntime:
                 f"model files to this site"
             )
         record = _record(order, site, run_id) if site.data else None
-        own = open_site(config, site, backbone, order.classes, record)
+        own = self.kept.sources.open(config, site, backbone, order.classes, record)
         if order.kind == "roll-call":
-            return Outgoing(self._roll_call(config, site, backbone, own))
-        return SiteRound(order, config, site, backbone, own, self.dial, limit).carry_out(incoming)
-
-    def _not_held(self, order: Order, config: RunConfig) -> Outgoing:
-        """That the task is none of this site's. Raises ConfigError where it is ordered to work on it all the same."""
-        if order.kind != "roll-call":
-            raise ConfigError(
-                f"site {self.site.name!r} does not hold task {config.task!r} and was ordered to {order.kind}; it must "
-                f"not lose a task while the run lasts, see tasks in its node config"
-            )
-        return Outgoing(NotHeld(site=self.site.name, task=config.task))
+            # Its own number, not that among the sites which hold the task.
+            number = whole.partition[0] if whole.partition else -1
+            return Outgoing(self._roll_call(config, site, number, backbone, own))
+        work = SiteRound(order, config, site, backbone, own, self.dial, self.kept, limit)
+        return work.carry_out(incoming)
 
     def _roll_call(
-        self, config: RunConfig, site: SiteSettings, backbone: Backbone, own: SiteData
+        self, config: RunConfig, site: SiteSettings, number: int, backbone: Backbone, own: SiteData
     ) -> RollCall:
         own = with_text_notes(own)
         if site.data:
-            self._tell(own)
+            self._tell(site, own)
         if site.cut is not None:
             site.cut.check(backbone.blocks)
         try:
@@ -90,8 +95,7 @@ class SiteRuntime:
                 backbone_sha256=backbone.sha256,
                 fedsplit_version=__version__,
                 versions=installed(),
-                # Its own number, not that among the sites which hold the task.
-                number=self.site.partition[0] if self.site.partition else -1,
+                number=number,
                 pixel_max=own.examples.pixel_max,
                 notes=fit((*own.notes, *_proxy_note(config))),
             )
@@ -101,7 +105,7 @@ class SiteRuntime:
                 f"site {site.name!r} cannot take part with {first['loc'][0]}: {printable(first['msg'])}"
             ) from err
 
-    def _tell(self, own: SiteData) -> None:
+    def _tell(self, site: SiteSettings, own: SiteData) -> None:
         """Write into the site's log which names leave it, before they do."""
         counts = np.bincount(own.examples.labels, minlength=len(own.examples.classes))
         told = ", ".join(
@@ -109,10 +113,20 @@ class SiteRuntime:
             for name, count in zip(own.examples.classes, counts, strict=True)
         )
         self.log.info(
-            "site %s tells the server its classes: %s", self.site.name, printable(told, limit=2000)
+            "site %s tells the server its classes: %s", site.name, printable(told, limit=2000)
         )
         for note in own.notes:
-            self.log.info("site %s: %s", self.site.name, printable(note))
+            self.log.info("site %s: %s", site.name, printable(note))
+
+
+def _not_held(site: SiteSettings, order: Order, config: RunConfig) -> Outgoing:
+    """That the task is none of this site's. Raises ConfigError where it is ordered to work on it all the same."""
+    if order.kind != "roll-call":
+        raise ConfigError(
+            f"site {site.name!r} does not hold task {config.task!r} and was ordered to {order.kind}; it must "
+            f"not lose a task while the run lasts, see tasks in its node config"
+        )
+    return Outgoing(NotHeld(site=site.name, task=config.task))
 
 
 def _record(order: Order, site: SiteSettings, run_id: int) -> Record:

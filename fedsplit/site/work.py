@@ -24,19 +24,19 @@ from fedsplit.core.orders import HISTORY, MODULE, Incoming, Order
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec, ModuleTensors
-from fedsplit.model.parts import borrowed_part
 from fedsplit.model.split import SplitModel
+from fedsplit.site.kept import Kept
 from fedsplit.site.state import DEFAULT_FOLDER, Saved, SiteState
 from fedsplit.site.time_limit import TimeLimit
 from fedsplit.training import data
-from fedsplit.training.activation_cache import ActivationCache, Place, version_of
+from fedsplit.training.activation_cache import Place, version_of
 from fedsplit.training.dial import CountingEncoder, Dial
-from fedsplit.training.flops import device_flops
 from fedsplit.training.pipeline import Flow
 from fedsplit.training.plan import Plan, plan
 from fedsplit.training.replay import caught_up, history_shapes
 from fedsplit.training.round import Adjust, Score, WaitMeter, evaluate
-from fedsplit.training.site_data import SiteData, SiteSettings
+from fedsplit.training.site_data import SiteData
+from fedsplit.training.site_settings import SiteSettings
 
 # What a site's state holds: its personal model, what it goes on from, the module that it was sent.
 PERSONAL, KEPT, HELD = "personal", "kept", "held"
@@ -95,6 +95,7 @@ class SiteWork:
     backbone: Backbone
     own: SiteData
     dial: Dial
+    kept: Kept
     limit: TimeLimit = field(default_factory=TimeLimit)
 
     def module_of(self, incoming: Incoming) -> ModuleTensors:
@@ -135,7 +136,7 @@ class SiteWork:
     @contextmanager
     def opened(self, tensors: ModuleTensors) -> Iterator[OpenModel]:
         """The split model with what came, ready to train what the plan says; closed at the end."""
-        with borrowed_part(self.backbone, self.cut, self.spec) as part:
+        with self.kept.parts.borrowed(self.backbone, self.cut, self.spec) as part:
             module.load(part, tensors)
             for name, parameter in module.parameters(part).items():
                 parameter.requires_grad_(name in self.plan.trained)
@@ -157,7 +158,9 @@ class SiteWork:
         head = version_of(
             {n: t for n, t in tensors.items() if module.depth(self.backbone, n) < self.cut.a}
         )
-        return _activations(self.source).at(self.cut, f"{self.order.encoder_digest}/{head}")
+        return self.kept.activations(self.source).at(
+            self.cut, f"{self.order.encoder_digest}/{head}"
+        )
 
     def score(
         self, run: OpenModel, indices: NDArray[np.int64], *, adjust: Adjust | None = None
@@ -215,7 +218,7 @@ class SiteWork:
         c = self.config
         batch = next(self.batches(self.own.train[:1]))
         served = c.encoder_training if run.encoder else "frozen"
-        return device_flops(
+        return self.kept.flops.of_round(
             run.model,
             batch,
             train_samples=run.trained,
@@ -264,10 +267,3 @@ class SiteWork:
         told = self.order.state_dir if self.site.partition is not None else ""
         folder = self.site.state_dir or told or DEFAULT_FOLDER
         return SiteState(Path(folder), run=self.order.run, site=self.site.name)
-
-
-@functools.lru_cache(maxsize=2)
-def _activations(key: str) -> ActivationCache:
-    """One run's activations in this process; in simulation those of all its sites, which share no sample."""
-    del key
-    return ActivationCache()

@@ -10,7 +10,7 @@ from fedsplit.core.config import RunConfig
 from fedsplit.core.encoder import Encoder
 from fedsplit.core.errors import OverloadedError
 from fedsplit.core.orders import Stream
-from fedsplit.training.site_data import SiteSettings
+from fedsplit.training.site_settings import SiteSettings
 from fedsplit.transport.client import StreamEncoder
 from fedsplit.transport.wiring import ClientTls
 

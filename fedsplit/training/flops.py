@@ -23,7 +23,6 @@ from fedsplit.training.data import Batch
 from fedsplit.training.optimise import trained
 
 _MOST_MEASURED = 256
-_measured: dict[Any, Flops] = {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,53 +39,59 @@ class Flops:
     """Forward and backward, down to the seam where a gradient goes through it."""
 
 
-def device_flops(
-    model: SplitModel,
-    batch: Batch,
-    *,
-    train_samples: int,
-    eval_samples: int,
-    cached_samples: int = 0,
-    estimator: Estimator | None = None,
-    queries: int = 1,
-    server_probes: int = 0,
-    server_trains: bool = False,
-) -> int:
-    """Operations of a round on this device, for samples as large as the first of `batch`.
+class DeviceFlops:
+    """Operations on a device; what a sample costs is measured once for each model, cut and size."""
 
-    `train_samples` and `eval_samples` count a sample once a pass, so times the epochs; `cached_samples` of
-    them found their activations in the cache and cost no head. `estimator`: the device trains by forwards
-    alone, `queries` directions a step. `server_probes`: the K outputs a step for which the tail runs in zeroth
-    order at the server; `server_trains`: a gradient goes up though the head is frozen.
-    """
-    one = of_sample(model, batch, server_trains=server_trains)
-    if estimator is None:
-        passes = max(server_probes, 1)
-        total = train_samples * (one.head_step + passes * one.tail_step)
-    else:
-        forwards = len(directions.points(estimator, queries))
-        heads = forwards if model.head_trains() else 1
-        total = train_samples * (heads * one.head + forwards * one.tail)
-    total += eval_samples * (one.head + one.tail) - cached_samples * one.head
-    return max(total, 0)
+    def __init__(self) -> None:
+        self._measured: dict[Any, Flops] = {}
 
+    def of_round(
+        self,
+        model: SplitModel,
+        batch: Batch,
+        *,
+        train_samples: int,
+        eval_samples: int,
+        cached_samples: int = 0,
+        estimator: Estimator | None = None,
+        queries: int = 1,
+        server_probes: int = 0,
+        server_trains: bool = False,
+    ) -> int:
+        """Operations of a round on this device, for samples as large as the first of `batch`.
 
-def of_sample(model: SplitModel, batch: Batch, *, server_trains: bool = False) -> Flops:
-    """Operations of the batch's first sample; measured once for each model, cut and size."""
-    first = part(batch, [0])
-    key = (
-        model.part.backbone,
-        model.cut,
-        tuple((n, tuple(t.shape)) for n, t in sorted(first.inputs.items())),
-        tuple((n, tuple(p.shape)) for n, p in sorted(trained(model.part).items())),
-        server_trains,
-    )
-    if key not in _measured:
-        if len(_measured) >= _MOST_MEASURED:
-            _measured.clear()
-        # Nothing of the model is kept with the numbers.
-        _measured[key] = _measure(model, first, server_trains=server_trains)
-    return _measured[key]
+        `train_samples` and `eval_samples` count a sample once a pass, so times the epochs; `cached_samples` of
+        them found their activations in the cache and cost no head. `estimator`: the device trains by forwards
+        alone, `queries` directions a step. `server_probes`: the K outputs a step for which the tail runs in zeroth
+        order at the server; `server_trains`: a gradient goes up though the head is frozen.
+        """
+        one = self.of_sample(model, batch, server_trains=server_trains)
+        if estimator is None:
+            passes = max(server_probes, 1)
+            total = train_samples * (one.head_step + passes * one.tail_step)
+        else:
+            forwards = len(directions.points(estimator, queries))
+            heads = forwards if model.head_trains() else 1
+            total = train_samples * (heads * one.head + forwards * one.tail)
+        total += eval_samples * (one.head + one.tail) - cached_samples * one.head
+        return max(total, 0)
+
+    def of_sample(self, model: SplitModel, batch: Batch, *, server_trains: bool = False) -> Flops:
+        """Operations of the batch's first sample; measured once for each model, cut and size."""
+        first = part(batch, [0])
+        key = (
+            model.part.backbone,
+            model.cut,
+            tuple((n, tuple(t.shape)) for n, t in sorted(first.inputs.items())),
+            tuple((n, tuple(p.shape)) for n, p in sorted(trained(model.part).items())),
+            server_trains,
+        )
+        if key not in self._measured:
+            if len(self._measured) >= _MOST_MEASURED:
+                self._measured.clear()
+            # Nothing of the model is kept with the numbers.
+            self._measured[key] = _measure(model, first, server_trains=server_trains)
+        return self._measured[key]
 
 
 def _measure(model: SplitModel, first: Batch, *, server_trains: bool) -> Flops:

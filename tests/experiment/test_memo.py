@@ -18,7 +18,7 @@ from fedsplit.experiment.near_encoder import NearHost
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec
-from fedsplit.training.site_data import SiteSettings
+from fedsplit.training.site_settings import SiteSettings
 from fedsplit.trunk.host import BackboneHost
 
 SITE = SiteSettings.from_node({"site": "a"}, node_id=1)

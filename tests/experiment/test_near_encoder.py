@@ -19,7 +19,7 @@ from fedsplit.experiment.near_encoder import Effect, NearEncoder, NearHost
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec
-from fedsplit.training.site_data import SiteSettings
+from fedsplit.training.site_settings import SiteSettings
 from fedsplit.transport import tokens
 from fedsplit.transport.client import StreamEncoder
 from fedsplit.transport.server import EncoderServer

@@ -11,7 +11,7 @@ from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.orders import Stream
 from fedsplit.training import dial
-from fedsplit.training.site_data import SiteSettings
+from fedsplit.training.site_settings import SiteSettings
 from fedsplit.transport.wiring import ClientTls
 from tests.transport.conftest import make_grant
 

@@ -11,8 +11,8 @@ from flwr.app import Message
 from flwr.common.logger import LOGGER_NAME
 from PIL import Image
 
+from client_app.app import runtime
 from fedsplit.core.errors import FederationError
-from fedsplit.training import site_data
 from tests.federation.conftest import prepared, settings
 
 
@@ -75,7 +75,7 @@ def test_a_run_whose_files_change(tmp_path: Path) -> None:
         nodes.append({"site": name, "data": f"folder:{tmp_path / name}"})
 
     def next_message(place: int, message: Message, reply: Message) -> Message:
-        site_data.forget()
+        runtime.kept.sources.forget()
         if message.metadata.group_id == "0":
             # Of equal number: were they told apart by their places, training would test from now on.
             Image.fromarray(pixels[30]).save(tmp_path / "line-a" / "a" / "0.png")

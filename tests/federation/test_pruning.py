@@ -16,8 +16,10 @@ from fedsplit.model import module
 from fedsplit.model.split import whole_model
 from fedsplit.training import data
 from fedsplit.training.flops import of_sample
-from fedsplit.training.site_data import SiteData, SiteSettings, open_site
+from fedsplit.training.site_data import SiteData
+from fedsplit.training.site_settings import SiteSettings
 from tests.federation.conftest import prepared, settings, simulated
+from tests.kept import open_site
 
 SMALL: dict[str, Any] = {"max_samples": 120, "rounds": 1, "cut": "1,5", "batch_size": 16}
 HEAD_TAIL: dict[str, Any] = SMALL | {"device_training": "head+tail"}

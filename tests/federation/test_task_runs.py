@@ -22,7 +22,7 @@ from fedsplit.federation import messages
 from fedsplit.federation.server.endpoint import Endpoint
 from fedsplit.federation.server.run import settle
 from fedsplit.federation.server.task_runs import TaskRuns
-from fedsplit.training.site_data import SiteSettings
+from fedsplit.training.site_settings import SiteSettings
 from fedsplit.trunk.host import MAX_VERSIONS
 from fedsplit.trunk.process import hosting
 from tests.federation.conftest import prepared, settings, simulated

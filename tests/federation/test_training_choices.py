@@ -16,8 +16,9 @@ from fedsplit.model.split import whole_model
 from fedsplit.site.state import SiteState
 from fedsplit.training import data
 from fedsplit.training.closed_form import collect, ridge, scaled_alpha
-from fedsplit.training.site_data import SiteSettings, open_site
+from fedsplit.training.site_settings import SiteSettings
 from tests.federation.conftest import prepared, settings, simulated
+from tests.kept import open_site
 
 Module = dict[str, np.ndarray]
 SMALL: dict[str, Any] = {"max_samples": 120, "rounds": 2, "cut": "1,5"}

@@ -16,8 +16,8 @@ from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.encoder import LocalEncoder
 from fedsplit.model.module import ModuleSpec, ModuleTensors
-from fedsplit.model.parts import frozen_weights
 from fedsplit.model.split import SplitModel, device_part, server_part, whole_model
+from tests.kept import frozen_weights
 from tests.model.kinds import CLASSES, LORA, SPECS, away_from_zero
 from tests.model.whole import make_batch
 from tests.tiny import CONFIGS

@@ -13,8 +13,7 @@ import torch
 from fedsplit.core.cut import Cut
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone, Part
-from fedsplit.model.module import ModuleSpec
-from fedsplit.model.parts import MAX_BACKBONES, PartPool, borrowed_part, frozen_weights
+from fedsplit.model.parts import MAX_BACKBONES, PartPool
 from fedsplit.model.split import SplitModel, device_part
 from tests.model.kinds import LORA, SPECS, away_from_zero
 from tests.model.whole import make_batch, split_step
@@ -149,12 +148,3 @@ def test_after_an_error_a_part_is_not_used_again(vit: Backbone) -> None:
     with pytest.raises(KeyError), pool.borrowed(vit, HERE, LORA):
         raise KeyError
     assert pool.idle == 0
-
-
-def test_the_process_has_a_pool(vit: Backbone) -> None:
-    spec = ModuleSpec(classes=("only", "here"), rank=1)
-    with borrowed_part(vit, HERE, spec) as part:
-        first = part
-    with borrowed_part(vit, HERE, spec) as part:
-        assert part is first
-    assert frozen_weights(vit) is frozen_weights(vit)

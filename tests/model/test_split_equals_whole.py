@@ -18,8 +18,8 @@ from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.encoder import LocalEncoder
 from fedsplit.model.module import ModuleSpec
-from fedsplit.model.parts import frozen_weights
 from fedsplit.model.split import SplitModel, device_part, server_part
+from tests.kept import frozen_weights
 from tests.model.kinds import SPECS, away_from_zero, reference
 from tests.model.whole import (
     CUTS,

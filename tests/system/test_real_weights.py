@@ -18,8 +18,9 @@ from fedsplit.model import module
 from fedsplit.model.encoder import LocalEncoder
 from fedsplit.model.split import SplitModel, device_part, server_part
 from fedsplit.training import data
-from fedsplit.training.site_data import SiteSettings, open_site
+from fedsplit.training.site_settings import SiteSettings
 from tests.federation.conftest import prepared, settings, simulated
+from tests.kept import open_site
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

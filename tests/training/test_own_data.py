@@ -15,16 +15,17 @@ from PIL import Image
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import DataError, RunDirError
 from fedsplit.model.backbone import Backbone
-from fedsplit.training import site_data
 from fedsplit.training.data import Examples, load_source
 from fedsplit.training.data.sides import LISTS_KEPT, Record
 from fedsplit.training.own_data import open_own
-from fedsplit.training.site_data import SiteData, SiteSettings, open_site
+from fedsplit.training.site_data import SiteData
+from fedsplit.training.site_settings import SiteSettings
+from tests.kept import KEPT, open_site
 
 
 @pytest.fixture(autouse=True)
 def forget() -> None:
-    site_data.forget()
+    KEPT.sources.forget()
 
 
 class Camera:
@@ -69,7 +70,7 @@ def site(tmp_path: Path, camera: Camera) -> Any:
         source: str = "",
         **other: Any,
     ) -> SiteData:
-        site_data.forget()
+        KEPT.sources.forget()
         given = SiteSettings.from_node(
             {"site": "line-a", "data": source or str(backbone_of.data)}, node_id=1
         )
@@ -185,8 +186,8 @@ def test_other_sources_change_too(
     vit: Backbone,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(site_data, "_transform", lambda *_: None)
-    monkeypatch.setattr(site_data, "forget", lambda: site_data.open_site.cache_clear())
+    monkeypatch.setattr(KEPT.sources, "transforms", lambda *_: None)
+    monkeypatch.setattr(KEPT.sources, "forget", KEPT.sources.opened.cache_clear)
     model = Backbone.find(str(tiny["bert"])) if kind == "csv" else vit
     path = tmp_path / f"table.{kind}"
     pixels = np.random.default_rng(1).integers(0, 256, (60, 4, 4), dtype=np.uint8)

@@ -15,8 +15,9 @@ from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import ConfigError, DataError
 from fedsplit.model.backbone import Backbone
-from fedsplit.training import site_data
-from fedsplit.training.site_data import NODE_KEYS, SiteData, SiteSettings, open_site
+from fedsplit.training.site_data import SiteData, SiteSources
+from fedsplit.training.site_settings import NODE_KEYS, SiteSettings
+from tests.kept import KEPT, open_site
 
 SITES = 3
 
@@ -24,7 +25,7 @@ SITES = 3
 @pytest.fixture(autouse=True)
 def forget() -> None:
     """Every test reads its data anew."""
-    site_data.forget()
+    KEPT.sources.forget()
 
 
 def settings(**node: Any) -> SiteSettings:
@@ -188,7 +189,7 @@ def test_without_a_share_the_runs_data_are_the_sites(vit: Backbone) -> None:
 def test_the_same_samples_in_every_round_and_process(vit: Backbone) -> None:
     first = open_site(config(), dealt(1), vit, None)
     assert open_site(config(), dealt(1), vit, None) is first
-    site_data.forget()
+    KEPT.sources.forget()
     again = open_site(config(), dealt(1), vit, None)
     assert again is not first
     for name in ("train", "test", "test_everywhere"):
@@ -293,8 +294,8 @@ def test_a_thousand_sites_cost_one_deal(vit: Backbone, tmp_path: Path) -> None:
     for _ in range(2):
         owned = [open_site(run, dealt(i, 1000), vit, None) for i in range(1000)]
     assert time.process_time() - started < 2
-    assert site_data._shares.cache_info().misses == 1
-    assert site_data._load.cache_info().misses == 1
+    assert KEPT.sources.dealt.cache_info().misses == 1
+    assert KEPT.sources.loaded.cache_info().misses == 1
     assert len({id(own.transform) for own in owned}) == 1
     assert len({id(own.test_everywhere) for own in owned}) == 1
     assert len({id(own.examples.items) for own in owned}) == 1
@@ -319,10 +320,10 @@ def test_what_is_kept_is_bounded(vit: Backbone) -> None:
     for seed in range(40):
         open_site(config(seed=seed, image_size=16 + seed % 3 * 4), dealt(0), vit, None)
     for cached, most in [
-        (site_data.open_site, 32),
-        (site_data._load, 4),
-        (site_data._shares, 4),
-        (site_data._transform, 2),
+        (KEPT.sources.opened, 32),
+        (KEPT.sources.loaded, 4),
+        (KEPT.sources.dealt, 4),
+        (KEPT.sources.transforms, 2),
     ]:
         assert cached.cache_info().currsize <= most
 
@@ -343,11 +344,9 @@ def open_text(
 ) -> SiteData:
     """Open a text source without a tokenizer, which the tiny backbones do not have."""
     bert = Backbone.find(str(tiny["bert"]))
-    real, site_data._transform = site_data._transform, lambda *_: None  # type: ignore[assignment]
-    try:
-        return open_site(run or config(), site, bert, classes)
-    finally:
-        site_data._transform = real
+    sources = SiteSources()
+    sources.transforms = lambda *_: None  # type: ignore[assignment]
+    return sources.open(run or config(), site, bert, classes)
 
 
 def test_texts_for_an_image_backbone(orders: Path, vit: Backbone) -> None:

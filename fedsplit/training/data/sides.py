@@ -14,7 +14,7 @@ import os
 import uuid
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,8 +119,8 @@ class Record:
             "digests": listed.digests,
             "sides": listed.sides,
             "labels": listed.labels,
-            "classes": np.array(listed.classes, dtype=np.str_),
-            "origins": np.array(listed.origins, dtype=np.str_),
+            "classes": _packed(listed.classes),
+            "origins": _packed(listed.origins),
             "stamps": listed.stamps,
             "pixel_max": np.array(listed.pixel_max),
         }
@@ -152,12 +152,17 @@ class Record:
         kept = self._read(path, names)
         if kept is None:
             return None
+        try:
+            classes, origins = _unpacked(kept["classes"]), _unpacked(kept["origins"])
+        except UnicodeDecodeError as err:
+            log.warning("%s cannot be used and is left aside: %s", path, err)
+            return None
         return Listed(
             digests=kept["digests"],
             sides=kept["sides"],
             labels=kept["labels"],
-            classes=tuple(kept["classes"].tolist()),
-            origins=tuple(kept["origins"].tolist()),
+            classes=classes,
+            origins=origins,
             stamps=kept["stamps"],
             pixel_max=float(kept["pixel_max"]),
         )
@@ -175,6 +180,8 @@ class Record:
                 raise ValueError("these are not sides of samples")
             if arrays["digests"].shape != arrays["sides"].shape:
                 raise ValueError("it has more digests than sides, or fewer")
+            if any(array.dtype.kind not in "iuf" for array in arrays.values()):
+                raise ValueError("another version of fedsplit wrote it")
         except _ERRORS as err:
             log.warning("%s cannot be used and is left aside: %s", path, err)
             return None
@@ -199,6 +206,15 @@ class Record:
             f"site {self.site!r} cannot keep in {self._folder} which samples test: {err}; free some space, or set "
             f"state-dir in its node config to another folder"
         )
+
+
+def _packed(texts: Sequence[str]) -> NDArray[np.uint8]:
+    """Texts as bytes: an array of texts would give each of them the room of the longest path."""
+    return np.frombuffer("\0".join(texts).encode(errors="surrogatepass"), np.uint8)
+
+
+def _unpacked(packed: NDArray[np.uint8]) -> tuple[str, ...]:
+    return tuple(packed.tobytes().decode(errors="surrogatepass").split("\0")) if packed.size else ()
 
 
 def _key(*parts: str) -> str:

@@ -8,7 +8,12 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# How long an example took says how busy the machine is; what hangs is pytest-timeout's.
+hypothesis.settings.register_profile("fedsplit", deadline=None)
+hypothesis.settings.load_profile("fedsplit")
 
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")

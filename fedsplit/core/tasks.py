@@ -5,8 +5,7 @@ Reads the settings `tasks` and `task-holders` and a site's own `tasks`; called b
 
 from __future__ import annotations
 
-import unicodedata
-
+from fedsplit.core.class_names import normal
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.names import MAX_TASK_CHARS, RULE, is_name, normalised
 
@@ -37,8 +36,7 @@ def parse_held(text: str) -> dict[str, str]:
 
 def parse_classes(text: str) -> tuple[str, ...]:
     """Read "CLASS,CLASS" as names of classes, in NFC; "" is none."""
-    names = (unicodedata.normalize("NFC", name).strip() for name in text.split(","))
-    return tuple(name for name in names if name)
+    return tuple(name for name in map(normal, text.split(",")) if name)
 
 
 def _named(key: str, text: str, mark: str, example: str) -> dict[str, str]:

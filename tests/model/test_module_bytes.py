@@ -132,7 +132,7 @@ def test_malformed_bytes_are_refused_in_little_memory(data: bytes) -> None:
     assert peak < 2_000_000
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200))
 def test_any_bytes_raise_protocol_errors_alone(data: bytes) -> None:
     with pytest.raises(ProtocolError):
@@ -142,7 +142,7 @@ def test_any_bytes_raise_protocol_errors_alone(data: bytes) -> None:
 PACKED = raw(GOOD, {"a.lora_A.weight": ("F32", [2, 2], b"\0" * 16), "b": ("F32", [1], b"\1" * 4)})
 
 
-@settings(max_examples=500, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=500, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.tuples(st.integers(0, len(PACKED) - 1), st.integers(0, 255)), max_size=4),
     st.integers(0, len(PACKED)) | st.just(len(PACKED)),

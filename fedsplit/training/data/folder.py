@@ -54,12 +54,11 @@ def read_folder(path: Path, request: Request) -> Examples:
             f"files that are not read, by extension: {printable(kinds)}; read are {' '.join(EXTENSIONS)}"
         )
     items = ImageFiles(request, found.paths, request.pixel_max)
-    names = [normal(name) for name in found.names]
-    examples = build(request, path, "image", items=items, names=names)
+    examples = build(request, path, "image", items=items, names=found.names)
     if request.listed is not None:
         # Looked at when it was listed, and its range told then.
         return examples
-    return _checked(examples, items, names, request, path, found.notes)
+    return _checked(examples, items, found.names, request, path, found.notes)
 
 
 def _checked(

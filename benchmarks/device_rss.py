@@ -27,7 +27,8 @@ from benchmarks import vit_tiny
 from benchmarks.paired import Progress, Round, interleave, median, quiet, spread
 from fedsplit.core.cut import Cut
 from fedsplit.model import module
-from fedsplit.model.backbone import Backbone, Part
+from fedsplit.model.backbone import Backbone
+from fedsplit.model.part import Part
 from fedsplit.model.split import SplitModel, device_part
 from fedsplit.training.data import Batch
 from fedsplit.training.round import TrainSettings, train

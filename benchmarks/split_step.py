@@ -28,8 +28,9 @@ from benchmarks import vit_tiny
 from benchmarks.paired import Progress, interleave, median, quiet, spread, with_ratio
 from fedsplit.core.cut import Cut
 from fedsplit.model import module
-from fedsplit.model.backbone import Backbone, Part
+from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleTensors
+from fedsplit.model.part import Part
 from fedsplit.model.split import SplitModel, device_part
 from fedsplit.training.data import Batch
 from fedsplit.training.round import TrainSettings, WaitMeter, train

@@ -65,7 +65,9 @@ def pseudo_inverse(scene: Scene, *, grey: bool) -> Decoder:
     # Embedding is linear in the normalised pixels: what a picture of zeros gives is the constant part.
     zeros = torch.zeros(1, 3, side, side)
     with torch.no_grad():
-        constant = up.part.embed({"pixel_values": zeros}).numpy()[:, _SPECIAL:].astype(np.float64)
+        constant = (
+            up.part.ends.embed({"pixel_values": zeros}).numpy()[:, _SPECIAL:].astype(np.float64)
+        )
     spread = np.tile(np.eye(patch * patch), (3, 1)) if grey else np.eye(weight_DP.shape[1])
     inverse = np.linalg.pinv(weight_DP @ spread)
 

@@ -16,9 +16,9 @@ from experiments.leakage.wire import Recorder
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array, Encoder, Training
 from fedsplit.model import module, seam
-from fedsplit.model.backbone import Part
 from fedsplit.model.encoder import LocalEncoder
 from fedsplit.model.module import ModuleSpec, ModuleTensors
+from fedsplit.model.part import Part
 from fedsplit.model.probing_encoder import ProbingEncoder
 from fedsplit.model.split import SplitModel, device_part, server_part
 from fedsplit.model.trained_tensors import TrainedTensors
@@ -196,7 +196,9 @@ def features(seen: Seen, size: int = 128) -> Array:
         return z
     with torch.no_grad():
         found = [
-            part.pool(part.run(torch.from_numpy(z[i : i + size]), None, seen.cut.b, blocks)).numpy()
+            part.ends.pool(
+                part.trunk.run(torch.from_numpy(z[i : i + size]), None, seen.cut.b, blocks), None
+            ).numpy()
             for i in range(0, len(z), size)
         ]
     return np.concatenate(found)

@@ -1,35 +1,28 @@
-"""A backbone on disk and the parts of it that are held in memory.
+"""A backbone on disk: where it lies, what its config.json says, its skeleton without weights, its digest.
 
-A `Part` is the whole model's skeleton on the meta device with only the tensors it needs materialised, so
-every name is the whole model's name: PEFT attaches to it, aggregation matches by name and the exported
-module loads on the whole backbone. Called by `split.py` (device) and `encoder.py` (server).
-Shapes: B batch, T tokens, D width, P pooled width, F width of the last linear layer, C classes.
+The parts of it that are held in memory are part.py's. Shapes: D width, P pooled width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache, reduce
-from inspect import signature
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedsplit.core.errors import BackboneError
-from fedsplit.model.checkpoint import find_backbone, load_tensors, refuse_pointers, weight_files
+from fedsplit.model.checkpoint import find_backbone, refuse_pointers, weight_files
 from fedsplit.model.digest import difference, digest
 from fedsplit.model.families import Family, family_of
-from fedsplit.model.layers import PROMPT, adapted, prompted, widen_mask, without_prompt
 from fedsplit.model.preprocess import read_preprocess
 
 # What transformers raises for a config.json that is not what it expects.
 _BAD_CONFIG = (ValueError, KeyError, TypeError)
 _OLD_LABELS = ("id2label", "label2id", "num_labels")
-Weights = Callable[[nn.Module, set[str]], Mapping[str, Tensor]]
-"""(skeleton, names) -> frozen tensors of these names, which the part shares and never alters."""
 
 
 @dataclass(frozen=True)
@@ -185,127 +178,3 @@ def frozen_paths(
     if pool:
         paths += [f"{family.base}.{name}" for name in family.pool_modules]
     return paths
-
-
-class Part:
-    """Some of a backbone's blocks, and with them embeddings, pooling and classifier where wanted."""
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        classes: int,
-        blocks: Sequence[int],
-        embeddings: bool,
-        pool: bool,
-        share: Part | None = None,
-        weights: Weights | None = None,
-    ) -> None:
-        """Materialise `blocks` (and the ends asked for) from disk, or with the tensors of `share` or `weights`.
-
-        The classifier of a part with embeddings is materialised as zeros: its values come with the module.
-        """
-        self.backbone = backbone
-        self.family = backbone.family
-        self.model: Any = backbone.skeleton(classes)
-        self.base: Any = getattr(self.model, self.family.base)
-        self.held = tuple(blocks)
-        self.embeddings = embeddings
-        # What the module makes of this part; `module.attach` sets them.
-        self.prompt_tokens = 0
-        self.full_from: int | None = None
-        self.module_parameters: dict[str, nn.Parameter] | None = None
-        paths = frozen_paths(self.family, self.held, embeddings=embeddings, pool=pool)
-        self._materialise(paths, share, weights)
-        if embeddings:
-            for name in self.family.classifier:
-                getattr(self.model, name).to_empty(device="cpu").requires_grad_(True)
-                for parameter in getattr(self.model, name).parameters():
-                    nn.init.zeros_(parameter)
-
-    def _materialise(self, paths: list[str], share: Part | None, weights: Weights | None) -> None:
-        modules = [self.model.get_submodule(path) for path in paths]
-        names = {
-            f"{path}.{name}"
-            for path, module in zip(paths, modules, strict=True)
-            for name, _ in module.named_parameters()
-        }
-        tensors: Mapping[str, Tensor]
-        if share is not None:
-            tensors = {n: p for n, p in share.model.named_parameters() if n in names}
-        elif weights is not None:
-            tensors = weights(self.model, names)
-        else:
-            tensors = load_tensors(self.backbone.path, self.model, names)
-        for path, module in zip(paths, modules, strict=True):
-            _restore_buffers(module)
-            own = {n: tensors[f"{path}.{n}"] for n, _ in module.named_parameters()}
-            module.load_state_dict(own, strict=False, assign=True)
-            module.requires_grad_(False)
-
-    def embed(self, inputs: dict[str, Tensor]) -> Tensor:
-        """Model inputs -> embeddings [B, T, D], a prompt among them. The attention mask is not an input of this."""
-        embeddings = getattr(self.base, self.family.embeddings)
-        # Tokenizers may give type ids, all 0 for one text, to a family that has none.
-        known = {k: v for k, v in inputs.items() if k in signature(embeddings.forward).parameters}
-        if self.family.kind == "image":
-            out: Tensor = embeddings(known["pixel_values"], **dict(self.family.embed_kwargs))
-        else:
-            out = embeddings(**known, **dict(self.family.embed_kwargs))
-        return getattr(self.base, PROMPT)(out) if self.prompt_tokens else out
-
-    def mask(self, mask_BT: Tensor | None) -> Tensor | None:
-        """The inputs' mask as blocks want it: with ones for the prompt's tokens."""
-        if mask_BT is None or not self.prompt_tokens:
-            return mask_BT
-        return widen_mask(mask_BT, self.prompt_tokens)
-
-    @property
-    def blocks(self) -> Any:
-        """The list of all L blocks, also those that this part does not hold."""
-        return reduce(getattr, self.family.blocks.split("."), self.base)
-
-    def run(self, h_BTD: Tensor, mask_BT: Tensor | None, start: int, stop: int) -> Tensor:
-        """Run blocks[start:stop]; `mask_BT` is True on real tokens and a prompt's, None means all are."""
-        if start == stop:
-            return h_BTD
-        from transformers.masking_utils import create_bidirectional_mask
-
-        mask = create_bidirectional_mask(
-            config=self.model.config, inputs_embeds=h_BTD, attention_mask=mask_BT
-        )
-        for block in self.blocks[start:stop]:
-            h_BTD = adapted(block, block(prompted(block, h_BTD), mask))
-        return h_BTD
-
-    def pool(self, h_BTD: Tensor) -> Tensor:
-        """Final norm and pooling: [B, T, D] -> [B, P]. A prompt's tokens are not pooled."""
-        if self.prompt_tokens:
-            h_BTD = without_prompt(h_BTD, self.prompt_tokens)
-        return self.family.pool(self.base, h_BTD)
-
-    def features(self, pooled_BP: Tensor) -> Tensor:
-        """Pooled features [B, P] -> what enters the last linear layer, [B, F]."""
-        return self.family.features(self.model, pooled_BP)
-
-    def classify(self, pooled_BP: Tensor) -> Tensor:
-        """Pooled features [B, P] -> logits [B, C]."""
-        logits: Tensor = self.model.get_submodule(self.family.final_linear)(
-            self.features(pooled_BP)
-        )
-        return logits
-
-
-def _restore_buffers(module: nn.Module) -> None:
-    """Give position ids and token types, which are computed and not stored, their values again."""
-    for child in module.modules():
-        for name, buffer in child.named_buffers(recurse=False):
-            if not buffer.is_meta:
-                continue
-            if name == "position_ids":
-                value = torch.arange(buffer.shape[-1]).expand(buffer.shape).clone()
-            elif name == "token_type_ids":
-                value = torch.zeros(buffer.shape, dtype=torch.long)
-            else:
-                raise BackboneError(f"buffer {name!r} of {type(child).__name__} cannot be restored")
-            setattr(child, name, value)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array, Mask
 from fedsplit.core.errors import ProtocolError, RefusedError
-from fedsplit.model.backbone import Part
+from fedsplit.model.part import Part
 from fedsplit.model.seam import as_tensor
 
 Turn = Callable[[], AbstractContextManager[object]]
@@ -123,8 +123,8 @@ class LocalEncoder:
 
     def _forward(self, h: Tensor, mask_BT: Mask | None, stop: int) -> Tensor:
         mask = None if mask_BT is None else torch.from_numpy(np.require(mask_BT, requirements="W"))
-        z = self._part.run(h, mask, self._cut.a, stop)
-        return self._part.pool(z) if self._pooled else z
+        z = self._part.trunk.run(h, mask, self._cut.a, stop)
+        return self._part.ends.pool(z, mask) if self._pooled else z
 
     def _keep(self, step: int, h: Tensor, z: Tensor) -> None:
         with self._lock:

@@ -33,8 +33,8 @@ class Family:
     """Path of the block list under `base`."""
     lora_targets: tuple[str, ...]
     """The linear layers of a block that get LoRA by default: query and value."""
-    pool: Callable[[Any, Tensor], Tensor]
-    """(backbone, last hidden [B, T, D]) -> pooled features [B, P]; includes the final norm."""
+    pool: Callable[[Any, Tensor, Tensor | None], Tensor]
+    """(backbone, last hidden [B, T, D], mask [B, T] or None) -> pooled features [B, P]; includes the final norm."""
     pool_modules: tuple[str, ...] = ()
     """Submodules of the backbone that `pool` uses."""
     pool_factor: int = 1
@@ -58,21 +58,21 @@ class Family:
     """How published checkpoints of image models want pictures, for backbones without that file."""
 
 
-def _norm_first(backbone: Any, h_BTD: Tensor) -> Tensor:
+def _norm_first(backbone: Any, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:  # noqa: ARG001
     first_BD: Tensor = backbone.layernorm(h_BTD)[:, 0, :]
     return first_BD
 
 
-def _norm_first_and_mean(backbone: Any, h_BTD: Tensor) -> Tensor:
+def _norm_first_and_mean(backbone: Any, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:  # noqa: ARG001
     h_BTD = backbone.layernorm(h_BTD)
     return torch.cat([h_BTD[:, 0], h_BTD[:, 1:].mean(dim=1)], dim=1)
 
 
-def _first(backbone: Any, h_BTD: Tensor) -> Tensor:  # noqa: ARG001
+def _first(backbone: Any, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:  # noqa: ARG001
     return h_BTD[:, 0]
 
 
-def _pooler(backbone: Any, h_BTD: Tensor) -> Tensor:
+def _pooler(backbone: Any, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:  # noqa: ARG001
     pooled: Tensor = backbone.pooler(h_BTD)
     return pooled
 

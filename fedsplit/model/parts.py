@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from fedsplit.core.cut import Cut
 from fedsplit.model import module
-from fedsplit.model.backbone import Backbone, Part
+from fedsplit.model.backbone import Backbone
 from fedsplit.model.checkpoint import load_tensors
 from fedsplit.model.module import ModuleSpec
+from fedsplit.model.part import Part
 from fedsplit.model.split import device_part
 
 # As many sites as a simulation has at work at a time (experiment/grid.py); more would only hold memory.

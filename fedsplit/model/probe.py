@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from fedsplit.core.errors import BackboneError
-from fedsplit.model.backbone import Backbone, Part, frozen_paths
+from fedsplit.model.backbone import Backbone, frozen_paths
 from fedsplit.model.checkpoint import check_tensors, weight_files
+from fedsplit.model.part import Part
 from fedsplit.model.preprocess import read_positions, read_preprocess
 from fedsplit.model.tokenizer import read_tokenizer
 
@@ -41,14 +42,14 @@ def _check(backbone: Backbone, config: str, image_size: int, stamp: int) -> None
         else _probe_text(backbone)
     )
     try:
-        h_BTD = part.embed({k: v.to("meta") for k, v in inputs.items()})
+        h_BTD = part.ends.embed(inputs)
         if h_BTD.shape[-1] != backbone.width:
             raise ValueError(
                 f"embeddings of width {h_BTD.shape[-1]}, hidden_size is {backbone.width}"
             )
         for block in range(min(1, backbone.blocks)):
-            h_BTD = part.run(h_BTD, None, block, block + 1)
-        part.classify(part.pool(h_BTD))
+            h_BTD = part.trunk.run(h_BTD, None, block, block + 1)
+        part.ends.classify(part.ends.pool(h_BTD, None))
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as err:
         raise BackboneError(
             f"backbone {backbone.path}: a probe {backbone.family.kind} of {_shapes(inputs)} does not go through "

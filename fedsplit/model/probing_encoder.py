@@ -18,8 +18,8 @@ from fedsplit.core import directions
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array, Mask
 from fedsplit.core.errors import ProtocolError, RefusedError
-from fedsplit.model.backbone import Part
 from fedsplit.model.encoder import LocalEncoder, Turn
+from fedsplit.model.part import Part
 from fedsplit.model.seam import as_tensor
 from fedsplit.model.trained_tensors import TrainedTensors, Weights, place, slots_of
 

@@ -13,8 +13,9 @@ from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Encoder
 from fedsplit.core.errors import ConfigError
 from fedsplit.model import module, seam
-from fedsplit.model.backbone import Backbone, Part, Weights
+from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec, ModuleTensors
+from fedsplit.model.part import Part, Weights
 
 
 def device_part(
@@ -95,13 +96,14 @@ class SplitModel:
 
         `mask_BT` is the inputs' own here and in what follows.
         """
-        return self.part.run(self.part.embed(inputs), self.part.mask(mask_BT), 0, self.cut.a)
+        h_BTD = self.part.ends.embed(inputs)
+        return self.part.trunk.run(h_BTD, self.part.ends.mask(mask_BT), 0, self.cut.a)
 
     def encode(self, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
         """Through the encoder: [B, T, D] -> [B, T, D] or pooled [B, P]."""
         if self._encoder is None:
             return h_BTD
-        return seam.cross(h_BTD, self.part.mask(mask_BT), self._encoder, next(self._steps))
+        return seam.cross(h_BTD, self.part.ends.mask(mask_BT), self._encoder, next(self._steps))
 
     def probe(
         self, h_BTD: Tensor, mask_BT: Tensor | None
@@ -109,19 +111,20 @@ class SplitModel:
         """What K perturbed encoders make of [B, T, D]: [K, B, T, D] or [K, B, P], and where their K losses go."""
         assert self._encoder is not None, "a cut with blocks on the server has an encoder"
         step = next(self._steps)
-        z_K = seam.probe(h_BTD, self.part.mask(mask_BT), self._encoder, step)
+        z_K = seam.probe(h_BTD, self.part.ends.mask(mask_BT), self._encoder, step)
         return z_K, partial(seam.score, encoder=self._encoder, step=step)
 
     def tail(self, z: Tensor, mask_BT: Tensor | None) -> Tensor:
         """What came back -> logits [B, C]."""
-        return self.part.classify(self.pooled(z, mask_BT))
+        return self.part.ends.classify(self.pooled(z, mask_BT))
 
     def pooled(self, z: Tensor, mask_BT: Tensor | None) -> Tensor:
-        """What came back -> pooled features [B, P], as `Part.features` and `Part.classify` take them."""
+        """What came back -> pooled features [B, P], as `Ends.features` and `Ends.classify` take them."""
         if self._server_pools:
             return z
-        stop = self.part.backbone.blocks
-        return self.part.pool(self.part.run(z, self.part.mask(mask_BT), self.cut.b, stop))
+        mask_BT = self.part.ends.mask(mask_BT)
+        z = self.part.trunk.run(z, mask_BT, self.cut.b, self.part.backbone.blocks)
+        return self.part.ends.pool(z, mask_BT)
 
     def __call__(self, inputs: dict[str, Tensor], mask_BT: Tensor | None) -> Tensor:
         """Model inputs -> logits [B, C]."""

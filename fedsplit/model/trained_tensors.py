@@ -20,7 +20,7 @@ from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array, Training
 from fedsplit.core.errors import EncoderError
 from fedsplit.model import module
-from fedsplit.model.backbone import Part
+from fedsplit.model.part import Part
 
 Weights = dict[str, nn.Parameter]
 Slots = dict[str, tuple[nn.Module, str]]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array, Mask
-from fedsplit.model.backbone import Part
 from fedsplit.model.encoder import Graphs, LocalEncoder, Turn
+from fedsplit.model.part import Part
 from fedsplit.model.seam import as_tensor
 from fedsplit.model.trained_tensors import TrainedTensors, Weights, place, slots_of, trained_at
 from fedsplit.model.turns import Turns

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedsplit.model.backbone import Part
+from fedsplit.model.part import Part
 
 
 def last_linear(part: Part) -> nn.Linear:

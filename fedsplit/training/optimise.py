@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedsplit.model import module
-from fedsplit.model.backbone import Part
+from fedsplit.model.part import Part
 from fedsplit.training.rank_pruning import press
 from fedsplit.training.settings import TrainSettings
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from fedsplit.core.errors import UpdateError
 from fedsplit.model import module
-from fedsplit.model.backbone import Part
 from fedsplit.model.module import ModuleTensors
+from fedsplit.model.part import Part
 from fedsplit.model.split import SplitModel
 from fedsplit.training.activation_cache import Place
 from fedsplit.training.last_linear import LastInput, last_linear

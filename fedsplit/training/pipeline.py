@@ -9,16 +9,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsplit.core.errors import ConfigError
-from fedsplit.model.backbone import Part
 from fedsplit.model.split import SplitModel
+from fedsplit.model.trunk import autocast
 from fedsplit.training.activation_cache import Lookup, Place
 from fedsplit.training.data import Batch
 from fedsplit.training.meter import WaitMeter
@@ -35,22 +33,9 @@ class Flow:
     precision: Precision = "fp32"
 
 
-def autocast(part: Part, precision: Precision) -> AbstractContextManager[Any]:
-    """The context in which the device computes. Raises ConfigError where its hardware has no bf16."""
-    if precision == "fp32":
-        return nullcontext()
-    device = next(p.device.type for p in part.model.parameters() if not p.is_meta)
-    if device != "cpu" and not (device == "cuda" and torch.cuda.is_bf16_supported()):
-        raise ConfigError(
-            f"precision=bf16 works on a CPU or a GPU that has it, this device computes on {device!r}; "
-            f"use precision=fp32"
-        )
-    return torch.autocast(device, dtype=torch.bfloat16)
-
-
 def head(model: SplitModel, batch: Batch, precision: Precision = "fp32") -> Tensor:
     """What crosses the seam, fp32 [B, T, D]."""
-    with autocast(model.part, precision):
+    with autocast(model.part.device, precision):
         h_BTD = model.head(batch.inputs, batch.mask)
     return h_BTD.float()
 
@@ -59,7 +44,7 @@ def tail(
     model: SplitModel, z: Tensor, mask_BT: Tensor | None, precision: Precision = "fp32"
 ) -> Tensor:
     """Logits, fp32 [B, C]."""
-    with autocast(model.part, precision):
+    with autocast(model.part.device, precision):
         logits_BC = model.tail(z, mask_BT)
     return logits_BC.float()
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from fedsplit.core.lora_pairs import LORA_A, LORA_B, later_norm, without_later
 from fedsplit.model import module
-from fedsplit.model.backbone import Part
 from fedsplit.model.module import ModuleTensors
+from fedsplit.model.part import Part
 
 
 def kept_rank(share: float, rank: int) -> int:

@@ -16,8 +16,8 @@ from torch import nn
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array, Grant, HostedEncoder, Training
 from fedsplit.core.errors import OverloadedError, RefusedError
-from fedsplit.model.backbone import Part
 from fedsplit.model.encoder import Graphs, Turn
+from fedsplit.model.part import Part
 from fedsplit.model.probing_encoder import ProbingEncoder
 from fedsplit.model.trained_tensors import TrainedTensors, trained_at, twin
 from fedsplit.model.training_encoder import TrainingEncoder

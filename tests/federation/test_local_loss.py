@@ -51,8 +51,10 @@ def test_a_shortcut_is_the_model_without_the_encoders_blocks(tmp_path: Path) -> 
     split = SplitModel(part, Cut(1, 5), LocalEncoder(server, Cut(1, 5)))
     joined = split.shortcut()
     with torch.no_grad():
-        h = whole.part.run(whole.part.embed(batch.inputs), None, 0, 1)
-        wanted = whole.part.classify(whole.part.pool(whole.part.run(h, None, 5, 6)))
+        h = whole.part.trunk.run(whole.part.ends.embed(batch.inputs), None, 0, 1)
+        wanted = whole.part.ends.classify(
+            whole.part.ends.pool(whole.part.trunk.run(h, None, 5, 6), None)
+        )
         assert torch.equal(joined(batch.inputs, batch.mask), wanted)
         # The model that it was made of still goes through the encoder.
         assert torch.equal(split(batch.inputs, batch.mask), whole(batch.inputs, batch.mask))
@@ -84,9 +86,9 @@ def test_a_site_learns_from_the_shortcut_first(keep: float, tmp_path: Path) -> N
     for own in sites_of(run):
         batch = all_of(own)
         with torch.no_grad():
-            h = whole.part.run(whole.part.embed(batch.inputs), None, 0, 1)
-            short = whole.part.pool(whole.part.run(h, None, 5, 6))
-            features = whole.part.pool(whole.part.run(h, None, 1, 6))
+            h = whole.part.trunk.run(whole.part.ends.embed(batch.inputs), None, 0, 1)
+            short = whole.part.ends.pool(whole.part.trunk.run(h, None, 5, 6), None)
+            features = whole.part.ends.pool(whole.part.trunk.run(h, None, 1, 6), None)
         weight, bias = one_step(*start, short, batch.labels)
         errors = (short @ weight.T + bias).softmax(1) - nn.functional.one_hot(batch.labels, 10)
         order = np.argsort(-errors.norm(dim=1).numpy())

@@ -105,7 +105,7 @@ def test_a_site_learns_from_the_hardest_alone(cut: str, tmp_path: Path) -> None:
             errors = model(batch.inputs, batch.mask).softmax(1) - nn.functional.one_hot(
                 batch.labels, 10
             )
-            features = model.part.features(model.pooled(model.head(batch.inputs, None), None))
+            features = model.part.ends.features(model.pooled(model.head(batch.inputs, None), None))
         order = np.argsort(-errors.norm(dim=1).numpy())
         kept = torch.from_numpy(np.sort(order[: round(0.4 * len(order))]))
         logits = features[kept] @ weight.T + torch.from_numpy(before["classifier.bias"])

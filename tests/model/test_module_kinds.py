@@ -251,12 +251,12 @@ def test_the_last_linear_makes_the_logits_of_the_features(
     weight, bias = module.final_linear(backbone, spec)
     with torch.no_grad():
         pooled_BP = model.pooled(model.head(inputs, mask), mask)
-        features_BF = model.part.features(pooled_BP)
+        features_BF = model.part.ends.features(pooled_BP)
         by_hand = features_BF @ torch.from_numpy(tensors[weight]).T + torch.from_numpy(
             tensors[bias]
         )
-        torch.testing.assert_close(model.part.classify(pooled_BP), by_hand)
-        assert torch.equal(model(inputs, mask), model.part.classify(pooled_BP))
+        torch.testing.assert_close(model.part.ends.classify(pooled_BP), by_hand)
+        assert torch.equal(model(inputs, mask), model.part.ends.classify(pooled_BP))
     assert torch.equal(features_BF, pooled_BP) == (family not in ("roberta", "distilbert"))
     start = module.initial(backbone, spec, seed=0)
     assert not start[weight].any()

@@ -12,7 +12,8 @@ import torch
 
 from fedsplit.core.cut import Cut
 from fedsplit.model import module
-from fedsplit.model.backbone import Backbone, Part
+from fedsplit.model.backbone import Backbone
+from fedsplit.model.part import Part
 from fedsplit.model.parts import MAX_BACKBONES, PartPool
 from fedsplit.model.split import SplitModel, device_part
 from tests.model.kinds import LORA, SPECS, away_from_zero

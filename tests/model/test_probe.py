@@ -144,7 +144,7 @@ def test_type_ids_that_a_family_has_not(copy: Callable[..., Path]) -> None:
     check_backbone(backbone)
     part = device_part(backbone, Cut(4, 4), SPEC)
     without = {k: v for k, v in inputs.items() if k != "token_type_ids"}
-    assert torch.equal(part.embed(inputs), part.embed(without))
+    assert torch.equal(part.ends.embed(inputs), part.ends.embed(without))
 
 
 # Code in the folder.

@@ -230,10 +230,12 @@ def test_collected_statistics_solve_the_task(cut: str, vit: Backbone) -> None:
     with torch.no_grad():
         wanted = []
         for b in BATCHES:
-            h = model.part.embed(b.inputs)
+            h = model.part.ends.embed(b.inputs)
             z = model.encode(model.head(b.inputs, None), None)
             wanted.append(
-                z if z.ndim == 2 else model.part.pool(model.part.run(z, None, model.cut.b, 4))
+                z
+                if z.ndim == 2
+                else model.part.ends.pool(model.part.trunk.run(z, None, model.cut.b, 4), None)
             )
             assert h.ndim == 3
     np.testing.assert_allclose(

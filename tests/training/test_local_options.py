@@ -14,6 +14,7 @@ from fedsplit.core.errors import ConfigError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleTensors
+from fedsplit.model.trunk import autocast
 from fedsplit.training import pipeline
 from fedsplit.training.data import Batch
 from fedsplit.training.round import evaluate, train
@@ -218,20 +219,10 @@ def test_what_crosses_the_seam_is_fp32(vit: Backbone) -> None:
 
 
 def test_hardware_without_bf16_is_named(tiny: dict[str, Path]) -> None:
-    part = Backbone.find(str(tiny["vit"]))
-    model, _ = local(part, BARE)
-
-    class Elsewhere:
-        is_meta = False
-        device = torch.device("mps")
-
-    class Part:
-        class model:  # noqa: N801
-            parameters = staticmethod(lambda: iter([Elsewhere()]))
-
+    model, _ = local(Backbone.find(str(tiny["vit"])), BARE)
     with pytest.raises(ConfigError, match=r"precision=bf16 .* 'mps'; use precision=fp32"):
-        pipeline.autocast(Part, "bf16")  # type: ignore[arg-type]
-    with pipeline.autocast(model.part, "bf16"):
+        autocast(torch.device("mps"), "bf16")
+    with autocast(model.part.device, "bf16"):
         assert torch.is_autocast_enabled("cpu")
 
 

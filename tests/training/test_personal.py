@@ -192,8 +192,8 @@ def test_the_personal_classifier_sees_features_and_generic_logits(vit: Backbone)
     plain = torch.optim.SGD(layer.parameters(), lr=0.1)
     with torch.no_grad():
         seen = [model.encode(model.head(b.inputs, None), None) for b in BATCHES[:2]]
-        pooled = [model.part.pool(model.part.run(z, None, 3, 4)) for z in seen]
-        generic = [model.part.classify(p) for p in pooled]
+        pooled = [model.part.ends.pool(model.part.trunk.run(z, None, 3, 4), None) for z in seen]
+        generic = [model.part.ends.classify(p) for p in pooled]
     for batch, features, logits in zip(BATCHES, pooled, generic, strict=False):
         loss = torch.nn.functional.cross_entropy(logits + layer(features), batch.labels)
         plain.zero_grad()

@@ -68,7 +68,7 @@ def test_a_step_is_that_of_the_blocks_up_to_there_and_the_pooling(
     for name in names:
         parameters[name].requires_grad_()
     h = torch.from_numpy(make_h()).requires_grad_()
-    z = part.pool(part.run(h, None, 1, leave))
+    z = part.ends.pool(part.trunk.run(h, None, 1, leave), None)
     found = torch.autograd.grad(
         z, [h, *(parameters[n] for n in names)], torch.from_numpy(make_dz()), allow_unused=True
     )

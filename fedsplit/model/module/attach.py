@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedsplit.core.errors import BackboneError
-from fedsplit.model.backbone import Part
 from fedsplit.model.layers import DOWN, MERGED, PROMPT, UP, Merged, add_adapter, add_prompt
 from fedsplit.model.module import lora
 from fedsplit.model.module.names import (
@@ -22,6 +21,7 @@ from fedsplit.model.module.names import (
     trains,
 )
 from fedsplit.model.module.spec import ModuleSpec, ModuleTensors
+from fedsplit.model.part import Part
 
 _MARKS = tuple(f".{part}." for part in ("lora_A", "lora_B", MERGED, PROMPT, DOWN, UP))
 
@@ -29,17 +29,17 @@ _MARKS = tuple(f".{part}." for part in ("lora_A", "lora_B", MERGED, PROMPT, DOWN
 def attach(part: Part, spec: ModuleSpec) -> None:
     """Put the module on the part's own blocks and ends. Raises ConfigError when the spec does not fit."""
     check_spec(part.backbone, spec)
-    part.prompt_tokens = spec.prompts
+    part.ends.prompt_tokens = spec.prompts
     if spec.kind == "lora":
         lora.attach(part, spec)
     elif spec.kind == "prompt":
         if part.embeddings:
-            add_prompt(part.base, spec.prompt_tokens, part.backbone.width)
+            add_prompt(part.ends.base, spec.prompt_tokens, part.backbone.width)
         for i in set(part.held).intersection(prompted_blocks(part.backbone, spec)):
-            add_prompt(part.blocks[i], spec.prompt_tokens, part.backbone.width)
+            add_prompt(part.trunk.blocks[i], spec.prompt_tokens, part.backbone.width)
     elif spec.kind == "adapter":
         for i in set(part.held).intersection(module_blocks(part.backbone, spec)):
-            add_adapter(part.blocks[i], spec.adapter_width, part.backbone.width)
+            add_adapter(part.trunk.blocks[i], spec.adapter_width, part.backbone.width)
     elif spec.kind == "full":
         part.full_from = full_from(part.backbone, spec)
         _own_all(part)

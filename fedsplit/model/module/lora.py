@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedsplit.model.backbone import Backbone, Part
+from fedsplit.model.backbone import Backbone
 from fedsplit.model.layers import MERGED, Merged
 from fedsplit.model.module.names import depth, lora_layers
 from fedsplit.model.module.spec import ModuleSpec
+from fedsplit.model.part import Part
 
 _ADAPTER = "default"
 

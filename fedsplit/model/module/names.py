@@ -241,6 +241,6 @@ def _prompt_faults(family: Family, spec: ModuleSpec) -> list[str]:
 
 
 def final_linear(backbone: Backbone, spec: ModuleSpec) -> tuple[str, str]:  # noqa: ARG001
-    """(weight [C, F], bias [C]): names of the linear layer that makes the logits of `Part.features`."""
+    """(weight [C, F], bias [C]): names of the linear layer that makes the logits of `Ends.features`."""
     last = backbone.family.final_linear
     return f"{last}.weight", f"{last}.bias"

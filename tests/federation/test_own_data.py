@@ -47,20 +47,32 @@ def test_no_column_leaves_that_the_site_does_not_name(
 
 
 def test_a_site_tells_its_own_log_what_leaves_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And the run, that a proxy may stand before the encoder; not how one logs in there."""
+    monkeypatch.setenv("http_proxy", "http://kurz:hunter2@proxy.example:3128")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "127.0.0.1")
     nodes = [{"site": name, "data": "digits"} for name in ("line-a", "line-b")]
+    config = settings(tmp_path, rounds=1, cut="0,6", encoder_address="encoder.example:9095")
     logger = logging.getLogger(LOGGER_NAME)
     logger.addHandler(caplog.handler)
     try:
         with (
-            prepared(settings(tmp_path, rounds=1, cut="0,6"), nodes) as (run, _),
+            prepared(config, nodes) as (run, _),
             caplog.at_level("INFO", logger=LOGGER_NAME),
         ):
-            run.go()
+            ended = run.go()
     finally:
         logger.removeHandler(caplog.handler)
     assert "site line-a tells the server its classes: 0 (" in caplog.text
+    for site in ended.sites:
+        (note,) = (n for n in site.notes if "proxy" in n)
+        assert note.startswith("http_proxy is set where the SuperNode runs, and catches")
+        assert (
+            "encoder.example:9095; if the encoder is not reached, add its host to no_proxy" in note
+        )
+    assert "hunter2" not in everything(tmp_path)
 
 
 def test_a_run_whose_files_change(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from fedsplit.core.errors import RunDirError
 from fedsplit.core.records import RoundMetrics, Status
+from fedsplit.federation.server import known_nodes
 from fedsplit.federation.server.books.run_dir import KEEP, MANIFEST, MODULE_FILE, Checkpoint, RunDir
 from tests.core.test_records import METRICS
 
@@ -314,7 +315,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(damage: object, tmp_p
 def test_others_cannot_read_a_run(tmp_path: Path) -> None:
     old = os.umask(0o022)
     try:
-        assert run_dir(tmp_path).path.stat().st_mode & 0o077 == 0
+        path = run_dir(tmp_path / "runs").path
+        known_nodes.write(path.parent, {"line-a": 7})
+        private = (path.parent, path, path.parent / known_nodes.FILE)
+        assert {place.stat().st_mode & 0o077 for place in private} == {0}
     finally:
         os.umask(old)
 

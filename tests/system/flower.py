@@ -135,7 +135,7 @@ def flwr_log(env: Mapping[str, str], run_id: str) -> str:
 
 
 def fedsplit(
-    *args: str, timeout_s: float = 280.0, cwd: Path = ROOT
+    *args: str, timeout_s: float = 280.0, cwd: Path = ROOT, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run the installed command as a user does."""
     return subprocess.run(
@@ -144,5 +144,6 @@ def fedsplit(
         text=True,
         timeout=timeout_s,
         cwd=cwd,
+        env=None if env is None else dict(env),
         check=False,
     )

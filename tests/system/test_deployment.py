@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -17,7 +18,7 @@ from sklearn.datasets import load_digits
 from fedsplit.core.records import Summary
 from fedsplit.federation.server.run import SUMMARY_MARK
 from fedsplit.training.data import parse_partition, partition
-from tests.system.flower import deployment, fedsplit, flwr_run
+from tests.system.flower import CONNECTION, deployment, fedsplit, flwr_log, flwr_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -116,35 +117,43 @@ def test_deployment_equals_simulation(pictures: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_outlives_its_sites(pictures: Path, tmp_path: Path) -> None:
-    """Of three sites one is stopped for good in round 2 and one is restarted, which makes it another node to Flower."""
-    runs = tmp_path / "runs"
+    """Of three sites one is killed outright in round 2 and one is restarted, which makes it another node to Flower."""
+    run_dir = tmp_path / "runs" / "outlives"
     nodes = [{"site": f"line-{c}", "data": f"folder:{pictures}", "threads": 1} for c in "abc"]
     settings = {
-        "run-name": "outlives", "method": "fedyolo", "rounds": 3, "classifier-init": "zero", "deadline-s": 200.0,
-        "roster": "line-a,line-b,line-c", "min-sites": 1,
+        "run-name": run_dir.name, "runs-dir": run_dir.parent, "method": "fedyolo", "rounds": 3, "classifier-init": "zero",
+        "deadline-s": 200, "roster": "line-a,line-b,line-c", "min-sites": 1,
     }  # fmt: skip
     with deployment(tmp_path / "home", nodes) as net:
 
         def stop_two() -> None:
-            first = runs / "outlives" / "checkpoints" / "round-00001"
+            first = run_dir / "checkpoints" / "round-00001"
             end = time.monotonic() + 400
             while not first.exists() and time.monotonic() < end:
                 time.sleep(0.2)
-            for process in net.supernodes[:2]:
-                process.terminate()
+            # It signs off from nobody: Flower notices after about a minute.
+            net.supernodes[0].kill()
+            net.supernodes[1].terminate()
             net.supernodes[1].wait(timeout=60)
             net.start_supernode(nodes[1])
 
         stopper = threading.Thread(target=stop_two)
         stopper.start()
-        summary, log = flwr_run(net.env, runs, settings, timeout_s=450)
+        sets = [arg for k, v in settings.items() for arg in ("--set", f"{k}={v}")]
+        command = ["run", "--superlink", CONNECTION, *sets, "--json"]
+        done = fedsplit(*command, timeout_s=450, env=net.env)
         stopper.join()
-    assert (summary.outcome, summary.rounds_done) == ("partial", 3)
-    reasons = {entry.site: entry.reason for entry in summary.left_out}
+        (run_id,) = re.findall(r"is with Flower \(id (\d+)\)", done.stderr)
+        log = flwr_log(net.env, run_id)
+    assert done.returncode == 3, done.stderr
+    assert "Left out: line-a" in done.stderr
+    summary = json.loads(done.stdout)
+    assert (summary["outcome"], summary["rounds_done"]) == ("partial", 3)
+    reasons = {entry["site"]: entry["reason"] for entry in summary["left_out"]}
     assert "it is not connected any more" in reasons["line-a"]
-    assert "line-a left out: it is not connected any more" in log
+    assert "round 2: line-a left out: it is not connected any more" in log
     assert "line-b is back, as another node" in log
-    missed = {s.name: s.rounds_missed for s in summary.sites}
+    missed = {s["name"]: s["rounds_missed"] for s in summary["sites"]}
     assert missed["line-a"] == 3
     assert missed["line-c"] == 0
     assert missed["line-b"] < missed["line-a"]

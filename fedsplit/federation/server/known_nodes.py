@@ -13,6 +13,8 @@ from pathlib import Path
 
 from flwr.common.logger import LOGGER_NAME
 
+from fedsplit.core.foreign import read_json
+
 FILE = "nodes.json"
 _log = logging.getLogger(LOGGER_NAME)
 
@@ -21,10 +23,10 @@ def read(runs: Path) -> dict[str, int]:
     """Name -> node; empty where nothing is known."""
     path = runs / FILE
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as err:
+    except (OSError, ValueError) as err:
         _log.warning("%s cannot be read and is left aside: %s", path, err)
         return {}
     if not isinstance(known, dict) or not all(type(node) is int for node in known.values()):
@@ -38,6 +40,8 @@ def write(runs: Path, found: Mapping[str, int]) -> None:
     part = runs / f"{FILE}.part"
     try:
         part.write_text(json.dumps(read(runs) | dict(found), indent=1), encoding="utf-8")
+        # As private as the runs beside it, also where their folder is one that others read.
+        part.chmod(0o600)
         part.replace(runs / FILE)
     except OSError as err:
         part.unlink(missing_ok=True)

@@ -76,17 +76,21 @@ def _task(config: RunConfig) -> tuple[str, ...]:
         own = SiteSources().open(config, site, backbone, config.class_names)
         classes, odd = own.examples.classes, unfamiliar(backbone, own.examples)
     except (ConfigError, DataError) as err:
-        # No site has met it yet: the fault is the source's.
-        text = str(err)
-        for name in (site.name, EVERY_SITE):
-            text = text.removeprefix(f"site {name!r}: ")
-        raise type(err)(text) from err
+        raise of_source(err, site.name, EVERY_SITE) from err
     if len(classes) < 2:
         raise DataError(
             f"data={config.data} has one class, {classes[0]!r}; two or more are wanted: one folder a class, or "
             f"one label a class"
         )
     return odd
+
+
+def of_source(err: FedsplitError, *sites: str) -> FedsplitError:
+    """The error without the site that it names: none has met it yet, the fault is the source's."""
+    text = str(err)
+    for name in sites:
+        text = text.removeprefix(f"site {name!r}: ")
+    return type(err)(text)
 
 
 def _runs_dir(config: RunConfig) -> None:

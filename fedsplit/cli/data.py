@@ -39,10 +39,11 @@ def data(
 
     Exit codes: 0 the source can be read, 2 it cannot.
     """
+    from fedsplit.cli.checks import of_source
     from fedsplit.cli.data_view import shown
     from fedsplit.core.config import parse_set
     from fedsplit.core.errors import BackboneError, ConfigError, DataError
-    from fedsplit.experiment.survey import survey
+    from fedsplit.report.survey import SITE, survey
 
     out = Output(as_json=as_json)
     flat: dict[str, Any] = {**parse_set(settings or []), "data": source}
@@ -51,8 +52,9 @@ def data(
     try:
         found = survey(flat, backbone=backbone is not None, sheet=sheet)
     except (BackboneError, ConfigError, DataError) as err:
+        err = of_source(err, SITE)
         if not as_json:
-            raise
+            raise err from None
         out.result(
             {
                 "source": source,

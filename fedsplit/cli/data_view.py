@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsplit.core.foreign import printable
-from fedsplit.experiment.survey import Survey
+from fedsplit.report.survey import Survey
 
 _CLASSES_SHOWN = 40
 
@@ -25,15 +25,9 @@ def shown(found: Survey) -> RenderableType:
         _facts(found),
     ]
     if found.notes:
-        notes = Table(
-            title="Notes", title_justify="left", title_style="bold", box=None, show_header=False
-        )
-        notes.add_column(overflow="fold")
-        for note in found.notes:
-            notes.add_row(Text(f"- {note}"))
-        parts += ["", notes]
+        parts += ["", Text("Notes", style="bold"), *(Text(f"- {note}") for note in found.notes)]
     if found.sheet:
-        parts += ["", f"Contact sheet: {found.sheet}"]
+        parts += ["", Text(f"Contact sheet: {found.sheet}")]
     return Group(*parts)
 
 
@@ -61,7 +55,12 @@ def _facts(found: Survey) -> Table:
     if found.kind == "image":
         sizes = [f"{size} ({count})" for size, count in list(found.sizes.items())[:8]]
         more = len(found.sizes) - len(sizes)
-        table.add_row("Sizes", ", ".join(sizes) + (f" and {more} others" if more else ""))
+        looked = sum(found.sizes.values())
+        some = looked < sum(found.classes.values())
+        table.add_row(
+            f"Sizes of {looked:,}" if some else "Sizes",
+            ", ".join(sizes) + (f" and {more} others" if more else ""),
+        )
         table.add_row("Black to white", f"0 to {found.pixel_max:g}")
     if found.characters is not None:
         least, median, most = found.characters

@@ -1,7 +1,7 @@
 """Fonts for names that are not Latin: Japanese, Chinese and Korean ones are boxes in matplotlib's own font.
 
-A font of the system is looked for only where a text needs one. Where there is none, that is told once and the plot
-is drawn all the same. Called by whoever draws, through `style_for`.
+A font of the system is looked for only where a text needs one. Where there is none, that is told once and the picture
+is drawn all the same. Called by whoever draws: plots through `style_for`, contact_sheet.py through `file_for`.
 """
 
 from __future__ import annotations
@@ -24,25 +24,46 @@ _FILES = (
 )  # fmt: skip
 _LAST_OF_OWN = "\u2bff"
 """matplotlib's own font has most characters up to here: Latin, Greek, Cyrillic, arrows, signs."""
+_OWN = "DejaVu Sans"
+NONE_HERE = (
+    "no font of this machine has Japanese characters, so pictures show boxes in place of them; install one, e.g. the "
+    "package fonts-noto-cjk"
+)
 
 
 def style_for(texts: Iterable[str]) -> dict[str, Any]:
     """Matplotlib settings with which `texts` can be drawn; empty where its own font will do."""
-    if all(char <= _LAST_OF_OWN for text in texts for char in text):
+    if not _needs_wide(texts):
         return {}
     family = wide_font()
     if family is None:
+        _tell_once()
         # The boxes are told once, in words that help, and not by a warning for each character.
         warnings.filterwarnings(
             "ignore", message="Glyph .* missing from font", category=UserWarning
         )
         return {}
-    return {"font.family": ["DejaVu Sans", family]}
+    return {"font.family": [_OWN, family]}
+
+
+def file_for(texts: Iterable[str]) -> tuple[str, bool]:
+    """The file of a font that `texts` can be drawn with, and whether it has all their characters."""
+    family = wide_font() if (wide := _needs_wide(texts)) else None
+    return font_manager.findfont(family or _OWN), not wide or family is not None
+
+
+def _needs_wide(texts: Iterable[str]) -> bool:
+    return any(char > _LAST_OF_OWN for text in texts for char in text)
+
+
+@functools.cache
+def _tell_once() -> None:
+    log.warning(NONE_HERE)
 
 
 @functools.cache
 def wide_font() -> str | None:
-    """Name of a font of this machine with Japanese characters, made known to matplotlib; None and a word where none is."""
+    """Name of a font of this machine with Japanese characters, made known to matplotlib; None where none is."""
     # Not matplotlib's kept list: a font that was installed since is not in it.
     files = {
         Path(path).name.lower().replace("_", ""): path for path in font_manager.findSystemFonts()
@@ -54,10 +75,6 @@ def wide_font() -> str | None:
         ]
         if known:
             return min(known, key=len)
-    log.warning(
-        "no font of this machine has Japanese characters, so plots show boxes in place of them; install one, e.g. "
-        "the package fonts-noto-cjk"
-    )
     return None
 
 

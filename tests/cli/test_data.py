@@ -54,6 +54,7 @@ def test_what_cannot_be_read_is_an_error_in_the_object(
     code, told = answer(capsys, f"folder:{tmp_path / 'none'}")
     assert code == 2
     assert told["classes"] == {}
+    assert told["errors"][0].startswith(f"folder:{tmp_path / 'none'}")
     assert "does not exist" in told["errors"][0]
     assert call(["data", "nonsense"]) == 2
     assert "is not known" in capsys.readouterr().err
@@ -100,8 +101,10 @@ def test_what_is_guessed_of_an_image_backbone_is_told(
 def test_a_machine_without_a_font_for_the_names_is_told(
     pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:  # fmt: skip
-    from fedsplit.experiment import contact_sheet
+    from fedsplit.report import contact_sheet, fonts
 
-    monkeypatch.setattr(contact_sheet, "_FONTS", ("none.ttf",))
+    monkeypatch.setattr(fonts, "wide_font", lambda: None)
+    monkeypatch.setattr(contact_sheet, "MOST_CLASSES", 1)
     _, told = answer(capsys, f"folder:{pictures}", "--sheet", str(tmp_path / "s.png"))
-    assert any("shows boxes in place of them" in note for note in told["notes"])
+    assert "the contact sheet shows the first 1 of 2 classes" in told["notes"]
+    assert any("show boxes in place of them" in note for note in told["notes"])

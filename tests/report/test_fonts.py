@@ -47,6 +47,7 @@ def test_without_a_font_it_is_told_and_the_plot_is_drawn(
 ) -> None:
     monkeypatch.setattr(font_manager, "findSystemFonts", list)
     fonts.wide_font.cache_clear()
+    fonts._tell_once.cache_clear()
     lines = samples.metrics()
     named = [m.model_copy(update={"site": f"{NAME}-{m.site}"}) for m in lines]
     try:

@@ -15,12 +15,14 @@ import numpy as np
 
 from fedsplit.core.config import RunConfig
 from fedsplit.core.foreign import printable
-from fedsplit.experiment.contact_sheet import write_sheet
 from fedsplit.model.backbone import Backbone
+from fedsplit.report.contact_sheet import write_sheet
 from fedsplit.training.data import Examples, TextTransform, load_source, train_test_split
 from fedsplit.training.data.text_notes import TextFacts, text_facts, text_notes
 from fedsplit.training.own_data import without_test
 
+SITE = "this site"
+"""What errors call the site through whose eyes this looks."""
 MOST_SIZES = 2000
 """Images whose size is looked at."""
 _SHOWN = 5
@@ -88,7 +90,7 @@ def survey(flat: Mapping[str, Any], *, backbone: bool, sheet: Path) -> Survey:
     config = RunConfig.from_flat({"data": "digits", **flat})
     examples = load_source(
         config.data,
-        site="this site",
+        site=SITE,
         classes=config.class_names,
         max_samples=config.max_samples,
         text_column=config.text_column,
@@ -99,7 +101,7 @@ def survey(flat: Mapping[str, Any], *, backbone: bool, sheet: Path) -> Survey:
     notes = list(examples.notes)
     digests = examples.digests()
     train, test = train_test_split(
-        examples.labels, digests, config.test_fraction, site="this site", groups=examples.groups
+        examples.labels, digests, config.test_fraction, site=SITE, groups=examples.groups
     )
     notes += without_test(examples, test)
     within, across, more = _doubles(examples, digests)
@@ -133,7 +135,7 @@ def _count(examples: Examples, chosen: np.ndarray[Any, Any]) -> dict[str, int]:
 
 
 def _sizes(examples: Examples) -> dict[str, int]:
-    step = max(1, len(examples) // MOST_SIZES)
+    step = -(-len(examples) // MOST_SIZES)
     shapes = (examples.image(i).shape for i in range(0, len(examples), step))
     return dict(Counter(f"{width}x{height}" for height, width, _ in shapes).most_common())
 

@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 # Two workers on two cores; never more than four, for each starts Flower processes of its own.
-PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
+PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
@@ -32,22 +32,22 @@ demo-pages: $(STAMP) ## run the demo and put its tables and pictures into README
 	$(BIN)/python scripts/demo_pages.py
 
 test: $(STAMP)   ## all tests, the slow ones too
-	$(PYTEST)
+	$(BIN)/python $(PYTEST)
 
 test-fast: $(STAMP) ## the tests that take seconds
-	$(PYTEST) -m "not slow"
+	$(BIN)/python $(PYTEST) -m "not slow"
 
 test-lowest: $(STAMP) ## the fast tests with the lowest versions that pyproject.toml allows, torch excepted
 	$(PYTHON) -m venv .venv-lowest
 	echo "$(TORCH)" > .venv-lowest/torch.txt
 	$(BIN)/uv pip compile --quiet pyproject.toml --extra dev --resolution lowest-direct --override .venv-lowest/torch.txt -o .venv-lowest/lowest.txt
 	.venv-lowest/bin/python $(PIP_INSTALL) -c .venv-lowest/lowest.txt -e '.[dev]'
-	.venv-lowest/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not slow"
+	.venv-lowest/bin/python $(PYTEST) -m "not slow"
 
 test-newest:     ## the fast tests with the newest versions that pyproject.toml allows, torch excepted
 	$(PYTHON) -m venv .venv-newest
 	.venv-newest/bin/python $(PIP_INSTALL) --upgrade --upgrade-strategy eager $(TORCH) -e '.[dev]'
-	.venv-newest/bin/python -m pytest -n logical --maxprocesses 4 --dist worksteal -m "not slow"
+	.venv-newest/bin/python $(PYTEST) -m "not slow"
 
 check: $(STAMP)  ## ruff, mypy strict, import-linter
 	$(BIN)/ruff check .

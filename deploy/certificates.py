@@ -36,6 +36,8 @@ def make_all(out: Path, *, hosts: list[str], sites: list[str], days: int = 825) 
     A CA that is there signs; else one is made, and then `hosts` are wanted. Raises FileExistsError rather than
     overwrite, ValueError for names and files that cannot be used.
     """
+    if not hosts and not sites:
+        raise ValueError("nothing to make; give --host for the encoder, --site for each site")
     issuer, files = _issuer(out, days)
     if files and not hosts:
         raise ValueError(f"{out} has no CA yet; give --host, the name or IP that sites dial")
@@ -171,7 +173,7 @@ def main() -> None:
         "--host",
         action="append",
         default=[],
-        help="name or IP that sites dial; once, for the encoder",
+        help="a name or IP that sites dial; wanted the first time, for the encoder's certificate",
     )
     parser.add_argument(
         "--site", action="append", default=[], help="a site's name, as in its node config"

@@ -61,6 +61,7 @@ def _backbone(config: RunConfig) -> None:
 
 def _task(config: RunConfig) -> tuple[str, ...]:
     """Read, deal and split one task's data as its first site will. Gives what is odd about images and backbone."""
+    from fedsplit.experiment.check import one_class
     from fedsplit.model.backbone import Backbone
     from fedsplit.training.familiar import unfamiliar
     from fedsplit.training.site_data import EVERY_SITE, SiteSources
@@ -78,10 +79,7 @@ def _task(config: RunConfig) -> tuple[str, ...]:
     except (ConfigError, DataError) as err:
         raise of_source(err, site.name, EVERY_SITE) from err
     if len(classes) < 2:
-        raise DataError(
-            f"data={config.data} has one class, {classes[0]!r}; two or more are wanted: one folder a class, or "
-            f"one label a class"
-        )
+        raise DataError(one_class(config, classes[0]))
     return odd
 
 

@@ -52,9 +52,10 @@ def superlink_of(name: str, env: Mapping[str, str]) -> SuperLink:
 def in_words(command: str, said: str, link: SuperLink) -> FedsplitError:
     """The error for what `flwr COMMAND` said. ConfigError where the connection's name is wrong."""
     if "not found in the Flower configuration file" in said:
-        there = f"it has {', '.join(link.names)}" if link.names else "it names none yet"
+        there = f"it has {', '.join(link.names)}" if link.names else "it has none yet"
         return ConfigError(
-            f"--superlink {link.name}: Flower's configuration {link.file} has no connection of that name; {there}"
+            f"--superlink {link.name}: Flower's configuration {link.file} has no connection of that name; {there}. "
+            f"Give one of those, or add a table [superlink.{link.name}] with its address"
         )
     words = _cause(said, link)
     # The last part is the reason; what comes before says what Flower was about to do.

@@ -95,8 +95,13 @@ def _data_faults(config: RunConfig) -> list[str]:
     except (ConfigError, DataError) as err:
         return faults_of(err)
     if len(classes) < 2:
-        return [f"data={config.data} has one class, {classes[0]!r}; two or more are wanted"]
+        return [one_class(config, classes[0])]
     return []
+
+
+def one_class(config: RunConfig, name: str) -> str:
+    """That there is nothing to tell apart."""
+    return f"data={config.data} has one class, {name!r}; two or more are wanted: one folder a class, or one label a class"
 
 
 def dealt(config: RunConfig) -> Dealt:

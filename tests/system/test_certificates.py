@@ -111,6 +111,7 @@ def test_a_second_call_adds_sites_by_the_same_ca(pki: Path) -> None:
         (["--site", "new", "--site", "new-key"], "files of another one"),
         (["--site", "CA"], "files of another one"),
         (["--host", "検査.example"], "A-label"),
+        ([], "nothing to make; give --host for the encoder, --site for each site"),
     ],
 )
 def test_what_cannot_be_made_leaves_nothing_half_made(

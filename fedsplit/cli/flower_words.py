@@ -16,7 +16,7 @@ from fedsplit.core.errors import ConfigError, FederationError, FedsplitError
 from fedsplit.core.foreign import printable
 from fedsplit.core.proxies import proxy_variable
 
-CLOCKS = "a clock that is more than 5 s ahead of the server's, or more than 5 minutes behind, is refused too: keep both by NTP"
+CLOCKS = "A clock that is 5 s ahead of the server's, or 5 minutes behind, is refused too. Keep both clocks right by NTP"
 _STATUS = re.compile(r"\berror '(\d{3}) ")
 
 
@@ -68,29 +68,29 @@ def in_words(command: str, said: str, link: SuperLink) -> FedsplitError:
 def _cause(said: str, link: SuperLink) -> str:
     status = _STATUS.search(said)
     code = status.group(1) if status else ""
-    proxy = f"; {link.proxy} catches this address: add its host to no_proxy" if link.proxy else ""
+    proxy = f" {link.proxy} catches this address: add its host to no_proxy." if link.proxy else ""
     if "Authentication failed" in said or code == "401":
         return (
-            f"the SuperLink {link} answered 401, that is, it does not know who asks. If it wants a login: "
-            f"`flwr login {link.name}`. If a proxy in front of it does: the start of a run belongs on the SuperLink's "
-            f"own machine, past the proxy. A SuperNode that is answered so ends by itself with exit code 0: after a "
-            f"restart of a SuperLink without --database start it anew; {CLOCKS}{proxy}"
+            f"the SuperLink {link} answered 401: it does not know who asks. If it wants a login, run "
+            f"`flwr login {link.name}`. If a proxy in front of it wants one, start runs on the SuperLink's own machine. "
+            f"A SuperNode that gets this answer ends by itself with exit code 0. If the SuperLink was restarted without "
+            f"--database, start each SuperNode again. {CLOCKS}.{proxy}"
         )
     if "Connection to the SuperLink is unavailable" in said:
         return (
-            f"nobody answers as a SuperLink at {link.address or link.name}. Does flower-superlink run there, is the "
-            f"tunnel open, and do `insecure` and `root-certificates` in {link.file} fit what it was started with?{proxy}"
+            f"no SuperLink answers at {link.address or link.name}. Does flower-superlink run there? Is the tunnel open? "
+            f"Do `insecure` and `root-certificates` in {link.file} match its own options?{proxy}"
         )
     if code == "403":
         return (
-            f"the SuperLink {link} answered 403: who asks may not do that. A proxy for SuperNodes forwards /v1/fleet/ "
-            f"alone; start runs on the SuperLink's own machine{proxy}"
+            f"the SuperLink {link} answered 403: this user may not do that. A proxy for SuperNodes forwards only "
+            f"/v1/fleet/, so start runs on the SuperLink's own machine.{proxy}"
         )
     if code == "404" or "Invalid protobuf response" in said:
         return (
-            f"what answers at {link.address} is no SuperLink: it does not know Flower's Control API. Look at the "
-            f"`address` in {link.file}, and whether both run the same version of flwr{proxy}"
+            f"what answers at {link.address} is no SuperLink: it does not know Flower's Control API. Check the "
+            f"`address` in {link.file}, and that both machines have the same version of flwr.{proxy}"
         )
     if code in {"407", "502", "503", "504"}:
-        return f"a proxy answers at {link.address} with {code}, and no SuperLink behind it: does flower-superlink run?{proxy}"
+        return f"a proxy answers {code} at {link.address}, and no SuperLink behind it. Does flower-superlink run there?{proxy}"
     return ""

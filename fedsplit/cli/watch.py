@@ -156,8 +156,8 @@ class RemoteWatch:
         if waiting and not self._warned and now - self._started > _WAITS_LONG_S:
             self._warned = True
             self._say(
-                f"still waiting for sites. Does flower-supernode run at each? One that a SuperLink does not know (it was "
-                f"restarted without --database) ends by itself with exit code 0; {CLOCKS}"
+                f"still waiting for sites. Does flower-supernode run at each of them? If the SuperLink was restarted "
+                f"without --database, each SuperNode has ended by itself with exit code 0: start it again. {CLOCKS}"
             )
 
 

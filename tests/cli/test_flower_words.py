@@ -64,7 +64,7 @@ def test_real_answers_in_words(code: int, parts: tuple[str, ...], tmp_path: Path
 def test_nobody_there_and_a_name_that_is_not(tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     commands = commands_at(address, tmp_path)
-    with pytest.raises(FederationError, match=f"nobody answers as a SuperLink at {address}"):
+    with pytest.raises(FederationError, match=f"no SuperLink answers at {address}"):
         commands.state("1")
     commands.connection = "plnt"
     with pytest.raises(ConfigError, match=r"--superlink plnt: .*config.toml has no .*it has plant"):

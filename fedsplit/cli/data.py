@@ -52,18 +52,18 @@ def data(
     try:
         found = survey(flat, backbone=backbone is not None, sheet=sheet)
     except (BackboneError, ConfigError, DataError) as err:
-        err = of_source(err, SITE)
+        fault = of_source(err, SITE)
         if not as_json:
-            raise err from None
+            raise fault from err
         out.result(
             {
                 "source": source,
                 "classes": {},
                 "notes": [],
-                "errors": str(err).splitlines(),
+                "errors": str(fault).splitlines(),
                 "range": None,
             }
         )
-        raise typer.Exit(2) from err
+        raise typer.Exit(2) from fault
     out.show(shown(found))
     out.result(found.record())

@@ -99,10 +99,11 @@ class RunDir:
                     f"from it with resume={path.name}"
                 )
             # What is inside was learnt of people's data: for the account that runs this, until somebody opens it.
-            # `runs` by itself, for `parents` would give it the usual mode.
-            path.parent.parent.mkdir(parents=True, exist_ok=True)
-            for folder in (path.parent, path):
-                folder.mkdir(mode=0o700, exist_ok=True)
+            fresh = not path.parent.exists()
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if fresh:
+                # Folders above have the usual mode, whatever `mode` says.
+                path.parent.chmod(0o700)
         except OSError as err:
             raise RunDirError(
                 f"run directory {path} cannot be written: {err.strerror}; set runs-dir to a folder that can "

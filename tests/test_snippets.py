@@ -35,7 +35,7 @@ LORA = ModuleSpec(classes=tuple("0123456789"), rank=3, alpha=6)
 USE = "docs/how-to/use-the-module.md"
 BLOCKS = {
     "docs/explanation/costs.md": 1,
-    "docs/how-to/new-family.md": 2,
+    "docs/how-to/new-family.md": 3,
     "docs/how-to/own-data.md": 2,
     USE: 3,
     "docs/tutorials/first-run.md": 1,
@@ -235,15 +235,17 @@ def test_a_description_of_inputs_that_is_none(said: str, tmp_path: Path) -> None
         module.load_inputs(tmp_path)
 
 
-def test_the_familys_entry_is_the_one_in_the_code(tmp_path: Path) -> None:
-    entry, _ = snippets("docs/how-to/new-family.md")
-    assert run(f"found = {entry}", tmp_path, **vars(families))["found"] == families.FAMILIES["vit"]
+def test_the_families_entries_are_those_in_the_code(tmp_path: Path) -> None:
+    vit, _, modernbert = snippets("docs/how-to/new-family.md")
+    for entry, name in ((vit, "vit"), (modernbert, "modernbert")):
+        found = run(f"found = {entry}", tmp_path, **vars(families))["found"]
+        assert found == families.FAMILIES[name]
 
 
 def test_the_names_of_a_family(
     tiny: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, names = snippets("docs/how-to/new-family.md")
+    _, names, _ = snippets("docs/how-to/new-family.md")
     run(names.replace('"DIR"', repr(str(tiny["vit"]))), tmp_path)
     assert "vit.layers.0.attention.q_proj.weight" in capsys.readouterr().out.split()
 

@@ -34,6 +34,12 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
             "hidden_dim": 48,
         },
     ),
+    "modernbert": (
+        "ModernBertConfig",
+        "ModernBertModel",
+        # Blocks 1 and 2 see two tokens to each side; 0 and 3 all.
+        _TEXT | {"local_attention": 4, "pad_token_id": 1, "norm_bias": True},
+    ),
 }
 
 

@@ -17,11 +17,13 @@ from torch import nn
 from fedsplit.core.errors import BackboneError
 from fedsplit.model.checkpoint import find_backbone, refuse_pointers, weight_files
 from fedsplit.model.digest import difference, digest
-from fedsplit.model.families import Family, family_of
+from fedsplit.model.families import LAYER_TYPES, Family, family_of
 from fedsplit.model.preprocess import read_preprocess
 
 # What transformers raises for a config.json that is not what it expects.
 _BAD_CONFIG = (ValueError, KeyError, TypeError)
+# Kinds of rotary positions whose tables change with the texts that went through before.
+_BY_LENGTH = {"dynamic", "longrope"}
 _OLD_LABELS = ("id2label", "label2id", "num_labels")
 
 
@@ -150,10 +152,18 @@ def _refusal(config: Any, family: Family) -> str:
             "its config.json has a quantization_config; gradients through quantised weights are not exact: use the "
             "checkpoint that it was made from, in float16, bfloat16 or float32"
         )
-    if getattr(config, "is_decoder", False) or getattr(config, "add_cross_attention", False):
+    decoder = getattr(config, "is_decoder", False) and not family.causal
+    if decoder or getattr(config, "add_cross_attention", False):
         return (
-            "its config.json says is_decoder or add_cross_attention; encoders with attention to both sides are "
-            "what fedsplit splits: use a checkpoint of an encoder"
+            f"its config.json says is_decoder or add_cross_attention; fedsplit splits models of family "
+            f"{family.model_type!r} only as encoders with attention to both sides: use a checkpoint of an encoder"
+        )
+    if family.layer_types and (odd := sorted(set(config.layer_types) - set(LAYER_TYPES))):
+        return f"its layer_types include {odd[0]!r}; fedsplit runs blocks of the types {', '.join(LAYER_TYPES)}"
+    if lengths := sorted(_rope_types(config) & _BY_LENGTH):
+        return (
+            f"its rope_type is {lengths[0]!r}, whose positions depend on the longest text so far, so head, encoder and "
+            f"tail would differ; use a checkpoint with another one, such as default, linear, yarn or llama3"
         )
     positions = getattr(config, "position_embedding_type", None)
     if positions not in (None, "absolute"):
@@ -166,6 +176,13 @@ def _refusal(config: Any, family: Family) -> str:
     if family.kind == "image" and channels != 3:
         return f"it reads pictures of {channels} channels (num_channels), fedsplit gives it 3: use one for RGB"
     return ""
+
+
+def _rope_types(config: Any) -> set[str]:
+    """The kinds of rotary positions: one for the model, or one for each type of layer."""
+    said = getattr(config, "rope_parameters", None) or {}
+    tables = [said] if "rope_type" in said else [t for t in said.values() if isinstance(t, dict)]
+    return {str(table.get("rope_type")) for table in tables}
 
 
 def frozen_paths(

@@ -139,6 +139,16 @@ def check_tensors(path: Path, model: nn.Module, wanted: Collection[str]) -> None
     _check_names(path, wanted, {n for n, _ in _tensors(path, model, wanted)})
 
 
+def stored_names(path: Path, model: nn.Module) -> set[str]:
+    """The tensors of `model` that are on disk, by their names in memory."""
+    rules, found = _rules(model), set[str]()
+    for file in weight_files(path):
+        with _opened(path, file) as handle:
+            for key in handle.keys():  # noqa: SIM118
+                found |= {name for name, _ in _in_memory(key, model, rules)}
+    return found & rules.in_memory.keys()
+
+
 def _tensors(path: Path, model: nn.Module, wanted: set[str]) -> Iterator[tuple[str, Tensor]]:
     shapes = {n: p.shape for n, p in model.state_dict().items() if n in wanted}
     rules = _rules(model)

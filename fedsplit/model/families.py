@@ -1,4 +1,4 @@
-"""Where embeddings, blocks, norm and pooling live in each family of backbones: a few lines a family.
+"""Where embeddings, blocks, norm and pooling live in each family of backbones, and what a block takes.
 
 Adding a family is one `Family(...)` entry below. Names are attribute paths inside transformers' own
 classification model, so that every tensor keeps the whole model's name. Shapes: B batch, T tokens,
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from fedsplit.core.errors import BackboneError
 
 Kind = Literal["image", "text"]
+LAYER_TYPES = FULL, SLIDING = "full_attention", "sliding_attention"
+"""The types of blocks that transformers' `layer_types` may name here: a token sees all others, or those near it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +32,15 @@ class Family:
     base: str
     """Attribute of the whole model that holds the backbone."""
     blocks: str
-    """Path of the block list under `base`."""
+    """Path of the block list under `base`. A block takes hidden states, `attention_mask`, and what the next four say."""
+    causal: bool = False
+    """Does a token see only itself and the tokens before it? False: it sees both sides."""
+    layer_types: bool = False
+    """Do blocks differ by `layer_types` of config.json? Then each type has a mask and rotary tables of its own."""
+    rotary: str = ""
+    """Attribute of the backbone that makes `position_embeddings` of positions; empty: positions are in the embeddings."""
+    block_kwargs: tuple[tuple[str, Any], ...] = ()
+    """Further arguments of every block, such as that it keeps no cache."""
     lora_targets: tuple[str, ...]
     """The linear layers of a block that get LoRA by default: query and value."""
     pool: Callable[[Any, Tensor, Tensor | None], Tensor]
@@ -47,6 +57,8 @@ class Family:
     """Path of the linear layer that makes the logits."""
     prompts: bool = True
     """May prompt tokens stand between the first token and the others?"""
+    stored: tuple[str, ...] = ()
+    """Those of `classifier` that a checkpoint may hold trained; where it does, they start from it."""
     idle: tuple[str, ...] = ()
     """Parameters that classification never uses; a full module leaves them out."""
     embed_kwargs: tuple[tuple[str, Any], ...] = ()
@@ -77,13 +89,26 @@ def _pooler(backbone: Any, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:  # 
     return pooled
 
 
-# Dropout, which the heads of the next two have as well, never acts here.
+def _norm_first_or_mean(backbone: Any, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+    h_BTD = backbone.final_norm(h_BTD)
+    if backbone.config.classifier_pooling == "cls":
+        return h_BTD[:, 0]
+    mask_BT = h_BTD.new_ones(h_BTD.shape[:2], dtype=torch.bool) if mask_BT is None else mask_BT
+    return (h_BTD * mask_BT.unsqueeze(-1)).sum(dim=1) / mask_BT.sum(dim=1, keepdim=True)
+
+
+# Dropout, which these classifiers have as well, never acts here.
 def _dense_tanh(model: Any, pooled_BP: Tensor) -> Tensor:
     return torch.tanh(model.classifier.dense(pooled_BP))
 
 
 def _pre_relu(model: Any, pooled_BP: Tensor) -> Tensor:
     return nn.functional.relu(model.pre_classifier(pooled_BP))
+
+
+def _head(model: Any, pooled_BP: Tensor) -> Tensor:
+    features: Tensor = model.head(pooled_BP)
+    return features
 
 
 # interpolate_pos_encoding is the identity at the size a backbone was trained with.
@@ -165,6 +190,21 @@ FAMILIES: dict[str, Family] = {
             pool=_first,
             classifier=("pre_classifier", "classifier"),
             features=_pre_relu,
+        ),
+        Family(
+            model_type="modernbert",
+            kind="text",
+            model_class="ModernBertForSequenceClassification",
+            base="model",
+            blocks="layers",
+            layer_types=True,
+            rotary="rotary_emb",
+            lora_targets=("Wqkv",),
+            pool=_norm_first_or_mean,
+            pool_modules=("final_norm",),
+            classifier=("head", "classifier"),
+            stored=("head",),
+            features=_head,
         ),
     )
 }

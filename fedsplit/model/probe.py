@@ -47,7 +47,9 @@ def _check(backbone: Backbone, config: str, image_size: int, stamp: int) -> None
             raise ValueError(
                 f"embeddings of width {h_BTD.shape[-1]}, hidden_size is {backbone.width}"
             )
-        for block in range(min(1, backbone.blocks)):
+        # One block of each type: the first.
+        types = part.trunk.layer_types
+        for block in sorted({types.index(name) for name in types}):
             h_BTD = part.trunk.run(h_BTD, None, block, block + 1)
         part.ends.classify(part.ends.pool(h_BTD, None))
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError) as err:

@@ -8,14 +8,23 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import reduce
+from inspect import signature
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fedsplit.core.errors import ConfigError
-from fedsplit.model.families import Family
+from fedsplit.model.families import FULL, SLIDING, Family
 from fedsplit.model.layers import adapted, prompted
+
+# (causal, type of layer) -> the function of transformers.masking_utils that makes the mask of such blocks.
+_MASKS = {
+    (False, FULL): "create_bidirectional_mask",
+    (False, SLIDING): "create_bidirectional_sliding_window_mask",
+    (True, FULL): "create_causal_mask",
+    (True, SLIDING): "create_sliding_window_causal_mask",
+}
 
 
 class Trunk:
@@ -24,11 +33,22 @@ class Trunk:
     def __init__(self, model: Any, family: Family) -> None:
         self._base = getattr(model, family.base)
         self._family = family
+        if family.rotary:
+            # Its tables are computed from config.json and not stored; those of a skeleton are without values.
+            rotary = type(getattr(self._base, family.rotary))
+            setattr(self._base, family.rotary, rotary(self._base.config))
 
     @property
     def blocks(self) -> Any:
         """The list of all L blocks, also those that the part does not hold."""
         return reduce(getattr, self._family.blocks.split("."), self._base)
+
+    @property
+    def layer_types(self) -> tuple[str, ...]:
+        """The type of each of the L blocks."""
+        if self._family.layer_types:
+            return tuple(self._base.config.layer_types)
+        return (FULL,) * len(self.blocks)
 
     def run(self, h_BTD: Tensor, mask_BT: Tensor | None, start: int, stop: int) -> Tensor:
         """Run blocks[start:stop] where their weights are: [B, T, D] -> [B, T, D].
@@ -37,16 +57,34 @@ class Trunk:
         """
         if start == stop:
             return h_BTD
-        from transformers.masking_utils import create_bidirectional_mask
-
-        blocks = self.blocks[start:stop]
+        blocks, types = self.blocks[start:stop], self.layer_types[start:stop]
         h_BTD = h_BTD.to(next(blocks.parameters()).device)
-        mask = create_bidirectional_mask(
-            config=self._base.config, inputs_embeds=h_BTD, attention_mask=mask_BT
-        )
-        for block in blocks:
-            h_BTD = adapted(block, block(prompted(block, h_BTD), mask))
+        taken = {name: self._taken(name, h_BTD, mask_BT) for name in dict.fromkeys(types)}
+        for block, layer_type in zip(blocks, types, strict=True):
+            h_BTD = adapted(block, block(prompted(block, h_BTD), **taken[layer_type]))
         return h_BTD
+
+    def _taken(self, layer_type: str, h_BTD: Tensor, mask_BT: Tensor | None) -> dict[str, Any]:
+        """What a block of this type takes beside the hidden states."""
+        from transformers import masking_utils
+
+        family = self._family
+        make_mask = getattr(masking_utils, _MASKS[family.causal, layer_type])
+        mask = make_mask(
+            config=self._base.config,
+            inputs_embeds=h_BTD,
+            attention_mask=mask_BT,
+            past_key_values=None,
+        )
+        taken = {"attention_mask": mask, **dict(family.block_kwargs)}
+        if family.rotary:
+            rotary = getattr(self._base, family.rotary)
+            positions_1T = torch.arange(h_BTD.shape[1], device=h_BTD.device)[None]
+            # Some families have tables for each type, others one for all.
+            by_type = "layer_type" in signature(rotary.forward).parameters
+            types = (layer_type,) if by_type else ()
+            taken["position_embeddings"] = rotary(h_BTD, positions_1T, *types)
+        return taken
 
 
 def autocast(

@@ -81,7 +81,8 @@ def reference(
         _hook_adapters(backbone, whole, added)
     trainable = {n: added[n] if n in added else known[n].requires_grad_() for n in tensors}
     tokens = spec.prompt_tokens if spec.kind == "prompt" else 0
-    return Reference(lambda **inputs: whole(**_widened(inputs, tokens)), trainable)
+    rotary = bool(backbone.family.rotary)
+    return Reference(lambda **inputs: whole(**_widened(inputs, tokens, rotary=rotary)), trainable)
 
 
 def _by_peft(
@@ -109,7 +110,7 @@ def _hook_prompt(backbone: Backbone, base: Any, prompt_PD: Tensor) -> None:
         prompt_BPD = prompt_PD[None].expand(len(h_BTD), -1, -1)
         return torch.cat([h_BTD[:, :1], prompt_BPD, h_BTD[:, 1:]], dim=1)
 
-    base.embeddings.register_forward_hook(insert)
+    getattr(base, backbone.family.embeddings).register_forward_hook(insert)
     if backbone.family.model_type == "dinov2":
         # It averages all tokens but the first; the prompt's are none of the image's, of however many patches.
         tokens = len(prompt_PD)
@@ -150,9 +151,13 @@ def _hook_adapters(backbone: Backbone, whole: Any, added: dict[str, nn.Parameter
         whole.get_submodule(block).register_forward_hook(adapt(block))
 
 
-def _widened(inputs: dict[str, Tensor], tokens: int) -> dict[str, Tensor]:
+def _widened(inputs: dict[str, Tensor], tokens: int, *, rotary: bool) -> dict[str, Tensor]:
     if not tokens or "attention_mask" not in inputs:
         return inputs
+    if rotary:
+        # transformers counts the ids, not what the hook made of them.
+        length = inputs["input_ids"].shape[1] + tokens
+        inputs = inputs | {"position_ids": torch.arange(length)[None]}
     mask_BT = inputs["attention_mask"]
     ones = torch.ones(len(mask_BT), tokens, dtype=mask_BT.dtype)
     # Where the tokens go, behind the first, which is padding where a text is padded on the left.

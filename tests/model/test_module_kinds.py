@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
@@ -124,6 +125,23 @@ def test_the_start_adds_nothing(family: str, kind: str, tiny: dict[str, Path]) -
     assert torch.equal(
         logits(backbone, SPECS[kind], start | bare), logits(backbone, SPECS["classifier"], bare)
     )
+
+
+def test_a_classifiers_first_layers_start_as_the_checkpoint_has_them(
+    tiny: dict[str, Path], tmp_path: Path
+) -> None:
+    spec = SPECS["classifier"]
+    config = Backbone.find(str(tiny["modernbert"])).config
+    masked = transformers.ModernBertForMaskedLM(config)
+    masked.save_pretrained(tmp_path / "masked")
+    start = module.initial(Backbone.find(str(tmp_path / "masked")), spec, seed=0)
+    for name, value in masked.head.state_dict().items():
+        assert np.array_equal(start[f"head.{name}"], value.numpy())
+    assert not start["classifier.weight"].any()
+    # A checkpoint without them: a norm does nothing at first.
+    start = module.initial(Backbone.find(str(tiny["modernbert"])), spec, seed=0)
+    assert (start["head.norm.weight"] == 1).all()
+    assert start["head.dense.weight"].std() > 0
 
 
 def test_a_prompt_starts_as_vpt_does(vit: Backbone) -> None:
@@ -257,7 +275,8 @@ def test_the_last_linear_makes_the_logits_of_the_features(
         )
         torch.testing.assert_close(model.part.ends.classify(pooled_BP), by_hand)
         assert torch.equal(model(inputs, mask), model.part.ends.classify(pooled_BP))
-    assert torch.equal(features_BF, pooled_BP) == (family not in ("roberta", "distilbert"))
+    layers = {n.rpartition(".")[0] for n in tensors}
+    assert torch.equal(features_BF, pooled_BP) == (layers == {weight.removesuffix(".weight")})
     start = module.initial(backbone, spec, seed=0)
     assert not start[weight].any()
     assert not start[bias].any()

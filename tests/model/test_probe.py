@@ -58,7 +58,10 @@ def test_real_ones_pass(vit_tiny: Path, minilm: Path) -> None:
     ("family", "config", "says"),
     [
         ("vit", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "quantization_config"),
-        ("bert", {"is_decoder": True}, "is_decoder"),
+        ("bert", {"is_decoder": True}, "is_decoder .*only as encoders with attention to both sides"),
+        ("modernbert", {"add_cross_attention": True}, "add_cross_attention"),
+        ("modernbert", {"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}}, r"rope_type is 'dynamic'.*such as default"),
+        ("modernbert", {"layer_types": ["full_attention", "chunked_attention"] * 2}, r"layer_types include 'chunked_attention'; fedsplit runs"),
         ("roberta", {"add_cross_attention": True, "is_decoder": True}, "add_cross_attention"),
         ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type is 'relative_key'"),
         ("vit", {"num_channels": 1}, r"pictures of 1 channels .*for RGB"),

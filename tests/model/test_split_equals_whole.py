@@ -17,6 +17,7 @@ from fedsplit.core.cut import Cut
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.encoder import LocalEncoder
+from fedsplit.model.families import FAMILIES
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.split import SplitModel, device_part, server_part
 from tests.kept import frozen_weights
@@ -34,6 +35,7 @@ from tests.model.whole import (
 )
 from tests.tiny import CONFIGS, save
 
+TEXTS = [name for name in CONFIGS if FAMILIES[name].kind == "text"]
 # Variants of LoRA and adapters run the same code in every family: one of each sort is enough for them.
 VARIANTS = ("low rank", "last blocks", "last adapters")
 CASES = [(f, k) for f in CONFIGS for k in SPECS if k not in VARIANTS or f in ("vit", "roberta")]
@@ -100,7 +102,14 @@ def test_padding_on_the_left_and_other_numbers_of_patches(
     compared.check(make_batch(family, left=True, side=24), ("0,4", "1,3"))
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("left", [False, True])
+def test_the_mean_over_the_tokens_that_are_no_padding(left: bool, tmp_path: Path) -> None:
+    path = save(tmp_path, "modernbert", classifier_pooling="mean")
+    compared = Compared(Backbone.find(str(path)), SPECS["lora"], tmp_path / "peft")
+    compared.check(make_batch("modernbert", left=left), ("0,4", "1,3"))
+
+
+@pytest.mark.parametrize("family", TEXTS)
 def test_text_without_padding_needs_no_mask(
     family: str, tiny: dict[str, Path], tmp_path: Path
 ) -> None:

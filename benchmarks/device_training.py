@@ -21,10 +21,10 @@ from scipy.optimize import linear_sum_assignment
 from sklearn.cluster import KMeans
 
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Array, Mask
+from fedsplit.core.encoder import Array, Mask, Want
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
-from fedsplit.model.encoder import LocalEncoder
+from fedsplit.model.local_encoder import LocalEncoder
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.split import SplitModel, device_part, server_part
 from fedsplit.training import data
@@ -83,13 +83,13 @@ class _Tap:
         self.seen: list[Array] = []
 
     def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
+        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, want: Want = "output"
     ) -> Array:
-        return self._encoder.encode(step, h_BTD, mask_BT, keep=keep)
+        return self._encoder.encode(step, h_BTD, mask_BT, want=want)
 
-    def backprop(self, step: int, dz: Array) -> Array:
-        self.seen.append(dz.copy())
-        return self._encoder.backprop(step, dz)
+    def settle(self, step: int, answer: Array, *, quiet: bool = False) -> Array | None:
+        self.seen.append(answer.copy())
+        return self._encoder.settle(step, answer, quiet=quiet)
 
     def close(self) -> None:
         self._encoder.close()

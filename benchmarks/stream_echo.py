@@ -20,7 +20,7 @@ import grpc
 import numpy as np
 
 import fedsplit
-from fedsplit.core.encoder import Array, Capabilities, Encoder, Grant, Mask
+from fedsplit.core.encoder import Array, Capabilities, Encoder, Grant, Mask, Want
 from fedsplit.transport.client import StreamEncoder
 from fedsplit.transport.server import EncoderServer
 from fedsplit.transport.tokens import sign
@@ -63,24 +63,15 @@ class IdentityHost:
         h_BTD: Array,
         mask_BT: Mask | None = None,  # noqa: ARG002
         *,
-        keep: bool = False,  # noqa: ARG002
+        want: Want = "output",  # noqa: ARG002
     ) -> Array:
         return h_BTD
 
     def graph_bytes(self, batch: int, tokens: int) -> int:  # noqa: ARG002
         return 0
 
-    def backprop(self, step: int, dz: Array) -> Array:  # noqa: ARG002
-        return dz
-
-    def learn(self, step: int, dz: Array) -> None:
-        pass
-
-    def probe(self, step: int, h_BTD: Array, mask_BT: Mask | None = None) -> Array:  # noqa: ARG002
-        return h_BTD[None]
-
-    def score(self, step: int, losses_K: Array) -> None:
-        pass
+    def settle(self, step: int, answer: Array, *, quiet: bool = False) -> Array:  # noqa: ARG002
+        return answer
 
     def close(self) -> None:
         pass

@@ -24,8 +24,8 @@ def run(steps: int = 1) -> dict[str, Any]:
         for _ in range(5):
             with StreamEncoder(server.address, sign(grant(), KEY, 600), grant()) as stream:
                 for step in range(steps):
-                    stream.encode(step, h_BTD, keep=True)
-                    stream.backprop(step, h_BTD)
+                    stream.encode(step, h_BTD, want="gradient")
+                    stream.settle(step, h_BTD)
                 t = stream.traffic()
             up, down = t.bytes_up / t.payload_up, t.bytes_down / t.payload_down
             pairs.append(

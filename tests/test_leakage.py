@@ -14,7 +14,7 @@ from experiments.leakage.__main__ import main
 from experiments.leakage.scene import Scene
 from experiments.leakage.wire import Recorder
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Array, Mask
+from fedsplit.core.encoder import Array, Mask, Want
 
 CUT = Cut(1, 5)
 
@@ -130,19 +130,12 @@ class _Echo:
     trains = False
 
     def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
+        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, want: Want = "output"
     ) -> Array:
-        return h_BTD + 1
+        return np.stack([h_BTD, h_BTD]) if want == "probes" else h_BTD + 1
 
-    def backprop(self, step: int, dz: Array) -> Array:
-        return dz * 2
-
-    def learn(self, step: int, dz: Array) -> None: ...
-
-    def probe(self, step: int, h_BTD: Array, mask_BT: Mask | None = None) -> Array:
-        return np.stack([h_BTD, h_BTD])
-
-    def score(self, step: int, losses_K: Array) -> None: ...
+    def settle(self, step: int, answer: Array, *, quiet: bool = False) -> Array | None:
+        return None if quiet or answer.ndim == 1 else answer * 2
 
     def close(self) -> None: ...
 
@@ -151,10 +144,10 @@ def test_the_recorder_keeps_what_the_codec_leaves() -> None:
     third = np.full((1, 1, 2), 1 / 3, dtype=np.float32)
     wire = Recorder(_Echo(), "fp16")
     z = wire.encode(1, third)
-    wire.backprop(1, z)
-    wire.learn(2, third)
-    wire.probe(3, third)
-    wire.score(3, np.ones(2, dtype=np.float32))
+    wire.settle(1, z)
+    wire.settle(2, third, quiet=True)
+    wire.encode(3, third, want="probes")
+    wire.settle(3, np.ones(2, dtype=np.float32))
     half = third.astype(np.float16).astype(np.float32)
     assert np.array_equal(wire.seen["h"][0], half)
     assert np.array_equal(wire.seen["z"][0], z)

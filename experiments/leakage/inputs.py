@@ -16,7 +16,7 @@ from experiments.leakage.wire import Recorder
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array
 from fedsplit.model import module
-from fedsplit.model.encoder import LocalEncoder
+from fedsplit.model.local_encoder import LocalEncoder
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.split import SplitModel, device_part, server_part
 

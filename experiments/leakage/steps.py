@@ -16,7 +16,7 @@ from experiments.leakage.wire import Recorder
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array, Encoder, Training
 from fedsplit.model import module, seam
-from fedsplit.model.encoder import LocalEncoder
+from fedsplit.model.local_encoder import LocalEncoder
 from fedsplit.model.module import ModuleSpec, ModuleTensors
 from fedsplit.model.part import Part
 from fedsplit.model.probing_encoder import ProbingEncoder
@@ -154,7 +154,7 @@ def _probe(model: SplitModel, wire: Recorder, h: Tensor, batch: Batch, number: i
     outputs = seam.probe(h, batch.mask, wire, number)
     with torch.no_grad():
         losses = [cross_entropy(model.tail(z, batch.mask), batch.labels) for z in outputs]
-    seam.score(torch.stack(losses), wire, number)
+    seam.settle(torch.stack(losses), wire, number)
     return outputs[0]
 
 

@@ -6,7 +6,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from fedsplit.core.encoder import Array, Encoder, Mask
+from fedsplit.core.encoder import Array, Encoder, Mask, Want
 from fedsplit.transport.codec import Codec, find_codec
 
 
@@ -27,29 +27,19 @@ class Recorder:
         return self._encoder.trains
 
     def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
+        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, want: Want = "output"
     ) -> Array:
         """See core.encoder.Encoder."""
         h_BTD = self._cross("h", h_BTD)
-        return self._cross("z", self._encoder.encode(step, h_BTD, mask_BT, keep=keep))
+        return self._cross("z", self._encoder.encode(step, h_BTD, mask_BT, want=want))
 
-    def backprop(self, step: int, dz: Array) -> Array:
-        """See core.encoder.Encoder."""
-        return self._cross("dh", self._encoder.backprop(step, self._cross("dz", dz)))
-
-    def learn(self, step: int, dz: Array) -> None:
-        """See core.encoder.Encoder."""
-        self._encoder.learn(step, self._cross("dz", dz))
-
-    def probe(self, step: int, h_BTD: Array, mask_BT: Mask | None = None) -> Array:
-        """See core.encoder.Encoder."""
-        h_BTD = self._cross("h", h_BTD)
-        return self._cross("z", self._encoder.probe(step, h_BTD, mask_BT))
-
-    def score(self, step: int, losses_K: Array) -> None:
-        """See core.encoder.Encoder. Losses travel as fp32 whatever the codec."""
-        self.seen["losses"].append(losses_K.copy())
-        self._encoder.score(step, losses_K)
+    def settle(self, step: int, answer: Array, *, quiet: bool = False) -> Array | None:
+        """See core.encoder.Encoder. Losses, one number a forward, travel as fp32 whatever the codec."""
+        if answer.ndim == 1:
+            self.seen["losses"].append(answer.copy())
+            return self._encoder.settle(step, answer)
+        dh = self._encoder.settle(step, self._cross("dz", answer), quiet=quiet)
+        return None if dh is None else self._cross("dh", dh)
 
     def close(self) -> None:
         """See core.encoder.Encoder."""

@@ -1,6 +1,6 @@
 """The Encoder protocol: the one seam between `model` and `transport`, which cannot see each other.
 
-The real model (model/encoder.py), the gRPC stream (transport/client.py) and the fakes in the tests
+Encoders in this process (model/local_encoder.py), the gRPC stream (transport/client.py) and the fakes in the tests
 implement `Encoder` alike; `trunk` implements `EncoderHost` for the gRPC server. What the encoder itself trains, if
 anything, is the grant's `Training`. Shapes: B batch, T tokens, D the backbone's width, P the width of the pooled
 features, K perturbed forwards of a step.
@@ -20,6 +20,10 @@ Array = NDArray[np.float32]
 Mask = NDArray[np.bool_]
 
 
+Want = Literal["output", "gradient", "probes"]
+"""What the caller will want of a step: its output alone; then also a gradient; or the outputs of K perturbed encoders."""
+
+
 class Encoder(Protocol):
     """One session with blocks[a:b] at a fixed module version. Safe to call from several threads.
 
@@ -34,35 +38,25 @@ class Encoder(Protocol):
         ...
 
     def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
+        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, want: Want = "output"
     ) -> Array:
         """Run the encoder: activations [B, T, D] -> [B, T, D], or [B, P] where the server pools (b = L).
 
-        `mask_BT` is True on real tokens; None means all are. With `keep` the step's graph is held until
-        `backprop(step, ...)`.
+        `mask_BT` is True on real tokens; None means all are. What the step leaves behind depends on `want`:
+
+        output: nothing. gradient: its graph is held until `settle` brings the gradient at its output.
+        probes (zeroth order): the answer is that of K perturbed encoders, [K, B, T, D] or [K, B, P], in the order of
+        `core.directions.points`; the step waits until `settle` brings their K losses.
         """
         ...
 
-    def backprop(self, step: int, dz: Array) -> Array:
-        """Gradient of the loss at the encoder's output -> gradient at its input [B, T, D]. Frees the step.
+    def settle(self, step: int, answer: Array, *, quiet: bool = False) -> Array | None:
+        """Bring what a step waits for, and free it. The encoder steps the optimiser of what it trains.
 
-        Where the encoder `trains`, it also steps the optimiser of its own tensors.
+        `answer` is dz, the loss's gradient at the step's output, and what comes back is dh, the gradient at its input
+        [B, T, D]; or the K losses of a probed step, and nothing comes back. With `quiet` no dh is made either: for a
+        caller that trains nothing below. Raises ProtocolError for a step that waits for nothing.
         """
-        ...
-
-    def learn(self, step: int, dz: Array) -> None:
-        """`backprop` for who trains nothing below: the encoder steps its own tensors and no gradient comes back."""
-        ...
-
-    def probe(self, step: int, h_BTD: Array, mask_BT: Mask | None = None) -> Array:
-        """Zeroth order: outputs of K perturbed encoders, [K, B, T, D] or [K, B, P].
-
-        K and the order are `core.directions.points` of the session's estimator; the step waits for `score`.
-        """
-        ...
-
-    def score(self, step: int, losses_K: Array) -> None:
-        """Zeroth order: the K losses of a probed step, from which the encoder estimates its gradient and steps."""
         ...
 
     def close(self) -> None:
@@ -74,7 +68,7 @@ class HostedEncoder(Encoder, Protocol):
     """A session at the host, which also knows what a step costs."""
 
     def graph_bytes(self, batch: int, tokens: int) -> int:
-        """Bytes that the graph of a step of this shape holds between `encode` with `keep` and its gradient."""
+        """Bytes that the graph of a step of this shape holds between `encode` and its gradient."""
         ...
 
 

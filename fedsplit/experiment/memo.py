@@ -12,7 +12,7 @@ from collections import OrderedDict
 
 import numpy as np
 
-from fedsplit.core.encoder import Array, Encoder, Mask
+from fedsplit.core.encoder import Array, Encoder, Mask, Want
 
 MEMO_BYTES = 1 << 30
 
@@ -50,21 +50,20 @@ class Memo:
 
 
 class MemoEncoder:
-    """A core.encoder.Encoder whose `encode` without `keep` runs the samples alone that the memo does not know."""
+    """A core.encoder.Encoder whose `encode` for the output alone runs the samples alone that the memo does not know."""
 
     def __init__(self, inner: Encoder, memo: Memo, key: bytes) -> None:
         """`key`: what all of the session's samples have in common, the blocks and their weights."""
         self._inner, self._memo, self._key = inner, memo, key
         self.trains = inner.trains
-        self.backprop, self.learn = inner.backprop, inner.learn
-        self.probe, self.score, self.close = inner.probe, inner.score, inner.close
+        self.settle, self.close = inner.settle, inner.close
 
     def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
+        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, want: Want = "output"
     ) -> Array:
         """See core.encoder.Encoder."""
-        if keep:
-            return self._inner.encode(step, h_BTD, mask_BT, keep=True)
+        if want != "output":
+            return self._inner.encode(step, h_BTD, mask_BT, want=want)
         keys = _keys(self._key, h_BTD, mask_BT)
         found = self._memo.find(keys)
         new = [i for i, value in enumerate(found) if value is None]
@@ -85,32 +84,25 @@ class BehindMemo:
         self._ahead, self._inner = ahead, inner
         self.trains = inner.trains
         self._held: dict[int, tuple[Array, Mask | None]] = {}
-        self.score = inner.score
 
     def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
+        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, want: Want = "output"
     ) -> Array:
         """See core.encoder.Encoder."""
         middle = self._ahead.encode(step, h_BTD, mask_BT)
-        z = self._inner.encode(step, middle, mask_BT, keep=keep)
-        if keep:
+        z = self._inner.encode(step, middle, mask_BT, want=want)
+        if want == "gradient":
             self._held[step] = (h_BTD, mask_BT)
         return z
 
-    def backprop(self, step: int, dz: Array) -> Array:
+    def settle(self, step: int, answer: Array, *, quiet: bool = False) -> Array | None:
         """See core.encoder.Encoder. Only here the frozen blocks' graph is wanted, so it is made now."""
-        d_middle = self._inner.backprop(step, dz)
-        self._ahead.encode(step, *self._held.pop(step), keep=True)
-        return self._ahead.backprop(step, d_middle)
-
-    def learn(self, step: int, dz: Array) -> None:
-        """See core.encoder.Encoder."""
-        self._inner.learn(step, dz)
-        self._held.pop(step, None)
-
-    def probe(self, step: int, h_BTD: Array, mask_BT: Mask | None = None) -> Array:
-        """See core.encoder.Encoder."""
-        return self._inner.probe(step, self._ahead.encode(step, h_BTD, mask_BT), mask_BT)
+        d_middle = self._inner.settle(step, answer, quiet=quiet)
+        held = self._held.pop(step, None)
+        if d_middle is None or held is None:
+            return None
+        self._ahead.encode(step, *held, want="gradient")
+        return self._ahead.settle(step, d_middle)
 
     def close(self) -> None:
         """See core.encoder.Encoder."""

@@ -21,7 +21,7 @@ import numpy as np
 from fedsplit.core.closing import Closing
 from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Array, Encoder, Grant, Mask
+from fedsplit.core.encoder import Array, Encoder, Grant, Mask, Want
 from fedsplit.core.errors import RefusedError, UnreachableError
 from fedsplit.core.orders import Stream
 from fedsplit.experiment.memo import BehindMemo, Memo, MemoEncoder
@@ -190,41 +190,36 @@ class NearEncoder(Closing):
         return self._inner.trains
 
     def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
+        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, want: Want = "output"
     ) -> Array:
         """See core.encoder.Encoder."""
+        kind = Kind.PROBE if want == "probes" else Kind.ENCODE
+        if kind is Kind.PROBE:
+            check_probed_size(h_BTD.shape, self.welcome, self._codec)
+        what = f"{kind.name} step {step}"
         with self._timed():
-            h = self._arrive(step, h_BTD, mask_BT, f"ENCODE step {step}")
-            z = self._inner.encode(step, h, mask_BT, keep=keep)
-            return self._answer(z, f"ENCODE step {step}")
+            h = self._arrive(step, h_BTD, mask_BT, what)
+            return self._answer(self._inner.encode(step, h, mask_BT, want=want), what)
 
-    def probe(self, step: int, h_BTD: Array, mask_BT: Mask | None = None) -> Array:
+    def settle(self, step: int, answer: Array, *, quiet: bool = False) -> Array | None:
         """See core.encoder.Encoder."""
-        check_probed_size(h_BTD.shape, self.welcome, self._codec)
+        if self.welcome.probes:  # all that a zeroth-order session takes
+            self._settle_losses(step, answer)
+            return None
+        what = f"BACKPROP step {step}"
         with self._timed():
-            h = self._arrive(step, h_BTD, mask_BT, f"PROBE step {step}")
-            return self._answer(self._inner.probe(step, h, mask_BT), f"PROBE step {step}")
-
-    def backprop(self, step: int, dz: Array) -> Array:
-        """See core.encoder.Encoder."""
-        with self._timed():
-            dh = self._inner.backprop(step, self._up(self._codec, dz, f"BACKPROP step {step}"))
-            answer = self._answer(dh, f"BACKPROP step {step}")
+            dh = self._inner.settle(step, self._up(self._codec, answer, what), quiet=quiet)
+            if dh is None:
+                self._count(down=len(ACK.data))
+            else:
+                dh = self._answer(dh, what)
         self._after_step()
-        return answer
+        return dh
 
-    def learn(self, step: int, dz: Array) -> None:
-        """See core.encoder.Encoder."""
-        with self._timed():
-            self._inner.learn(step, self._up(self._codec, dz, f"BACKPROP step {step}"))
-            self._count(down=len(ACK.data))
-        self._after_step()
-
-    def score(self, step: int, losses_K: Array) -> None:
-        """See core.encoder.Encoder."""
+    def _settle_losses(self, step: int, losses_K: Array) -> None:
         losses = np.asarray(losses_K, dtype=np.float32)
         with self._timed():
-            self._inner.score(step, self._up(LOSSES, losses, f"the losses of step {step}"))
+            self._inner.settle(step, self._up(LOSSES, losses, f"the losses of step {step}"))
             self._count(down=len(ACK.data))
 
     def close(self) -> None:

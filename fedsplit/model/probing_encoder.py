@@ -6,8 +6,8 @@ trunk/training.py opens its sessions; the directions and estimates are core/dire
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from itertools import count
 
 import numpy as np
@@ -16,12 +16,12 @@ from torch import nn
 
 from fedsplit.core import directions
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Array, Mask
+from fedsplit.core.encoder import Array, Mask, Want
 from fedsplit.core.errors import ProtocolError, RefusedError
-from fedsplit.model.encoder import LocalEncoder, Turn
+from fedsplit.model.local_encoder import LocalEncoder, Turn
 from fedsplit.model.part import Part
 from fedsplit.model.seam import as_tensor
-from fedsplit.model.trained_tensors import TrainedTensors, Weights, place, slots_of
+from fedsplit.model.trained_tensors import Parameters, TrainedTensors, place, slots_of
 
 
 class ProbingEncoder(LocalEncoder):
@@ -51,40 +51,19 @@ class ProbingEncoder(LocalEncoder):
         self._forwards = threading.Lock()
 
     def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
+        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, want: Want = "output"
     ) -> Array:
-        """See core.encoder.Encoder. Raises RefusedError for `keep`."""
-        if keep:
+        """See core.encoder.Encoder. Raises RefusedError where a gradient is wanted."""
+        if want == "gradient":
             raise RefusedError(f"step {step}: a zeroth-order session keeps no graph; probe it")
-        with self._forwards:
-            place(self._slots, self._tensors.snapshot())
-            return super().encode(step, h_BTD, mask_BT)
+        if want == "probes":
+            return self._probe(step, h_BTD, mask_BT)
+        return super().encode(step, h_BTD, mask_BT)
 
-    def backprop(self, step: int, dz: Array) -> Array:
-        """See core.encoder.Encoder. Raises RefusedError: no gradient crosses in either direction."""
-        del dz
-        raise RefusedError(f"step {step}: a zeroth-order session takes no gradient")
-
-    def probe(self, step: int, h_BTD: Array, mask_BT: Mask | None = None) -> Array:
-        """See core.encoder.Encoder."""
-        training, h = self._training, as_tensor(h_BTD)
-        outputs = []
-        with self._forwards, self._turn(), torch.no_grad():
-            number = next(self._numbers)
-            snapshot, last, u = self._tensors.snapshot(), -1, dict[str, Array]()
-            for query, factor in directions.points(training.estimator, training.queries):
-                if factor and query != last:
-                    last = query
-                    u = self._direction(number, query)
-                place(self._slots, _moved(snapshot, u, factor * training.epsilon))
-                outputs.append(self._forward(h, mask_BT, self._cut.b))
-            with self._lock:
-                self._probed[step] = number
-        return torch.stack(outputs).numpy()
-
-    def score(self, step: int, losses_K: Array) -> None:
+    def settle(self, step: int, answer: Array, *, quiet: bool = False) -> None:
         """See core.encoder.Encoder. Raises ProtocolError for a step that was not probed or other than K losses."""
-        training = self._training
+        del quiet  # there is no gradient that could come back
+        training, losses_K = self._training, answer
         wanted = len(directions.points(training.estimator, training.queries))
         if losses_K.shape != (wanted,):
             raise ProtocolError(
@@ -113,13 +92,37 @@ class ProbingEncoder(LocalEncoder):
             self._probed.clear()
         self._on_close()
 
+    @contextmanager
+    def _in_place(self, keep: bool) -> Iterator[Parameters]:
+        del keep
+        with self._forwards:
+            place(self._slots, self._tensors.snapshot())
+            yield {}
+
+    def _probe(self, step: int, h_BTD: Array, mask_BT: Mask | None) -> Array:
+        """Outputs of K perturbed encoders, [K, B, T, D] or [K, B, P]."""
+        training, h = self._training, as_tensor(h_BTD)
+        outputs = []
+        with self._forwards, self._turn(), torch.no_grad():
+            number = next(self._numbers)
+            snapshot, last, u = self._tensors.snapshot(), -1, dict[str, Array]()
+            for query, factor in directions.points(training.estimator, training.queries):
+                if factor and query != last:
+                    last = query
+                    u = self._direction(number, query)
+                place(self._slots, _moved(snapshot, u, factor * training.epsilon))
+                outputs.append(self._forward(h, mask_BT, self._cut.b))
+            with self._lock:
+                self._probed[step] = number
+        return torch.stack(outputs).numpy()
+
     def _direction(self, number: int, query: int) -> dict[str, Array]:
         training = self._training
         return directions.direction(training.seed, number, query, self._shapes, training.directions)
 
 
-def _moved(weights: Weights, u: Mapping[str, Array], length: float) -> Weights:
-    """Weights moved along a direction; 0 leaves them as they are."""
+def _moved(weights: Parameters, u: Mapping[str, Array], length: float) -> Parameters:
+    """Parameters moved along a direction; 0 leaves them as they are."""
     if not length:
         return weights
     return {

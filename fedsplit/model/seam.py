@@ -38,15 +38,13 @@ class _Seam(torch.autograd.Function):
         ctx: Any, h_BTD: Tensor, mask: Mask | None, encoder: Encoder, step: int, wants_dh: bool
     ) -> Tensor:
         ctx.encoder, ctx.step, ctx.wants_dh = encoder, step, wants_dh
-        return as_tensor(encoder.encode(step, h_BTD.detach().numpy(), mask, keep=True))
+        return as_tensor(encoder.encode(step, h_BTD.detach().numpy(), mask, want="gradient"))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         dz = np.ascontiguousarray(grads[0].numpy())
-        if ctx.wants_dh:
-            return as_tensor(ctx.encoder.backprop(ctx.step, dz)), None, None, None, None
-        ctx.encoder.learn(ctx.step, dz)
-        return None, None, None, None, None
+        dh = ctx.encoder.settle(ctx.step, dz, quiet=not ctx.wants_dh)
+        return None if dh is None else as_tensor(dh), None, None, None, None
 
 
 def cross(h_BTD: Tensor, mask_BT: Tensor | None, encoder: Encoder, step: int) -> Tensor:
@@ -57,15 +55,15 @@ def cross(h_BTD: Tensor, mask_BT: Tensor | None, encoder: Encoder, step: int) ->
         # A frozen encoder has no use for a gradient of its own, so there a leaf's is handed on as well.
         wants_dh = not (h_BTD.is_leaf and encoder.trains)
         return _Seam.apply(h_BTD, mask, encoder, step, wants_dh)  # type: ignore[no-any-return,no-untyped-call]
-    return as_tensor(encoder.encode(step, h_BTD.detach().numpy(), mask, keep=False))
+    return as_tensor(encoder.encode(step, h_BTD.detach().numpy(), mask))
 
 
 def probe(h_BTD: Tensor, mask_BT: Tensor | None, encoder: Encoder, step: int) -> Tensor:
     """Zeroth order: what K perturbed encoders make of the activations, [K, B, T, D] or [K, B, P]; no gradient."""
     h_BTD = h_BTD.detach().contiguous()
-    return as_tensor(encoder.probe(step, h_BTD.numpy(), as_mask(mask_BT)))
+    return as_tensor(encoder.encode(step, h_BTD.numpy(), as_mask(mask_BT), want="probes"))
 
 
-def score(losses_K: Tensor, encoder: Encoder, step: int) -> None:
+def settle(losses_K: Tensor, encoder: Encoder, step: int) -> None:
     """Zeroth order: tell the encoder the K losses of a probed step."""
-    encoder.score(step, losses_K.detach().to(torch.float32).numpy())
+    encoder.settle(step, losses_K.detach().to(torch.float32).numpy())

@@ -112,7 +112,7 @@ class SplitModel:
         assert self._encoder is not None, "a cut with blocks on the server has an encoder"
         step = next(self._steps)
         z_K = seam.probe(h_BTD, self.part.ends.mask(mask_BT), self._encoder, step)
-        return z_K, partial(seam.score, encoder=self._encoder, step=step)
+        return z_K, partial(seam.settle, encoder=self._encoder, step=step)
 
     def tail(self, z: Tensor, mask_BT: Tensor | None) -> Tensor:
         """What came back -> logits [B, C]."""

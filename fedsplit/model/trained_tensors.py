@@ -22,7 +22,7 @@ from fedsplit.core.errors import EncoderError
 from fedsplit.model import module
 from fedsplit.model.part import Part
 
-Weights = dict[str, nn.Parameter]
+Parameters = dict[str, nn.Parameter]
 Slots = dict[str, tuple[nn.Module, str]]
 MAX_RATIO = 1e4
 """So many times the median length of the last gradients may one be."""
@@ -46,7 +46,7 @@ def twin(part: Part) -> Part:
     return copied
 
 
-def trained_at(part: Part, cut: Cut, lora: str = "both") -> Weights:
+def trained_at(part: Part, cut: Cut, lora: str = "both") -> Parameters:
     """The module's tensors that a session at this cut trains: those on blocks[a:b], and on the pooling where b = L."""
     backbone = part.backbone
     last = backbone.blocks if cut.pooled(backbone.blocks) else cut.b - 1
@@ -91,7 +91,7 @@ class TrainedTensors:
         self.steps = 0
         self.start = dict(start)
         self._values = {n: nn.Parameter(p.detach().clone()) for n, p in start.items()}
-        self._snapshot: Weights | None = None
+        self._snapshot: Parameters | None = None
         self._stepped: set[str] = set()
         self._lengths: deque[float] = deque(maxlen=_LENGTHS_KEPT)
         self._lock = threading.Lock()
@@ -105,7 +105,7 @@ class TrainedTensors:
         """Names and shapes."""
         return {n: tuple(p.shape) for n, p in self.start.items()}
 
-    def snapshot(self) -> Weights:
+    def snapshot(self) -> Parameters:
         """The values of now, as leaves that a graph may hold."""
         with self._lock:
             if self._snapshot is None:

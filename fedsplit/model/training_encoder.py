@@ -6,18 +6,15 @@ trunk/training.py opens its sessions. Its sibling that trains by estimates is pr
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 
-import torch
 from torch import Tensor
 
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Array, Mask
-from fedsplit.model.encoder import Graphs, LocalEncoder, Turn
+from fedsplit.model.local_encoder import Graphs, LocalEncoder, Turn
 from fedsplit.model.part import Part
-from fedsplit.model.seam import as_tensor
-from fedsplit.model.trained_tensors import TrainedTensors, Weights, place, slots_of, trained_at
+from fedsplit.model.trained_tensors import Parameters, TrainedTensors, place, slots_of, trained_at
 from fedsplit.model.turns import Turns
 
 
@@ -54,59 +51,37 @@ class TrainingEncoder(LocalEncoder):
         self._turns = turns or Turns()
         self._began = False
         self._here = tuple(trained_at(part, cut, tensors.training.lora))
-        self._weights: dict[int, Weights] = {}
         self._slots = slots_of(part)
         self._forwards = threading.Lock()
 
-    def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
-    ) -> Array:
-        """See core.encoder.Encoder. A forward that is kept waits for this session's turn.
+    def close(self) -> None:
+        """Free all held graphs and the tensors that they were made with."""
+        super().close()
+        self._turns.give(self)
+        self._on_close()
 
-        Those before the first one that is kept are of the version as it was published: a site tests what it received, however
+    @contextmanager
+    def _in_place(self, keep: bool) -> Iterator[Parameters]:
+        """A forward whose gradient is wanted waits for this session's turn.
+
+        Those before the first such one are of the version as it was published: a site tests what it received, however
         far others have moved a shared copy meanwhile.
         """
         if keep:
             self._turns.take(self)
             self._began = True
-        with self._forwards:  # the twin holds one set of weights at a time
+        with self._forwards:  # the twin holds one set of tensors at a time
             snapshot = self._tensors.snapshot() if self._began else self._tensors.start
-            weights = {n: snapshot[n] for n in self._here}
-            place(self._slots, weights)
-            if keep:
-                self._weights[step] = weights
-            return super().encode(step, h_BTD, mask_BT, keep=keep)
+            here = {n: snapshot[n] for n in self._here}
+            place(self._slots, here)
+            yield here
 
-    def backprop(self, step: int, dz: Array) -> Array:
-        """See core.encoder.Encoder."""
-        dh = self._backward(step, dz, wants_dh=True)
-        assert dh is not None
-        return dh.contiguous().numpy()
-
-    def learn(self, step: int, dz: Array) -> None:
-        """See core.encoder.Encoder."""
-        self._backward(step, dz, wants_dh=False)
-
-    def close(self) -> None:
-        """Free all held graphs and the weights that they were made with."""
-        super().close()
-        self._weights.clear()
-        self._turns.give(self)
-        self._on_close()
+    def _learn(self, grads: Mapping[str, Tensor]) -> None:
+        self._tensors.step(grads, weight=self._weight)
+        if not self._kept:
+            self._turns.give(self)
 
     def _measured(self, tokens: int) -> int:
         with self._forwards:
             place(self._slots, {n: self._tensors.snapshot()[n] for n in self._here})
             return super()._measured(tokens)
-
-    def _backward(self, step: int, dz: Array, *, wants_dh: bool) -> Tensor | None:
-        h, z = self._take(step)
-        weights = self._weights.pop(step)
-        inputs = [*weights.values(), *([h] if wants_dh else [])]
-        with self._turn():
-            found = torch.autograd.grad(z, inputs, as_tensor(dz), allow_unused=True)
-            grads = {n: g for n, g in zip(weights, found, strict=False) if g is not None}
-            self._tensors.step(grads, weight=self._weight)
-        if not self._weights:
-            self._turns.give(self)
-        return found[-1] if wants_dh else None

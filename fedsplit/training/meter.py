@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fedsplit.core.encoder import Array, Encoder, Mask
+from fedsplit.core.encoder import Array, Encoder, Mask, Want
 
 
 class WaitMeter:
@@ -24,31 +24,16 @@ class WaitMeter:
         return self._encoder.trains
 
     def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
+        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, want: Want = "output"
     ) -> Array:
         """See core.encoder.Encoder."""
         with self.waiting():
-            return self._encoder.encode(step, h_BTD, mask_BT, keep=keep)
+            return self._encoder.encode(step, h_BTD, mask_BT, want=want)
 
-    def backprop(self, step: int, dz: Array) -> Array:
+    def settle(self, step: int, answer: Array, *, quiet: bool = False) -> Array | None:
         """See core.encoder.Encoder."""
         with self.waiting():
-            return self._encoder.backprop(step, dz)
-
-    def learn(self, step: int, dz: Array) -> None:
-        """See core.encoder.Encoder."""
-        with self.waiting():
-            self._encoder.learn(step, dz)
-
-    def probe(self, step: int, h_BTD: Array, mask_BT: Mask | None = None) -> Array:
-        """See core.encoder.Encoder."""
-        with self.waiting():
-            return self._encoder.probe(step, h_BTD, mask_BT)
-
-    def score(self, step: int, losses_K: Array) -> None:
-        """See core.encoder.Encoder."""
-        with self.waiting():
-            self._encoder.score(step, losses_K)
+            return self._encoder.settle(step, answer, quiet=quiet)
 
     def close(self) -> None:
         """See core.encoder.Encoder."""

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from fedsplit.core.closing import Closing
-from fedsplit.core.encoder import Array, Grant, Mask
+from fedsplit.core.encoder import Array, Grant, Mask, Want
 from fedsplit.core.errors import (
     ConfigError,
     EncoderError,
@@ -125,48 +125,33 @@ class StreamEncoder(Closing):
         return self.welcome.training in ("hosted", "shared")
 
     def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
+        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, want: Want = "output"
     ) -> Array:
-        """Activations [B, T, D] -> [B, T, D], or [B, P] where the server pools."""
+        """See core.encoder.Encoder. Leaves as ENCODE, or as PROBE where probes are wanted."""
+        kind = Kind.PROBE if want == "probes" else Kind.ENCODE
+        if kind is Kind.PROBE:
+            self._check_probe(step, h_BTD.shape)
         with self._in_flight():
-            reply = self._post_h(_Going(Kind.ENCODE, step, h_BTD, mask_BT, keep))
-            return self._answer(reply, f"ENCODE step {step}")
+            reply = self._post_h(_Going(kind, step, h_BTD, mask_BT, want != "output"))
+            return self._received(reply, f"{kind.name} step {step}")
 
-    def probe(self, step: int, h_BTD: Array, mask_BT: Mask | None = None) -> Array:
-        """Zeroth order: what K perturbed encoders make of the activations, [K, B, T, D] or [K, B, P]."""
-        if not self.welcome.probes:
-            raise RefusedError(
-                f"step {step} cannot be probed: the token's training is {self.welcome.training}"
-            )
-        check_probed_size(h_BTD.shape, self.welcome, self._codec)
-        with self._in_flight():
-            reply = self._post_h(_Going(Kind.PROBE, step, h_BTD, mask_BT, True))
-            return self._answer(reply, f"PROBE step {step}")
-
-    def backprop(self, step: int, dz: Array) -> Array:
-        """Gradient at the encoder's output -> gradient at its input [B, T, D]. Frees the step."""
-        with self._in_flight():
-            return self._answer(self._post_dz(step, dz, Kind.GRAD), f"BACKPROP step {step}")
-
-    def learn(self, step: int, dz: Array) -> None:
-        """Gradient at the encoder's output, for what trains there; nothing but an ACK comes back. Frees the step."""
-        if not self.trains:
+    def settle(self, step: int, answer: Array, *, quiet: bool = False) -> Array | None:
+        """See core.encoder.Encoder. Leaves as BACKPROP, for a probed step as SCORE."""
+        if quiet and not self.trains:
             raise RefusedError(
                 f"step {step}: nothing trains at the encoder (the token's training is {self.welcome.training})"
             )
+        if self._held(step).kind is Kind.PROBE:
+            losses = self._checked_losses(step, answer)
+            with self._in_flight():
+                self._done(self._post_losses(step, losses), f"SCORE step {step}")
+            return None
         with self._in_flight():
-            self._done(self._post_dz(step, dz, Kind.ACK), f"BACKPROP step {step}")
-
-    def score(self, step: int, losses_K: Array) -> None:
-        """Zeroth order: the K losses of a probed step. Frees the step."""
-        losses = np.asarray(losses_K, dtype=np.float32)
-        if losses.shape != (self.welcome.probes,):
-            raise ProtocolError(
-                f"step {step} has losses of shape {losses.shape}: ({self.welcome.probes},) is wanted"
-            )
-        check_range(losses, f"the losses of step {step}")
-        with self._in_flight():
-            self._done(self._post_losses(step, losses), f"SCORE step {step}")
+            reply = self._post_dz(step, answer, quiet=quiet)
+            if not quiet:
+                return self._received(reply, f"BACKPROP step {step}")
+            self._done(reply, f"BACKPROP step {step}")
+        return None
 
     def close(self) -> None:
         """End the session, its thread and its connection. Twice is harmless."""
@@ -216,6 +201,22 @@ class StreamEncoder(Closing):
         """Time that callers spent waiting, added up over threads."""
         return self._wait_s
 
+    def _check_probe(self, step: int, h_dims: Dims) -> None:
+        if not self.welcome.probes:
+            raise RefusedError(
+                f"step {step} cannot be probed: the token's training is {self.welcome.training}"
+            )
+        check_probed_size(h_dims, self.welcome, self._codec)
+
+    def _checked_losses(self, step: int, losses_K: Array) -> Array:
+        losses = np.asarray(losses_K, dtype=np.float32)
+        if losses.shape != (self.welcome.probes,):
+            raise ProtocolError(
+                f"step {step} has losses of shape {losses.shape}: ({self.welcome.probes},) is wanted"
+            )
+        check_range(losses, f"the losses of step {step}")
+        return losses
+
     def _encoded(self, array: Array) -> Encoded:
         body = self._codec.encode(array)
         check_size(len(body.data), self.welcome.max_message_bytes)
@@ -252,19 +253,18 @@ class StreamEncoder(Closing):
                 self._kept[step] = _Kept(kind, wire_step, h_dims, out_dims)
         return reply
 
-    def _post_dz(self, step: int, dz: Array, answer: Kind) -> Reply:
-        """Send a kept step's gradient; `answer` is what is wanted back."""
+    def _post_dz(self, step: int, dz: Array, *, quiet: bool) -> Reply:
+        """Send a kept step's gradient; an ACK answers where it is `quiet`."""
         body = self._encoded(dz)
         with self._order:
-            kept = self._held(step, Kind.ENCODE)
+            kept = self._held(step)
             if dz.shape != kept.z_dims:
                 raise ProtocolError(
                     f"dz of step {step} has shape {dz.shape}: {kept.z_dims} is wanted"
                 )
-            quiet = answer is Kind.ACK
             flags = Flag.QUIET if quiet else Flag.NONE
             frames = self._frames(Kind.BACKPROP, kept.wire_step, body, flags)
-            dims = ACK.dims if quiet else kept.h_dims
+            answer, dims = (Kind.ACK, ACK.dims) if quiet else (Kind.GRAD, kept.h_dims)
             reply = self._duplex.post(frames, answer, kept.wire_step, dims)
             del self._kept[step]
             self._payload_up += len(body.data)
@@ -274,7 +274,7 @@ class StreamEncoder(Closing):
         """Send a probed step's losses, exact whatever the session's codec."""
         body, session = LOSSES.encode(losses_K), self.welcome.session
         with self._order:
-            wire_step = self._held(step, Kind.PROBE).wire_step
+            wire_step = self._held(step).wire_step
             frames = frames_of(Kind.SCORE, body, codec=LOSSES.id, session=session, step=wire_step)
             reply = self._duplex.post(frames, Kind.ACK, wire_step, ACK.dims)
             del self._kept[step]
@@ -289,16 +289,13 @@ class StreamEncoder(Closing):
         first = frames_of(Kind.MASK, mask, session=self.welcome.session, step=step)
         return chain(first, self._frames(kind, step, body, flags | Flag.MASK))
 
-    def _held(self, step: int, kind: Kind) -> _Kept:
-        """The kept or probed step. Raises ProtocolError when it is not one of that kind."""
+    def _held(self, step: int) -> _Kept:
+        """The step that waits for its gradient or losses. Raises ProtocolError when there is none."""
         kept = self._kept.get(step)
-        if kept is None or kept.kind is not kind:
-            how = (
-                "probe it and score"
-                if kind is Kind.PROBE
-                else "encode it with keep=True and backprop"
+        if kept is None:
+            raise ProtocolError(
+                f"step {step} is not kept: encode it with a gradient or probes wanted, and settle it once"
             )
-            raise ProtocolError(f"step {step} is not kept: {how} it once")
         return kept
 
     def _check_keep(self, step: int) -> None:
@@ -307,7 +304,7 @@ class StreamEncoder(Closing):
         if len(self._kept) >= self.welcome.max_kept_steps:
             raise RefusedError(
                 f"step {step} cannot be kept: {len(self._kept)} steps wait for their gradient or losses, which is all "
-                "that the encoder allows; backprop or score them first"
+                "that the encoder allows; settle them first"
             )
 
     @contextmanager
@@ -322,7 +319,7 @@ class StreamEncoder(Closing):
                 with self._order:
                     self._wait_s += time.monotonic() - started
 
-    def _answer(self, reply: Reply, what: str) -> Array:
+    def _received(self, reply: Reply, what: str) -> Array:
         message = self._duplex.wait(reply, what, self._step_timeout_s)
         array = self._codec.decode(message.header.dims, message.payload)
         check_range(array, f"the encoder's answer to {what}")

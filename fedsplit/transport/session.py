@@ -204,7 +204,7 @@ class Session:
             self._admission.keep(size, held=bool(self._rules.kept))
             self._rules.keep(step, header.dims, out_dims, size)
             self._admission.count("kept")
-        z = encoder.encode(step, h_BTD, mask, keep=keep)
+        z = encoder.encode(step, h_BTD, mask, want="gradient" if keep else "output")
         self._admission.count("encoded")
         yield from self._reply(Kind.ENCODED, codec, step, z, out_dims)
 
@@ -222,11 +222,11 @@ class Session:
         self, encoder: Encoder, codec: Codec, message: Message, dz: Array, kept: Kept
     ) -> Iterator[bytes]:
         step = message.header.step
-        if message.header.flags & Flag.QUIET:
-            encoder.learn(step, dz)
+        dh = encoder.settle(step, dz, quiet=bool(message.header.flags & Flag.QUIET))
+        if dh is None:
             answer = self._ack(step)
         else:
-            answer = self._reply(Kind.GRAD, codec, step, encoder.backprop(step, dz), kept.h_dims)
+            answer = self._reply(Kind.GRAD, codec, step, dh, kept.h_dims)
         self._admission.count("backpropped")
         yield from answer
 
@@ -237,7 +237,7 @@ class Session:
         h_BTD = _tensor_of(codec, message)
         self._admission.take_step(self._token)
         self._rules.await_losses(step)
-        z = encoder.probe(step, h_BTD, mask)
+        z = encoder.encode(step, h_BTD, mask, want="probes")
         self._admission.count("probed")
         yield from self._reply(Kind.PROBED, codec, step, z, probed_dims(h_dims, welcome))
 
@@ -245,7 +245,7 @@ class Session:
         step = message.header.step
         losses_K = _tensor_of(LOSSES, message)
         self._rules.scored(step)
-        encoder.score(step, losses_K)
+        encoder.settle(step, losses_K)
         self._admission.count("scored")
         yield from self._ack(step)
 

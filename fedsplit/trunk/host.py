@@ -16,7 +16,7 @@ from fedsplit.core.encoder import Array, Capabilities, Grant, HostedEncoder
 from fedsplit.core.errors import BackboneError, ConfigError, ProtocolError, RefusedError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
-from fedsplit.model.encoder import Graphs, LocalEncoder
+from fedsplit.model.local_encoder import Graphs, LocalEncoder
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.part import Part
 from fedsplit.model.split import server_part

@@ -16,7 +16,7 @@ from torch import nn
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array, Grant, HostedEncoder, Training
 from fedsplit.core.errors import OverloadedError, RefusedError
-from fedsplit.model.encoder import Graphs, Turn
+from fedsplit.model.local_encoder import Graphs, Turn
 from fedsplit.model.part import Part
 from fedsplit.model.probing_encoder import ProbingEncoder
 from fedsplit.model.trained_tensors import TrainedTensors, trained_at, twin

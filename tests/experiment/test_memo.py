@@ -61,16 +61,16 @@ def trained(
     with host.dial(stream(host, training), RunConfig(), SITE) as encoder:
         for step in (1, 2):
             if training.mode == "zeroth-order":
-                z = encoder.probe(step, h)
+                z = encoder.encode(step, h, want="probes")
                 points = directions.points(training.estimator, training.queries)
-                encoder.score(step, np.arange(len(points), dtype=np.float32))
+                encoder.settle(step, np.arange(len(points), dtype=np.float32))
             else:
-                z = encoder.encode(step, h, keep=True)
+                z = encoder.encode(step, h, want="gradient")
                 dz = np.ones_like(z)
                 if wants_dh:
-                    answers.append(encoder.backprop(step, dz))
+                    answers.append(encoder.settle(step, dz))
                 else:
-                    encoder.learn(step, dz)
+                    encoder.settle(step, dz, quiet=True)
             answers.append(z)
         counted = (encoder.bytes_up, encoder.bytes_down)
     return [*answers, counted], host.collect("run/1")["a"]
@@ -115,5 +115,5 @@ def test_a_trained_module_shares_the_blocks_in_front_of_it_with_a_bare_one(
     with host.dial(
         stream(host, Training(mode="hosted", learning_rate=0.01)), RunConfig(), SITE
     ) as encoder:
-        encoder.encode(1, h, keep=True)
+        encoder.encode(1, h, want="gradient")
         assert (memo.hits, memo.misses) == (6, 6)

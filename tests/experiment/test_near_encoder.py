@@ -88,14 +88,14 @@ def test_the_wire_and_the_short_way_agree(
         StreamEncoder(server.address, how.token, how.grant, codec=codec) as far,
         near(host, codec=codec, cut=cut) as here,
     ):
-        for step, keep in enumerate((False, True, False), 1):
-            z_far = far.encode(step, h, mask, keep=keep)
-            z_here = here.encode(step, h, mask, keep=keep)
+        for step, want in enumerate(("output", "gradient", "output"), 1):
+            z_far = far.encode(step, h, mask, want=want)
+            z_here = here.encode(step, h, mask, want=want)
             assert np.array_equal(z_far, z_here)
             assert z_here.flags.writeable
-            if keep:
+            if want == "gradient":
                 dz = rng.normal(size=z_far.shape).astype(np.float32)
-                assert np.array_equal(far.backprop(step, dz), here.backprop(step, dz))
+                assert np.array_equal(far.settle(step, dz), here.settle(step, dz))
         assert (far.steps, far.payload_up, far.payload_down) == (
             here.steps,
             here.payload_up,
@@ -186,8 +186,8 @@ def test_what_leaves_early_is_remembered_no_further(leave: int, tiny: dict[str, 
             "run/1", module.pack(spec, {n: tensors[n] for n in tensors if n in names})
         )
         with near_host.dial(stream(host, (0, 4), training=training), RunConfig(), SITE) as encoder:
-            z = encoder.encode(1, h, keep=True)
-            dh = encoder.backprop(1, np.ones_like(z))
+            z = encoder.encode(1, h, want="gradient")
+            dh = encoder.settle(1, np.ones_like(z))
             found.append((z, dh, encoder.encode(2, h)))
     for a, b in zip(*found, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -204,7 +204,7 @@ def test_nothing_else_is_taken_for_the_same(host: BackboneHost) -> None:
         encoder.encode(3, h, mask)
         encoder.encode(4, h[:, :5])
         assert (memo.hits, memo.misses) == (2, 6)
-        encoder.encode(5, h, keep=True)  # its graph is wanted
+        encoder.encode(5, h, want="gradient")  # its graph is wanted
         assert (memo.hits, memo.misses) == (2, 6)
     with near(host, memo, cut=(1, 4)) as encoder:
         encoder.encode(1, h)

@@ -187,9 +187,9 @@ def test_turns_on_a_shared_encoder_go_round_and_repeat(
             super().__init__(near, how, *args)
             self.site = how.grant.site
 
-        def learn(self, step: int, dz: Any) -> None:
+        def settle(self, step: int, answer: Any, *, quiet: bool = False) -> Any:
             order.append(self.site)
-            super().learn(step, dz)
+            return super().settle(step, answer, quiet=quiet)
 
     def cell_of(name: str, at_once: int) -> Cell:
         grid = parse(SHARED, seeds=f"[0]\nsites-at-once = {at_once}")

@@ -14,7 +14,7 @@ from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import ConfigError
 from fedsplit.model import module
-from fedsplit.model.encoder import LocalEncoder
+from fedsplit.model.local_encoder import LocalEncoder
 from fedsplit.model.split import SplitModel, device_part, server_part, whole_model
 from fedsplit.training import data
 from fedsplit.training.flops import of_sample

@@ -17,7 +17,7 @@ from fedsplit.core.cut import Cut
 from fedsplit.core.errors import BackboneError, ConfigError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
-from fedsplit.model.encoder import LocalEncoder
+from fedsplit.model.local_encoder import LocalEncoder
 from fedsplit.model.module import ModuleSpec, ModuleTensors
 from fedsplit.model.split import SplitModel, device_part, server_part
 from tests.model.kinds import CLASSES, LORA, away_from_zero

@@ -15,7 +15,7 @@ from fedsplit.core.cut import Cut
 from fedsplit.core.errors import BackboneError, ConfigError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
-from fedsplit.model.encoder import LocalEncoder
+from fedsplit.model.local_encoder import LocalEncoder
 from fedsplit.model.module import ModuleSpec, ModuleTensors
 from fedsplit.model.split import SplitModel, device_part, server_part, whole_model
 from tests.kept import frozen_weights

@@ -16,8 +16,8 @@ import pytest
 from fedsplit.core.cut import Cut
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
-from fedsplit.model.encoder import LocalEncoder
 from fedsplit.model.families import FAMILIES
+from fedsplit.model.local_encoder import LocalEncoder
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.split import SplitModel, device_part, server_part
 from tests.kept import frozen_weights

@@ -15,7 +15,7 @@ from fedsplit.core.cut import Cut
 from fedsplit.core.records import Summary
 from fedsplit.federation.server.run import Run
 from fedsplit.model import module
-from fedsplit.model.encoder import LocalEncoder
+from fedsplit.model.local_encoder import LocalEncoder
 from fedsplit.model.split import SplitModel, device_part, server_part
 from fedsplit.training import data
 from fedsplit.training.site_settings import SiteSettings

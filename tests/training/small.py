@@ -10,11 +10,11 @@ import numpy as np
 import torch
 
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Array, Encoder, Mask
+from fedsplit.core.encoder import Array, Encoder, Mask, Want
 from fedsplit.core.errors import UnreachableError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
-from fedsplit.model.encoder import LocalEncoder
+from fedsplit.model.local_encoder import LocalEncoder
 from fedsplit.model.module import ModuleSpec, ModuleTensors
 from fedsplit.model.split import SplitModel, device_part, server_part
 from fedsplit.training.data import Batch
@@ -116,7 +116,7 @@ class Wrapped:
 
     def __init__(self, encoder: Encoder) -> None:
         self.inner = encoder
-        self.encoded: list[tuple[int, bool]] = []
+        self.encoded: list[tuple[int, Want]] = []
         self.samples = 0
         self.threads: set[int] = set()
         self.backprops = 0
@@ -126,25 +126,17 @@ class Wrapped:
         return self.inner.trains
 
     def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
+        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, want: Want = "output"
     ) -> Array:
-        self.encoded.append((step, keep))
+        self.encoded.append((step, want))
         self.samples += len(h_BTD)
         self.threads.add(threading.get_ident())
-        return self.inner.encode(step, h_BTD, mask_BT, keep=keep)
+        return self.inner.encode(step, h_BTD, mask_BT, want=want)
 
-    def backprop(self, step: int, dz: Array) -> Array:
-        self.backprops += 1
-        return self.inner.backprop(step, dz)
-
-    def learn(self, step: int, dz: Array) -> None:
-        self.inner.learn(step, dz)
-
-    def probe(self, step: int, h_BTD: Array, mask_BT: Mask | None = None) -> Array:
-        return self.inner.probe(step, h_BTD, mask_BT)
-
-    def score(self, step: int, losses_K: Array) -> None:
-        self.inner.score(step, losses_K)
+    def settle(self, step: int, answer: Array, *, quiet: bool = False) -> Array | None:
+        dh = self.inner.settle(step, answer, quiet=quiet)
+        self.backprops += dh is not None
+        return dh
 
     def close(self) -> None:
         self.inner.close()
@@ -159,14 +151,14 @@ class Failing(Wrapped):
         self._dead = threading.Event()
 
     def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
+        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, want: Want = "output"
     ) -> Array:
         if step >= self._at:
             if step == self._at:
                 self._dead.set()
             assert self._dead.wait(WAIT_S)
             raise UnreachableError(f"the encoder went away at step {step}")
-        return super().encode(step, h_BTD, mask_BT, keep=keep)
+        return super().encode(step, h_BTD, mask_BT, want=want)
 
 
 def rewired(model: SplitModel, wrap: Callable[[Encoder], Any]) -> tuple[SplitModel, Any]:

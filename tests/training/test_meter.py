@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from fedsplit.core.encoder import Array, Mask
+from fedsplit.core.encoder import Array, Mask, Want
 from fedsplit.core.errors import UnreachableError
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.split import SplitModel
@@ -31,10 +31,10 @@ class Slow(Wrapped):
     """Takes its time, without working."""
 
     def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
+        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, want: Want = "output"
     ) -> Array:
         time.sleep(0.02)
-        return super().encode(step, h_BTD, mask_BT, keep=keep)
+        return super().encode(step, h_BTD, mask_BT, want=want)
 
 
 def metered(model: SplitModel) -> tuple[SplitModel, WaitMeter]:
@@ -68,10 +68,10 @@ def test_the_meter_counts_its_own_thread_alone(vit: Backbone) -> None:
     other.start()
     other.join(WAIT_S)
     assert meter.wait_s == 0.0
-    meter.encode(2, h, keep=True)
+    meter.encode(2, h, want="gradient")
     after_encode = meter.wait_s
     assert after_encode >= 0.02
-    meter.backprop(2, h)
+    meter.settle(2, h)
     assert meter.wait_s > after_encode
     meter.close()
 
@@ -90,14 +90,13 @@ class Learning(Slow):
 
     trains = True
 
-    def learn(self, step: int, dz: Array) -> None:
-        time.sleep(0.02)
-
-    def probe(self, step: int, h_BTD: Array, mask_BT: Mask | None = None) -> Array:
+    def encode(
+        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, want: Want = "output"
+    ) -> Array:
         time.sleep(0.02)
         return np.stack([h_BTD, h_BTD])
 
-    def score(self, step: int, losses_K: Array) -> None:
+    def settle(self, step: int, answer: Array, *, quiet: bool = False) -> None:
         time.sleep(0.02)
 
 
@@ -108,9 +107,9 @@ def test_the_meter_counts_what_the_encoder_learns(vit: Backbone) -> None:
     assert meter.trains
     h = np.zeros((1, 17, 24), dtype="f4")
     for call in (
-        lambda: meter.learn(1, h),
-        lambda: meter.probe(2, h),
-        lambda: meter.score(2, np.zeros(2, dtype="f4")),
+        lambda: meter.settle(1, h, quiet=True),
+        lambda: meter.encode(2, h, want="probes"),
+        lambda: meter.settle(2, np.zeros(2, dtype="f4")),
     ):
         before = meter.wait_s
         call()

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Array, Encoder, Mask
+from fedsplit.core.encoder import Array, Encoder, Mask, Want
 from fedsplit.core.errors import FederationError, UnreachableError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
-from fedsplit.model.encoder import LocalEncoder
+from fedsplit.model.local_encoder import LocalEncoder
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.split import SplitModel, device_part, server_part
 from fedsplit.training.data import Batch
@@ -71,7 +71,7 @@ def test_evaluation_changes_nothing_and_asks_for_no_graph(vit: Backbone) -> None
     before = module.read(model.part)
     evaluate(model, BATCHES)
     assert_same_bits(before, module.read(model.part))
-    assert [keep for _, keep in encoder.encoded] == [False] * len(BATCHES)
+    assert [want for _, want in encoder.encoded] == ["output"] * len(BATCHES)
 
 
 # Training.
@@ -123,7 +123,7 @@ def test_a_training_head_takes_its_steps_one_by_one(vit: Backbone) -> None:
     model, _ = local(vit, LORA)
     model, encoder = rewired(model, Wrapped)
     train(model, every_epoch, settings(in_flight=4))
-    assert encoder.encoded == [(i, True) for i in range(1, 9)]
+    assert encoder.encoded == [(i, "gradient") for i in range(1, 9)]
     assert encoder.backprops == 8
     assert encoder.threads == {threading.get_ident()}
 
@@ -134,7 +134,7 @@ def test_a_frozen_head_sends_no_gradient(vit: Backbone) -> None:
     before = module.read(model.part)
     train(model, every_epoch, settings(in_flight=2))
     assert encoder.backprops == 0
-    assert {keep for _, keep in encoder.encoded} == {False}
+    assert {want for _, want in encoder.encoded} == {"output"}
     assert sorted(step for step, _ in encoder.encoded) == list(range(1, 9))
     after = module.read(model.part)
     moved = {n for n in before if not np.array_equal(before[n], after[n])}
@@ -209,10 +209,10 @@ class Gathering(Wrapped):
         self._barrier = threading.Barrier(together, timeout=WAIT_S)
 
     def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
+        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, want: Want = "output"
     ) -> Array:
         self._barrier.wait()
-        return super().encode(step, h_BTD, mask_BT, keep=keep)
+        return super().encode(step, h_BTD, mask_BT, want=want)
 
 
 @pytest.mark.parametrize("in_flight", [2, 4])
@@ -233,14 +233,14 @@ class Counting(Wrapped):
         self._changed = threading.Condition()
 
     def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
+        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, want: Want = "output"
     ) -> Array:
         with self._changed:
             self.inside += 1
             self.most = max(self.most, self.inside)
             self._changed.notify_all()
             self._changed.wait_for(lambda: self.inside > 3, timeout=0.05)
-        z = super().encode(step, h_BTD, mask_BT, keep=keep)
+        z = super().encode(step, h_BTD, mask_BT, want=want)
         with self._changed:
             self.inside -= 1
         return z

@@ -14,7 +14,7 @@ import pytest
 
 import fedsplit
 from fedsplit.core.directions import points
-from fedsplit.core.encoder import Array, Capabilities, Grant, Mask, Training
+from fedsplit.core.encoder import Array, Capabilities, Grant, Mask, Training, Want
 from fedsplit.core.errors import ProtocolError, RefusedError
 from fedsplit.transport.client import StreamEncoder
 from fedsplit.transport.codec import CodecId, Dtype, Encoded
@@ -30,50 +30,49 @@ BLOCKS, WIDTH, POOLED = 12, 8, 5
 
 
 class FakeEncoder:
-    """z = 2 h + 1 (masked tokens 0), dh = 3 dz; pooled: the mean over tokens of the first P columns."""
+    """z = 2 h + 1 (masked tokens 0), dh = 3 dz; pooled: the mean over tokens of the first P columns.
+
+    Of probes the k-th output is k more.
+    """
 
     def __init__(self, host: FakeHost, grant: Grant) -> None:
         self.host, self.pooled = host, grant.cut.pooled(BLOCKS)
         training = grant.training
         self.trains = training is not None and training.mode in ("hosted", "shared")
-        self.probes = len(points(training.estimator, training.queries)) if training else 0
+        self.probes = (
+            len(points(training.estimator, training.queries)) if training and not self.trains else 0
+        )
         self.kept: dict[int, tuple[int, ...]] = {}
         self.closed = 0
         self.last = -1
 
     def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
+        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, want: Want = "output"
     ) -> Array:
         assert step > self.last
         assert h_BTD.flags.writeable
         self.last = step
         self.host.before_encode(step)
-        if keep:
+        if want == "gradient":
             self.kept[step] = h_BTD.shape
         z_BTD = 2 * h_BTD + 1
         if mask_BT is not None:
             z_BTD *= mask_BT[..., None]
-        return z_BTD.mean(axis=1)[:, :POOLED] if self.pooled else z_BTD
+        z = z_BTD.mean(axis=1)[:, :POOLED] if self.pooled else z_BTD
+        return np.stack([z + k for k in range(self.probes)]) if want == "probes" else z
 
     def graph_bytes(self, batch: int, tokens: int) -> int:
         return 1000 * batch * tokens
 
-    def backprop(self, step: int, dz: Array) -> Array:
+    def settle(self, step: int, answer: Array, *, quiet: bool = False) -> Array | None:
+        if self.probes:
+            self.host.scored.append((step, answer.tolist()))
+            return None
         shape = self.kept.pop(step)
-        if not self.pooled:
-            return 3 * dz
-        return np.full(shape, 3, np.float32) * dz.sum()
-
-    def learn(self, step: int, dz: Array) -> None:
-        self.host.learned.append((self.kept.pop(step), float(dz.sum())))
-
-    def probe(self, step: int, h_BTD: Array, mask_BT: Mask | None = None) -> Array:
-        """The k-th output is k more than `encode`'s."""
-        z = self.encode(step, h_BTD, mask_BT)
-        return np.stack([z + k for k in range(self.probes)])
-
-    def score(self, step: int, losses_K: Array) -> None:
-        self.host.scored.append((step, losses_K.tolist()))
+        if quiet:
+            self.host.learned.append((shape, float(answer.sum())))
+            return None
+        return np.full(shape, 3, np.float32) * answer.sum() if self.pooled else 3 * answer
 
     def close(self) -> None:
         self.closed += 1
@@ -255,8 +254,8 @@ def unharmed(server: EncoderServer, host: FakeHost) -> Iterator[None]:
     eventually(lambda: server.stats().live_sessions == 0)
     with connect(server.address) as stream:
         h_BTD = make_h()
-        np.testing.assert_array_equal(stream.encode(0, h_BTD, keep=True), 2 * h_BTD + 1)
-        stream.backprop(0, h_BTD)
+        np.testing.assert_array_equal(stream.encode(0, h_BTD, want="gradient"), 2 * h_BTD + 1)
+        stream.settle(0, h_BTD)
     eventually(lambda: server.stats().live_sessions == 0)
     assert server.stats().kept_steps == 0
     assert all(encoder.closed == 1 for encoder in host.encoders)

@@ -142,10 +142,10 @@ def test_a_damaged_file(at: int, value: int) -> None:
 def test_the_stream_asks_the_host_to_learn(server: EncoderServer, host: FakeHost) -> None:
     with connect(server.address, make_grant(training=HOSTED)) as stream:
         assert stream.trains
-        stream.encode(5, make_h(), keep=True)
-        stream.learn(5, make_h())
+        stream.encode(5, make_h(), want="gradient")
+        stream.settle(5, make_h(), quiet=True)
         with pytest.raises(ProtocolError, match="not kept"):
-            stream.learn(5, make_h())
+            stream.settle(5, make_h(), quiet=True)
         assert stream.payload_down == make_h().nbytes
     assert [shape for shape, _ in host.learned] == [make_h().shape]
     stats = server.stats()

@@ -86,7 +86,7 @@ def test_the_server_is_killed_inside_a_step() -> None:
 def test_a_server_that_shuts_down_says_so(host: FakeHost) -> None:
     server = EncoderServer(host, key=KEY)
     with connect(server.address) as stream:
-        stream.encode(0, make_h(), keep=True)
+        stream.encode(0, make_h(), want="gradient")
         started = time.monotonic()
         server.close()
         server.close()
@@ -256,7 +256,7 @@ def proxied(target: str) -> Iterator[Proxy]:
 @pytest.mark.slow
 def test_both_sides_notice_a_dead_peer_within_20_s(server: EncoderServer, host: FakeHost) -> None:
     with proxied(server.address) as proxy, connect(proxy.address) as stream:
-        stream.encode(0, make_h(), keep=True)
+        stream.encode(0, make_h(), want="gradient")
         proxy.hole.set()
         started = time.monotonic()
         with pytest.raises(UnreachableError):

@@ -281,13 +281,13 @@ def test_a_step_waits_for_the_room_that_another_gives_back() -> None:
         connect(server.address, make_grant(site="site-2")) as second,
         ThreadPoolExecutor(1) as pool,
     ):
-        first.encode(0, h_BTD, keep=True)
-        waiting = pool.submit(second.encode, 0, h_BTD, keep=True)
+        first.encode(0, h_BTD, want="gradient")
+        waiting = pool.submit(second.encode, 0, h_BTD, want="gradient")
         assert server.stats().kept_bytes == 6000
         assert not waiting.done()
-        first.backprop(0, h_BTD)
+        first.settle(0, h_BTD)
         np.testing.assert_array_equal(waiting.result(20), 2 * h_BTD + 1)
-        second.backprop(0, h_BTD)
+        second.settle(0, h_BTD)
         eventually(lambda: server.stats().kept_bytes == 0)
 
 

@@ -37,8 +37,8 @@ def test_fp32_is_bit_exact_and_the_arrays_are_writable(server: EncoderServer) ->
     h_BTD, dz = make_h(), make_h(seed=1)
     with connect(server.address) as stream:
         encoder: Encoder = stream
-        z = encoder.encode(5, h_BTD, keep=True)
-        dh = encoder.backprop(5, dz)
+        z = encoder.encode(5, h_BTD, want="gradient")
+        dh = encoder.settle(5, dz)
     np.testing.assert_array_equal(z, 2 * h_BTD + 1)
     np.testing.assert_array_equal(dh, 3 * dz)
     assert z.flags.writeable
@@ -50,8 +50,8 @@ def test_fp32_is_bit_exact_and_the_arrays_are_writable(server: EncoderServer) ->
 def test_fp16_halves_the_bytes(server: EncoderServer) -> None:
     h_BTD = make_h()
     with connect(server.address, codec="fp16") as stream:
-        z = stream.encode(0, h_BTD, keep=True)
-        dh = stream.backprop(0, h_BTD)
+        z = stream.encode(0, h_BTD, want="gradient")
+        dh = stream.settle(0, h_BTD)
         assert stream.payload_up == stream.payload_down == 2 * 2 * h_BTD.size
     np.testing.assert_allclose(z, 2 * h_BTD + 1, rtol=2e-3, atol=2e-3)
     np.testing.assert_allclose(dh, 3 * h_BTD, rtol=2e-3, atol=2e-3)
@@ -80,9 +80,9 @@ def test_mask(server: EncoderServer) -> None:
 def test_the_server_pools_when_the_cut_ends_at_the_last_block(server: EncoderServer) -> None:
     h_BTD = make_h()
     with connect(server.address, make_grant(b=12)) as stream:
-        z_BP = stream.encode(0, h_BTD, keep=True)
+        z_BP = stream.encode(0, h_BTD, want="gradient")
         assert z_BP.shape == (2, POOLED)
-        assert stream.backprop(0, np.ones_like(z_BP)).shape == h_BTD.shape
+        assert stream.settle(0, np.ones_like(z_BP)).shape == h_BTD.shape
 
 
 def test_tensors_of_many_chunks() -> None:
@@ -90,15 +90,15 @@ def test_tensors_of_many_chunks() -> None:
     h_BTD = make_h(8, 300, 1024)  # 9.8 MB
     grant = make_grant(max_batch=8, max_tokens=300)
     with EncoderServer(host, key=KEY) as server, connect(server.address, grant) as stream:
-        np.testing.assert_array_equal(stream.encode(0, h_BTD, keep=True), 2 * h_BTD + 1)
-        np.testing.assert_array_equal(stream.backprop(0, h_BTD), 3 * h_BTD)
+        np.testing.assert_array_equal(stream.encode(0, h_BTD, want="gradient"), 2 * h_BTD + 1)
+        np.testing.assert_array_equal(stream.settle(0, h_BTD), 3 * h_BTD)
 
 
 def test_several_threads_have_steps_in_flight(server: EncoderServer) -> None:
     def train(step: int) -> None:
         h_BTD = make_h(seed=step)
-        np.testing.assert_array_equal(stream.encode(step, h_BTD, keep=True), 2 * h_BTD + 1)
-        np.testing.assert_array_equal(stream.backprop(step, h_BTD), 3 * h_BTD)
+        np.testing.assert_array_equal(stream.encode(step, h_BTD, want="gradient"), 2 * h_BTD + 1)
+        np.testing.assert_array_equal(stream.settle(step, h_BTD), 3 * h_BTD)
 
     with connect(server.address, max_in_flight=4) as stream, ThreadPoolExecutor(4) as pool:
         list(pool.map(train, range(100)))
@@ -185,15 +185,15 @@ def test_the_client_checks_before_it_sends(server: EncoderServer) -> None:
         with pytest.raises(RefusedError, match="lower batch-size"):
             stream.encode(0, make_h(5, 3, WIDTH))
         with pytest.raises(ProtocolError, match="not kept"):
-            stream.backprop(7, make_h())
+            stream.settle(7, make_h())
         for step in range(8):
-            stream.encode(step, make_h(), keep=True)
-        with pytest.raises(RefusedError, match="backprop or score them first"):
-            stream.encode(8, make_h(), keep=True)
+            stream.encode(step, make_h(), want="gradient")
+        with pytest.raises(RefusedError, match="settle them first"):
+            stream.encode(8, make_h(), want="gradient")
         with pytest.raises(ProtocolError, match="is wanted"):
-            stream.backprop(0, make_h(1, 1, 1))
+            stream.settle(0, make_h(1, 1, 1))
         for step in range(8):
-            stream.backprop(step, make_h())
+            stream.settle(step, make_h())
     assert server.stats().refused == {}
 
 
@@ -250,8 +250,8 @@ def test_the_wire_adds_less_than_a_hundredth() -> None:
     host, h_BTD = FakeHost(width=192), make_h(16, 197, 192)
     grant = make_grant(max_batch=16, max_tokens=197)
     with EncoderServer(host, key=KEY) as server, connect(server.address, grant) as stream:
-        stream.encode(0, h_BTD, keep=True)
-        stream.backprop(0, h_BTD)
+        stream.encode(0, h_BTD, want="gradient")
+        stream.settle(0, h_BTD)
         t = stream.traffic()
     assert t.payload_up == t.payload_down == 2 * h_BTD.nbytes
     assert t.bytes_up / t.payload_up <= 1.01

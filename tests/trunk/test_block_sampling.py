@@ -75,8 +75,8 @@ def test_a_step_is_that_of_the_blocks_up_to_there_and_the_pooling(
     reached = {n: g for n, g in zip(names, found[1:], strict=True) if g is not None}
 
     session = open_site(host, leave)
-    np.testing.assert_array_equal(session.encode(1, make_h(), keep=True), z.detach().numpy())
-    np.testing.assert_array_equal(session.backprop(1, make_dz()), found[0].numpy())
+    np.testing.assert_array_equal(session.encode(1, make_h(), want="gradient"), z.detach().numpy())
+    np.testing.assert_array_equal(session.settle(1, make_dz()), found[0].numpy())
     delta = host.collect("v")["s"]
     # Later blocks have no gradient and no change; the pooling has one.
     assert delta.keys() == reached.keys()
@@ -89,9 +89,9 @@ def test_a_step_is_that_of_the_blocks_up_to_there_and_the_pooling(
 def test_tests_go_through_all_blocks(host: BackboneHost) -> None:
     short, frozen = open_site(host, 2), host.open(grant(host.backbone, Cut(1, 4)))
     np.testing.assert_array_equal(short.encode(1, make_h()), frozen.encode(1, make_h()))
-    early = short.encode(2, make_h(), keep=True)
+    early = short.encode(2, make_h(), want="gradient")
     assert not np.array_equal(early, frozen.encode(2, make_h()))
-    short.learn(2, make_dz())
+    short.settle(2, make_dz(), quiet=True)
     whole = open_site(host, 0, "whole")
     moved = short.encode(3, make_h())
     assert not np.array_equal(moved, whole.encode(3, make_h()))
@@ -100,8 +100,8 @@ def test_tests_go_through_all_blocks(host: BackboneHost) -> None:
 def test_sites_of_one_copy_may_leave_it_after_different_blocks(host: BackboneHost) -> None:
     sites = [open_site(host, leave, f"s{leave}", mode="shared", weight=0.5) for leave in (2, 4)]
     for session in sites:
-        session.encode(1, make_h(), keep=True)
-        session.learn(1, make_dz())
+        session.encode(1, make_h(), want="gradient")
+        session.settle(1, make_dz(), quiet=True)
     delta = host.collect("v")[""]
     assert {module.depth(host.backbone, n) for n in delta} == {1, 2, 3, 4}
 

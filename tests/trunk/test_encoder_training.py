@@ -191,11 +191,11 @@ def test_the_client_refuses_before_it_sends(
     with dial(servers["vit"], grant(backbones["vit"], Cut(1, 3))) as stream:
         typed: StreamEncoder = stream
         assert not typed.trains
-        typed.encode(0, make_h(), keep=True)
+        typed.encode(0, make_h(), want="gradient")
         for call in (
-            lambda: typed.learn(0, make_h()),
-            lambda: typed.probe(1, make_h()),
+            lambda: typed.settle(0, make_h(), quiet=True),
+            lambda: typed.encode(1, make_h(), want="probes"),
         ):
             with pytest.raises(RefusedError, match="frozen"):
                 call()
-        typed.backprop(0, make_h())
+        typed.settle(0, make_h())

@@ -66,9 +66,9 @@ def test_shared_is_one_model_that_the_sites_step_in_turn(host: BackboneHost) -> 
     for step, site in enumerate(sites):
         h, dz = make_h(step), make_h(10 + step)
         np.testing.assert_array_equal(
-            site.encode(0, h, keep=True), alone.encode(step, h, keep=True)
+            site.encode(0, h, want="gradient"), alone.encode(step, h, want="gradient")
         )
-        np.testing.assert_array_equal(site.backprop(0, dz), alone.backprop(step, dz))
+        np.testing.assert_array_equal(site.settle(0, dz), alone.settle(step, dz))
     found = host.collect("v")
     assert found[""].keys() == found["alone"].keys()
     for name, delta in found["alone"].items():
@@ -82,7 +82,7 @@ def test_a_site_tests_what_it_received_until_it_trains(host: BackboneHost) -> No
     np.testing.assert_array_equal(second.encode(0, make_h()), received)
     moved = first.encode(1, make_h())
     assert np.abs(moved - received).max() > 1e-4
-    np.testing.assert_array_equal(second.encode(1, make_h(), keep=True), moved)
+    np.testing.assert_array_equal(second.encode(1, make_h(), want="gradient"), moved)
     np.testing.assert_array_equal(second.encode(2, make_h()), moved)
 
 
@@ -92,19 +92,19 @@ def test_a_turn_that_ran_out_still_steps_by_the_gradient_of_its_own_forward(
     frozen = open_site(host, None)
     slow, quick = open_site(host, shared(0.5), "slow"), open_site(host, shared(0.5), "quick")
     slow._turns._wait_s = 0.05
-    slow.encode(0, make_h(), keep=True)
-    frozen.encode(0, make_h(), keep=True)
-    quick.encode(0, make_h(), keep=True)
-    quick.backprop(0, make_h(1))
-    np.testing.assert_array_equal(slow.backprop(0, make_h(2)), frozen.backprop(0, make_h(2)))
+    slow.encode(0, make_h(), want="gradient")
+    frozen.encode(0, make_h(), want="gradient")
+    quick.encode(0, make_h(), want="gradient")
+    quick.settle(0, make_h(1))
+    np.testing.assert_array_equal(slow.settle(0, make_h(2)), frozen.settle(0, make_h(2)))
 
 
 def test_shared_takes_sites_of_several_cuts(host: BackboneHost) -> None:
     open_site(host, shared(0.5), "z", "0,4")
     for site, cut in (("x", "0,2"), ("y", "2,4")):
         session = open_site(host, shared(0.5), site, cut)
-        z = session.encode(0, make_h(), keep=True)
-        session.backprop(0, np.ones_like(z))
+        z = session.encode(0, make_h(), want="gradient")
+        session.settle(0, np.ones_like(z))
     delta = host.collect("v")[""]
     assert delta.keys() == module.server_names(host.backbone, SPEC)
     open_site(host, shared(0.5))
@@ -115,28 +115,28 @@ def test_shared_takes_sites_of_several_cuts(host: BackboneHost) -> None:
 def test_a_session_may_have_several_steps_under_way(host: BackboneHost) -> None:
     session, fresh = open_site(host, ADAMW), open_site(host, None)
     for step in (0, 1):
-        session.encode(step, make_h(step), keep=True)
-        fresh.encode(step, make_h(step), keep=True)
+        session.encode(step, make_h(step), want="gradient")
+        fresh.encode(step, make_h(step), want="gradient")
     for step in (0, 1):
         np.testing.assert_array_equal(
-            session.backprop(step, make_h(7)), fresh.backprop(step, make_h(7))
+            session.settle(step, make_h(7)), fresh.settle(step, make_h(7))
         )
     with pytest.raises(ProtocolError, match="is not held"):
-        session.backprop(1, make_h())
+        session.settle(1, make_h())
     assert session.kept_steps == 0
 
 
 def test_sessions_at_once_do_not_disturb_each_other(host: BackboneHost) -> None:
     frozen = open_site(host, None)
-    frozen.encode(0, make_h(), keep=True)
-    dh = frozen.backprop(0, make_h(1))
+    frozen.encode(0, make_h(), want="gradient")
+    dh = frozen.settle(0, make_h(1))
     start = threading.Barrier(4)
 
     def run(site: str) -> np.ndarray:
         session = open_site(host, SGD, site)
-        session.encode(0, make_h(), keep=True)
+        session.encode(0, make_h(), want="gradient")
         start.wait(20)
-        first = session.backprop(0, make_h(1))
+        first = session.settle(0, make_h(1))
         five_steps(session)
         return first
 
@@ -173,15 +173,17 @@ def test_sites_at_once_on_a_shared_copy_lose_no_step_and_take_no_old_one(
 
 def five_steps(session: Any, *, close: bool = True) -> None:
     for step in range(1, 6):
-        session.encode(step, make_h(), keep=True)
-        session.backprop(step, make_h(1))
+        session.encode(step, make_h(), want="gradient")
+        session.settle(step, make_h(1))
     if close:
         session.close()
 
 
 def one_step(session: Any, seed: int = 1) -> None:
-    z = session.encode(0, make_h(), keep=True)
-    session.learn(0, np.random.default_rng(seed).standard_normal(z.shape, dtype=np.float32))
+    z = session.encode(0, make_h(), want="gradient")
+    session.settle(
+        0, np.random.default_rng(seed).standard_normal(z.shape, dtype=np.float32), quiet=True
+    )
 
 
 def test_the_last_session_of_a_site_counts(host: BackboneHost) -> None:
@@ -202,7 +204,7 @@ def test_the_last_session_of_a_site_counts(host: BackboneHost) -> None:
 def test_who_took_no_step_has_no_delta(host: BackboneHost) -> None:
     session = open_site(host, ADAMW)
     session.encode(0, make_h())
-    session.encode(1, make_h(), keep=True)
+    session.encode(1, make_h(), want="gradient")
     session.close()
     session.close()
     assert host.collect("v") == {}
@@ -250,9 +252,9 @@ def test_one_half_of_lora(host: BackboneHost) -> None:
 
 def test_a_gradient_that_is_not_finite_changes_nothing(host: BackboneHost) -> None:
     session = open_site(host, SGD)
-    before = session.encode(0, make_h(), keep=True)
+    before = session.encode(0, make_h(), want="gradient")
     with pytest.raises(EncoderError, match="not finite"):
-        session.learn(0, np.full((2, 5, 24), 3e38, np.float32))
+        session.settle(0, np.full((2, 5, 24), 3e38, np.float32), quiet=True)
     np.testing.assert_array_equal(session.encode(1, make_h()), before)
     assert host.collect("v") == {}
 
@@ -285,8 +287,8 @@ def test_other_modules_train_and_the_backbone_stays(kind: Any, vit: Backbone) ->
     before = answers()
     session = open_site(host, ADAMW, cut="2,4")
     for step in range(2):
-        z = session.encode(step, make_h(), keep=True)
-        session.backprop(step, np.ones_like(z))
+        z = session.encode(step, make_h(), want="gradient")
+        session.settle(step, np.ones_like(z))
     assert np.abs(session.encode(9, make_h()) - before[1]).max() > 1e-3
     delta = host.collect("v")["s"]
     assert delta.keys() == module.server_names(backbone, spec, Cut(2, 4))
@@ -302,14 +304,15 @@ def test_what_a_session_may_not_do(host: BackboneHost) -> None:
     frozen, hosted = open_site(host, None), open_site(host, SGD)
     assert (frozen.trains, hosted.trains) == (False, True)
     for call in (
-        lambda: frozen.learn(0, make_h()),
-        lambda: frozen.probe(0, make_h()),
-        lambda: frozen.score(0, make_h()),
-        lambda: hosted.probe(0, make_h()),
-        lambda: hosted.score(0, make_h()),
+        lambda: frozen.settle(0, make_h(), quiet=True),
+        lambda: frozen.encode(0, make_h(), want="probes"),
+        lambda: hosted.encode(0, make_h(), want="probes"),
     ):
         with pytest.raises(RefusedError):
             call()
+    for session in (frozen, hosted):
+        with pytest.raises(ProtocolError, match="step 0 is not held"):
+            session.settle(0, np.zeros(4, np.float32))
 
 
 @pytest.mark.parametrize(
@@ -341,7 +344,7 @@ def test_a_graph_is_counted_with_what_it_really_holds(
     h_BTD = np.ones((2, tokens, host.backbone.width), np.float32)
     mask_BT = None if family == "vit" else np.arange(tokens) < np.array([[9], [40]])
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        z = session.encode(0, h_BTD, mask_BT, keep=True)
+        z = session.encode(0, h_BTD, mask_BT, want="gradient")
     real = sum(seen.values())
     # Tensors of a size of their own (masks, weights of the moment) are counted for each sample; ends once or twice.
     assert 0.95 * real <= counted <= 1.35 * real + 4 * h_BTD.nbytes + z.nbytes
@@ -357,15 +360,15 @@ def test_one_huge_gradient_does_not_wreck_the_copy_of_all(
     training = shared(0.5).model_copy(update={"optimizer": optimizer})
     honest, hostile = (open_site(host, training, site=s) for s in ("honest", "hostile"))
     for step in range(8):
-        z = honest.encode(step, make_h(step), keep=True)
-        honest.backprop(step, np.ones_like(z) / z.size)
+        z = honest.encode(step, make_h(step), want="gradient")
+        honest.settle(step, np.ones_like(z) / z.size)
     before = {n: v.clone() for n, v in honest._tensors._values.items()}
-    z = hostile.encode(0, make_h(), keep=True)
+    z = hostile.encode(0, make_h(), want="gradient")
     with pytest.raises(EncoderError, match=r"has length .* nothing was trained with it"):
-        hostile.backprop(0, np.full_like(z, 1e11))
+        hostile.settle(0, np.full_like(z, 1e11))
     assert all(torch.equal(v, before[n]) for n, v in honest._tensors._values.items())
     hostile.close()
-    z = honest.encode(9, make_h(9), keep=True)
-    honest.backprop(9, np.ones_like(z) / z.size)
+    z = honest.encode(9, make_h(9), want="gradient")
+    honest.settle(9, np.ones_like(z) / z.size)
     assert np.isfinite(honest.encode(10, make_h())).all()
     honest.close()

@@ -18,7 +18,7 @@ from fedsplit.core.encoder import Training
 from fedsplit.core.errors import ProtocolError, RefusedError
 from fedsplit.model import module, seam
 from fedsplit.model.backbone import Backbone
-from fedsplit.model.encoder import LocalEncoder
+from fedsplit.model.local_encoder import LocalEncoder
 from fedsplit.model.split import SplitModel, server_part
 from fedsplit.transport import client
 from fedsplit.transport.client import collect
@@ -76,7 +76,7 @@ def one_step(encoder: Any, step: int, h_BTD: torch.Tensor, tail: Any) -> torch.T
     with torch.no_grad():
         z_KBTD = seam.probe(h_BTD, None, encoder, step)
         losses_K = torch.stack([tail(z) for z in z_KBTD])
-    seam.score(losses_K, encoder, step)
+    seam.settle(losses_K, encoder, step)
     return losses_K
 
 
@@ -274,17 +274,14 @@ def test_a_zeroth_order_session_takes_no_gradient(
         pytest.raises(RefusedError, match="takes no gradient"),
         dial(server, grant(backbone, PLACE, training=ZO)) as stream,
     ):
-        stream.encode(0, h, keep=True)
+        stream.encode(0, h, want="gradient")
     host = BackboneHost(backbone)
     host.publish("v", packed(backbone))
     session = host.open(grant(backbone, PLACE, training=ZO))
-    for call in (
-        lambda: session.encode(0, h, keep=True),
-        lambda: session.backprop(0, h),
-        lambda: session.learn(0, h),
-    ):
-        with pytest.raises(RefusedError):
-            call()
+    with pytest.raises(RefusedError, match="keeps no graph"):
+        session.encode(0, h, want="gradient")
+    with pytest.raises(ProtocolError, match="has losses of shape"):
+        session.settle(0, h)
     assert not session.trains
 
 
@@ -292,19 +289,19 @@ def test_losses_come_once_and_are_as_many_as_the_forwards(
     backbone: Backbone, server: EncoderServer, h_BTD: Any
 ) -> None:
     with dial(server, grant(backbone, PLACE, training=ZO)) as stream:
-        z = stream.probe(0, h_BTD.numpy())
+        z = stream.encode(0, h_BTD.numpy(), want="probes")
         assert z.shape == (4, B, T, D)
         with pytest.raises(ProtocolError, match=r"\(4,\) is wanted"):
-            stream.score(0, np.zeros(3, np.float32))
+            stream.settle(0, np.zeros(3, np.float32))
         with pytest.raises(ProtocolError, match="NaN"):
-            stream.score(0, np.full(4, np.nan, np.float32))
-        with pytest.raises(ProtocolError, match="not kept"):
-            stream.backprop(0, z[0])
+            stream.settle(0, np.full(4, np.nan, np.float32))
+        with pytest.raises(ProtocolError, match=r"\(4,\) is wanted"):
+            stream.settle(0, z[0])
         with pytest.raises(ProtocolError, match="already kept"):
-            stream.probe(0, h_BTD.numpy())
-        stream.score(0, np.zeros(4, np.float32))
-        with pytest.raises(ProtocolError, match="score it once"):
-            stream.score(0, np.zeros(4, np.float32))
+            stream.encode(0, h_BTD.numpy(), want="probes")
+        stream.settle(0, np.zeros(4, np.float32))
+        with pytest.raises(ProtocolError, match="settle it once"):
+            stream.settle(0, np.zeros(4, np.float32))
 
 
 def test_an_answer_beyond_one_message_is_refused_before_it_is_computed(
@@ -314,7 +311,7 @@ def test_an_answer_beyond_one_message_is_refused_before_it_is_computed(
     with dial(server, grant(backbone, PLACE, training=huge, max_tokens=400)) as stream:
         wide = np.zeros((8, 400, D), np.float32)
         with pytest.raises(ProtocolError, match="lower zo-queries or batch-size"):
-            stream.probe(0, wide)
+            stream.encode(0, wide, want="probes")
 
 
 def test_pooled_probes_and_masks(tiny: dict[str, Path]) -> None:

@@ -1,24 +1,26 @@
-"""The real encoder: blocks[a:b] of a part, frozen, behind core's Encoder protocol.
+"""An encoder in this process: blocks[a:b] of a part, frozen, behind core's Encoder protocol.
 
-`trunk` opens one per session over shared weights; in-process use and the tests open it directly. Sessions that train
-the module's tensors on the server's blocks are in training_encoder.py and probing_encoder.py and build on this.
+`trunk` opens one per session over shared weights; in-process use and the tests open it directly. Two kinds of session
+build on it: training_encoder.py trains by exact gradients, probing_encoder.py by estimates.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Array, Mask
+from fedsplit.core.encoder import Array, Mask, Want
 from fedsplit.core.errors import ProtocolError, RefusedError
 from fedsplit.model.part import Part
 from fedsplit.model.seam import as_tensor
+from fedsplit.model.trained_tensors import Parameters
 
 Turn = Callable[[], AbstractContextManager[object]]
 """Held while a session computes."""
@@ -26,8 +28,16 @@ Graphs = dict[tuple[Cut, int, bool, int], int]
 """(cut, block to leave after, trains, tokens) -> bytes that the graph of one sample holds."""
 
 
+class HeldStep(NamedTuple):
+    """A step whose gradient is awaited: its graph goes from `h` and the tensors that train to `z`."""
+
+    h: Tensor
+    z: Tensor
+    trained: Parameters
+
+
 class LocalEncoder:
-    """One session: runs the blocks in this process and holds the graphs of kept steps until backprop."""
+    """One session: runs the blocks in this process and holds the graphs of steps whose gradient is wanted."""
 
     trains = False
 
@@ -42,7 +52,7 @@ class LocalEncoder:
         self._pooled = cut.pooled(part.backbone.blocks)
         # The block before which a forward that is kept stops.
         self._leave = cut.b
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[int, HeldStep] = {}
         self._lock = threading.Lock()
 
     @property
@@ -51,23 +61,36 @@ class LocalEncoder:
         return len(self._kept)
 
     def encode(
-        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, keep: bool = False
+        self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, want: Want = "output"
     ) -> Array:
-        """See core.encoder.Encoder."""
-        h = as_tensor(h_BTD)
-        with self._turn(), torch.set_grad_enabled(keep):
-            h.requires_grad_(keep)
-            z = self._forward(h, mask_BT, self._leave if keep else self._cut.b)
-        if keep:
-            self._keep(step, h, z)
+        """See core.encoder.Encoder. Raises RefusedError for probes: those are a zeroth-order session's."""
+        if want == "probes":
+            raise RefusedError(f"step {step}: this session is not a zeroth-order one")
+        keep, h = want == "gradient", as_tensor(h_BTD)
+        with self._in_place(keep) as trained:
+            with self._turn(), torch.set_grad_enabled(keep):
+                h.requires_grad_(keep)
+                z = self._forward(h, mask_BT, self._leave if keep else self._cut.b)
+            if keep:
+                with self._lock:
+                    self._kept[step] = HeldStep(h, z, trained)
         return z.detach().contiguous().numpy()
 
-    def backprop(self, step: int, dz: Array) -> Array:
+    def settle(self, step: int, answer: Array, *, quiet: bool = False) -> Array | None:
         """See core.encoder.Encoder. Raises ProtocolError for a step that is not held."""
-        h, z = self._take(step)
+        if quiet and not self.trains:
+            raise RefusedError(f"step {step}: this session trains nothing at the encoder")
+        with self._lock:
+            held = self._kept.pop(step, None)
+        if held is None:
+            raise ProtocolError(
+                f"step {step} is not held; its gradient was sent before or never asked for"
+            )
+        inputs = [*held.trained.values(), *([] if quiet else [held.h])]
         with self._turn():
-            (dh,) = torch.autograd.grad(z, h, as_tensor(dz))
-        return dh.contiguous().numpy()
+            found = torch.autograd.grad(held.z, inputs, as_tensor(answer), allow_unused=True)
+            self._learn({n: g for n, g in zip(held.trained, found, strict=False) if g is not None})
+        return None if quiet else found[-1].contiguous().numpy()
 
     def graph_bytes(self, batch: int, tokens: int) -> int:
         """See core.encoder.HostedEncoder: a forward of one sample is measured, once for each number of tokens."""
@@ -101,21 +124,6 @@ class LocalEncoder:
         saved[z.untyped_storage().data_ptr()] = z.untyped_storage().nbytes()
         return sum(n for place, n in saved.items() if place not in weights)
 
-    def learn(self, step: int, dz: Array) -> None:
-        """See core.encoder.Encoder. Raises RefusedError: nothing trains here."""
-        del dz
-        raise RefusedError(f"step {step}: this session trains nothing at the encoder")
-
-    def probe(self, step: int, h_BTD: Array, mask_BT: Mask | None = None) -> Array:
-        """See core.encoder.Encoder. Raises RefusedError: that is for zeroth-order sessions."""
-        del h_BTD, mask_BT
-        raise RefusedError(f"step {step}: this session is not a zeroth-order one")
-
-    def score(self, step: int, losses_K: Array) -> None:
-        """See core.encoder.Encoder. Raises RefusedError: that is for zeroth-order sessions."""
-        del losses_K
-        raise RefusedError(f"step {step}: this session is not a zeroth-order one")
-
     def close(self) -> None:
         """Free all held graphs."""
         with self._lock:
@@ -126,15 +134,11 @@ class LocalEncoder:
         z = self._part.trunk.run(h, mask, self._cut.a, stop)
         return self._part.ends.pool(z, mask) if self._pooled else z
 
-    def _keep(self, step: int, h: Tensor, z: Tensor) -> None:
-        with self._lock:
-            self._kept[step] = (h, z)
+    @contextmanager
+    def _in_place(self, keep: bool) -> Iterator[Parameters]:
+        """Held while a forward runs: what trains here, in its place; `keep`: its gradient is wanted."""
+        del keep
+        yield {}
 
-    def _take(self, step: int) -> tuple[Tensor, Tensor]:
-        with self._lock:
-            held = self._kept.pop(step, None)
-        if held is None:
-            raise ProtocolError(
-                f"step {step} is not held; its gradient was sent before or never asked for"
-            )
-        return held
+    def _learn(self, grads: Mapping[str, Tensor]) -> None:
+        """Step what trains here."""

@@ -18,7 +18,9 @@ from rich.progress import Progress as Bar
 
 from fedsplit.core.errors import RunDirError
 from fedsplit.core.records import RoundMetrics, Status
+from fedsplit.core.scores import Tally, added, scoring_of
 from fedsplit.report.read import read_metrics, read_status
+from fedsplit.report.scores import title, whole
 
 _POLL_S = 0.25
 
@@ -52,16 +54,14 @@ class Snapshot:
     def total(self) -> int:
         return len(self.status.sites) * (self.status.rounds + 1) if self.status else 0
 
-    def accuracy(self) -> tuple[int, float, int, int] | None:
-        """(rounds trained, share right, test samples, sites that answered) of the latest module tested so far."""
+    def tested(self) -> tuple[int, Tally, int] | None:
+        """(rounds trained, test, sites that answered) of the latest module tested so far."""
         tested = [m for m in self.metrics if m.test_samples]
         if not tested:
             return None
         latest = max(m.round for m in tested)
         lines = [m for m in tested if m.round == latest]
-        right = sum(m.correct_global for m in lines)
-        total = sum(m.test_samples for m in lines)
-        return latest - 1, right / total, total, len(lines)
+        return latest - 1, added(m.tested for m in lines), len(lines)
 
 
 class RunFiles:
@@ -110,16 +110,16 @@ class Progress:
     """Snapshots as a bar on a terminal, or as a line a change of round elsewhere. A context manager."""
 
     def __init__(self, console: Console, *, untrained: bool = False) -> None:
-        """`untrained`: the run's classifier starts from zero, so its accuracy before training is none."""
+        """`untrained`: the run's classifier starts from zero, so that its score before training says nothing."""
         self._console = console
         self._untrained = untrained
         self._bar = Bar(
             TextColumn("{task.description}"), BarColumn(24), TextColumn("{task.completed:.0f}/{task.total:.0f} replies"),
             TextColumn("elapsed"), TimeElapsedColumn(), TextColumn("| left"), TimeRemainingColumn(),
-            TextColumn("| {task.fields[accuracy]}"),
+            TextColumn("| {task.fields[score]}"),
             console=console, transient=True, disable=not console.is_terminal,
         )  # fmt: skip
-        self._task = self._bar.add_task("starting Flower", total=1, completed=0, accuracy="")
+        self._task = self._bar.add_task("starting Flower", total=1, completed=0, score="")
         self._said = ""
 
     def __enter__(self) -> Progress:
@@ -140,13 +140,13 @@ class Progress:
         if status is None:
             return
         where = _where(status)
-        text = _accuracy_text(snapshot, untrained=self._untrained)
+        text = _score_text(snapshot, untrained=self._untrained)
         self._bar.update(
             self._task,
             description=where,
             completed=snapshot.done,
             total=max(1, snapshot.total),
-            accuracy=text,
+            score=text,
         )
         # A round that begins is news; so is the end, even if its round's number was said before.
         in_round = status.phase in {"training", "evaluating"}
@@ -176,18 +176,20 @@ def _stage(status: Status) -> str:
     return names.get(status.phase, status.message or f"{status.phase} ...")
 
 
-def _accuracy_text(snapshot: Snapshot, *, untrained: bool) -> str:
-    accuracy = snapshot.accuracy()
-    if accuracy is None:
+def _score_text(snapshot: Snapshot, *, untrained: bool) -> str:
+    latest = snapshot.tested()
+    if latest is None:
         return ""
-    trained, share, n, sites = accuracy
+    trained, test, sites = latest
+    scoring = scoring_of(test.sums)
+    name = title(scoring.main)
     when = (
         f"after {trained} {'round' if trained == 1 else 'rounds'}" if trained else "before training"
     )
     if untrained and not trained:
-        return f"accuracy {when}: untrained"
-    where = f"{n} test samples, {sites} {'site' if sites == 1 else 'sites'}"
-    return f"accuracy {when}: {100 * share:.1f} % ({where})"
+        return f"{name} {when}: untrained"
+    where = f"{test.samples} test samples, {sites} {'site' if sites == 1 else 'sites'}"
+    return f"{name} {when}: {whole(scoring.scores(test), scoring)} ({where})"
 
 
 def follow(

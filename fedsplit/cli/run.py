@@ -135,7 +135,7 @@ def _record(summary: Any, run_dir: Path, out: Output) -> dict[str, Any]:
     outcome = (
         "partial" if summary.outcome == "complete" and lost_sites(summary) else summary.outcome
     )
-    plots = _plots(run_dir, out) if summary.rounds_done else []
+    plots = _plots(run_dir, summary.scoring.main, out) if summary.rounds_done else []
     record: dict[str, Any] = summary.model_dump(mode="json")
     record |= {
         "outcome": outcome,
@@ -148,14 +148,12 @@ def _record(summary: Any, run_dir: Path, out: Output) -> dict[str, Any]:
     return record
 
 
-def _plots(run_dir: Path, out: Output) -> list[Path]:
-    """The run's plots, drawn now if the ServerApp did not."""
+def _plots(run_dir: Path, main: str, out: Output) -> list[Path]:
+    """The run's plots, of its main score and its traffic, drawn now if the ServerApp did not."""
     from fedsplit.core.errors import RunDirError
     from fedsplit.report import write_plots
 
-    there = [
-        run_dir / f"{name}.{kind}" for name in ("accuracy", "traffic") for kind in ("png", "svg")
-    ]
+    there = [run_dir / f"{name}.{kind}" for name in (main, "traffic") for kind in ("png", "svg")]
     if not all(path.is_file() for path in there) and run_dir.is_dir():
         try:
             write_plots(run_dir)

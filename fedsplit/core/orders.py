@@ -19,6 +19,7 @@ from fedsplit.core.encoder import Grant
 from fedsplit.core.foreign import MAX_CLASSES, MAX_NAME_CHARS, ClassName, Name, printable
 from fedsplit.core.notes import MAX_NOTE_CHARS, MAX_NOTES
 from fedsplit.core.records import RoundMetrics
+from fedsplit.core.scores import Tally
 
 # Groups of arrays that travel beside an order or an answer.
 MODULE, DELTA, STATISTICS, SCALARS, HISTORY = "module", "delta", "statistics", "scalars", "history"
@@ -139,10 +140,10 @@ class LocalOnly(_Part):
     """What training alone reached."""
 
     site: Name
-    correct_own: int = Field(ge=0, le=MAX_SAMPLES)
-    total_own: int = Field(ge=0, le=MAX_SAMPLES)
-    correct_everywhere: int = Field(ge=0, le=MAX_SAMPLES)
-    total_everywhere: int = Field(ge=0, le=MAX_SAMPLES)
+    own: Tally
+    """On its own test samples."""
+    everywhere: Tally
+    """On those of all sites, where they are to be had."""
 
 
 class Fault(_Part):

@@ -2,15 +2,28 @@
 
 `federation/server/books/run_dir.py` writes them under `runs/<run>/`; `report` and the CLI read them. All sizes are
 bytes, all times seconds, all accuracies shares in [0, 1].
+
+Everybody here reads `scores` and `sums`, whatever the task. In the files of a task with classes these stand under the names
+that such files always had, `accuracy...` and `correct...`; a record reads both forms.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from fedsplit.core.foreign import Name, checked_name
+from fedsplit.core.scores import SCORINGS, Scores, Scoring, Sums, Tally, Target, scoring_of
 
 Outcome = Literal["complete", "partial", "failed"]
 _WORST_FIRST: tuple[Outcome, ...] = ("failed", "partial", "complete")
@@ -30,7 +43,55 @@ class _Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class RoundMetrics(_Record):
+class _Scored(_Record):
+    """A record with a score that has a name of its own in the files of a task with classes."""
+
+    own_names: ClassVar[Mapping[str, str]]
+    """Field of the file -> field that holds it under its name within sums or scores."""
+    inner: ClassVar[str]
+    """The name within."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _under_both_names(cls, raw: Any) -> Any:
+        if not isinstance(raw, Mapping):
+            return raw
+        found = dict(raw)
+        for own, general in cls.own_names.items():
+            if general in found:
+                found[own] = _unwrapped(found[general], cls.inner)
+            elif found.get(own) is not None:
+                found[general] = _wrapped(found[own], cls.inner)
+        return found
+
+    @model_serializer(mode="wrap")
+    def _in_files(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        found: dict[str, Any] = handler(self)
+        if self.scoring.target == "class":
+            for general in self.own_names.values():
+                del found[general]
+            found.pop("target", None)
+        return found
+
+    @property
+    def scoring(self) -> Scoring:
+        """What the scores are, and which of them counts."""
+        raise NotImplementedError
+
+
+def _wrapped(value: Any, name: str) -> Any:
+    if isinstance(value, list | tuple):
+        return [{name: one} for one in value]
+    return {name: value}
+
+
+def _unwrapped(value: Any, name: str) -> Any:
+    if isinstance(value, list | tuple):
+        return [one.get(name) for one in value if isinstance(one, Mapping) and name in one]
+    return value.get(name) if isinstance(value, Mapping) else None
+
+
+class RoundMetrics(_Scored):
     """One line of `metrics.jsonl`: what one site did in one round. Round `rounds + 1` only evaluates."""
 
     round: Count
@@ -40,10 +101,13 @@ class RoundMetrics(_Record):
     samples: Count
     """Training samples that the update stands for; 0 when the round only evaluated."""
     test_samples: Count
-    correct_global: Count
-    """Test samples that the module, as it was before this round's training, got right."""
-    correct_personal: Count | None
+    sums_global: Sums = Field({})
+    """Sums over the test samples, of the module as it was before this round's training."""
+    sums_personal: Sums | None = None
     """The same after this site's own training; None when it did not train."""
+    correct_global: Count | None = None
+    correct_personal: Count | None = None
+    """Of a task with classes: the sums' right answers."""
     loss: Annotated[float, Field(allow_inf_nan=False)] | None
     """Mean training loss of the round; None when it did not train."""
     bytes_activation_up: Count
@@ -58,6 +122,26 @@ class RoundMetrics(_Record):
     peak_rss_bytes: Count
     flops_device: Flops = 0
     """Floating-point operations of the device's head and tail."""
+
+    own_names = {"correct_global": "sums_global", "correct_personal": "sums_personal"}
+    inner = "correct"
+
+    @property
+    def scoring(self) -> Scoring:
+        """The sums say which it is."""
+        return scoring_of(self.sums_global)
+
+    @property
+    def tested(self) -> Tally:
+        """The test of the module that came."""
+        return Tally.model_construct(sums=self.sums_global, samples=self.test_samples)
+
+    @property
+    def tested_personal(self) -> Tally | None:
+        """The test after the site's own training; None when it did not train."""
+        if self.sums_personal is None:
+            return None
+        return Tally.model_construct(sums=self.sums_personal, samples=self.test_samples)
 
 
 class Status(_Record):
@@ -74,22 +158,29 @@ class Status(_Record):
     """The task whose turn it is, in a run of several."""
 
 
-class SiteSummary(_Record):
+class SiteSummary(_Scored):
     """One site's row of the summary."""
 
     name: str
     cut: str
     samples: int
     test_samples: int
-    accuracy_before: float | None
-    accuracy: float | None
+    target: Target = "class"
+    scores_before: Scores | None = None
+    scores: Scores | None = None
     """The final global module on this site's own test samples."""
-    accuracy_personal: float | None
+    scores_personal: Scores | None = None
     """The module right after this site's last own training, on its own test samples."""
-    accuracy_local_only: float | None
+    scores_local_only: Scores | None = None
     """Trained on this site's data alone, on the test samples of all sites (own ones in deployment)."""
-    accuracy_local_only_personal: float | None
+    scores_local_only_personal: Scores | None = None
     """Trained on this site's data alone, on its own test samples."""
+    accuracy_before: float | None = None
+    accuracy: float | None = None
+    accuracy_personal: float | None = None
+    accuracy_local_only: float | None = None
+    accuracy_local_only_personal: float | None = None
+    """Of a task with classes: the scores' accuracy."""
     bytes_up: int
     bytes_down: int
     seconds_device: float
@@ -99,6 +190,17 @@ class SiteSummary(_Record):
     flops_device: int = 0
     notes: tuple[str, ...] = ()
     """What the site told at roll call: what it guessed, left out or found odd."""
+
+    own_names = {
+        f"accuracy{which}": f"scores{which}"
+        for which in ("_before", "", "_personal", "_local_only", "_local_only_personal")
+    }
+    inner = "accuracy"
+
+    @property
+    def scoring(self) -> Scoring:
+        """The target's."""
+        return SCORINGS[self.target]
 
 
 class LeftOut(_Record):
@@ -110,7 +212,7 @@ class LeftOut(_Record):
     reason: str
 
 
-class Summary(_Record):
+class Summary(_Scored):
     """`summary.json`: the run in numbers."""
 
     run: str
@@ -122,18 +224,26 @@ class Summary(_Record):
     rounds: int
     rounds_done: int
     sites: tuple[SiteSummary, ...]
-    accuracy_global: float | None
+    target: Target = "class"
+    """What a label is. A task with classes has its scores under `accuracy...` in the file, another one under `scores...`."""
+    scores: Scores | None = None
     """The last module on the test samples of all sites that answered."""
-    accuracy_global_start: float | None
+    scores_start: Scores | None = None
     """The module before its first round of training."""
+    scores_personal: Scores | None = None
+    """Each site's own model after its last training on its own test samples, over all of them."""
+    scores_by_round: tuple[Scores, ...] = ()
+    """scores_start first, then after each round."""
+    scores_local_only: Scores | None = None
+    """Mean over the sites of their scores_local_only, where it was run."""
+    accuracy_global: float | None = None
+    accuracy_global_start: float | None = None
     start: Literal["", "zero", "class-means", "ridge", "module"] = ""
     """What the classifier started from: zero, a closed form, or the module of an earlier run. Zero tells nothing apart."""
     accuracy_personal: float | None = None
-    """Each site's own model after its last training on its own test samples, over all of them."""
-    accuracy_by_round: tuple[float, ...]
-    """accuracy_global_start first, then after each round."""
-    accuracy_local_only: float | None
-    """Mean over the sites of their accuracy_local_only, where it was run."""
+    accuracy_by_round: tuple[float, ...] = ()
+    accuracy_local_only: float | None = None
+    """Of a task with classes: the scores' accuracy."""
     bytes_activation: int
     bytes_module: int
     flops_device: int = 0
@@ -150,10 +260,29 @@ class Summary(_Record):
     notes: tuple[str, ...] = ()
     """What the run itself guessed or found odd, such as classes that a start-module does not know."""
 
+    own_names = {
+        "accuracy_global": "scores",
+        "accuracy_global_start": "scores_start",
+        "accuracy_personal": "scores_personal",
+        "accuracy_by_round": "scores_by_round",
+        "accuracy_local_only": "scores_local_only",
+    }
+    inner = "accuracy"
+
+    @property
+    def scoring(self) -> Scoring:
+        """The target's."""
+        return SCORINGS[self.target]
+
+    @property
+    def untrained(self) -> bool:
+        """Did the classifier start from zero? Then it named one class always; of numbers it said their mean."""
+        return self.start == "zero" and self.target == "class"
+
     @property
     def tested(self) -> int:
-        """Test samples behind the accuracy of all: those of the sites that have one."""
-        return sum(site.test_samples for site in self.sites if site.accuracy is not None)
+        """Test samples behind the scores of all: those of the sites that have some."""
+        return sum(site.test_samples for site in self.sites if site.scores is not None)
 
 
 class TasksSummary(_Record):

@@ -1,4 +1,4 @@
-"""A run's plots as PNG and SVG: accuracy by round, and what each site sent and received.
+"""A run's plots as PNG and SVG: the main score by round, and what each site sent and received.
 
 Drawn without a display and without pyplot's global state, so the ServerApp may call it from a thread.
 Colours are Okabe and Ito's, which colour-blind people can tell apart.
@@ -18,9 +18,11 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, PercentFormatter
 
 from fedsplit.core.errors import RunDirError
 from fedsplit.core.records import RoundMetrics, Summary
+from fedsplit.core.scores import Scores
+from fedsplit.report import scores as score_words
 from fedsplit.report.fonts import style_for
 from fedsplit.report.read import read_metrics, read_summary
-from fedsplit.report.units import factor_less, human_bytes, interval, percent
+from fedsplit.report.units import factor_less, human_bytes, interval
 
 _SITE_COLOURS = (
     "#56B4E9",
@@ -56,7 +58,7 @@ STYLE: dict[Any, Any] = {
 
 
 def write_plots(run_dir: Path) -> tuple[Path, ...]:
-    """Write `accuracy.png/.svg` and `traffic.png/.svg` into the run's folder and return their paths.
+    """Write the main score's `accuracy.png/.svg` and `traffic.png/.svg` into the run's folder and return their paths.
 
     Raises RunDirError when the run's files cannot be read or the plots cannot be written.
     """
@@ -65,7 +67,7 @@ def write_plots(run_dir: Path) -> tuple[Path, ...]:
     names = [summary.run, *(m.site for m in metrics)]
     with rc_context(STYLE | style_for(names)):
         for name, figure in (
-            ("accuracy", _accuracy(summary, metrics)),
+            (summary.scoring.main, _scores(summary, metrics)),
             ("traffic", _traffic(summary, metrics)),
         ):
             for kind in ("png", "svg"):
@@ -78,14 +80,16 @@ def write_plots(run_dir: Path) -> tuple[Path, ...]:
     return tuple(written)
 
 
-def _accuracy(summary: Summary, metrics: Sequence[RoundMetrics]) -> Figure:
+def _scores(summary: Summary, metrics: Sequence[RoundMetrics]) -> Figure:
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
     _site_lines(axes, metrics)
-    rounds = range(len(summary.accuracy_by_round))
+    scoring, curve = summary.scoring, summary.scores_by_round
+    shares, name = scoring.target == "class", score_words.title(scoring.main)
+    rounds = range(len(curve))
     axes.plot(
         rounds,
-        summary.accuracy_by_round,
+        [scores[scoring.main] for scores in curve],
         color=_GLOBAL,
         lw=3,
         marker="o",
@@ -93,9 +97,9 @@ def _accuracy(summary: Summary, metrics: Sequence[RoundMetrics]) -> Figure:
         label="all sites",
         zorder=5,
     )
-    if summary.accuracy_by_round:
-        last = summary.accuracy_by_round[-1]
-        if summary.tested:
+    if curve:
+        last = curve[-1][scoring.main]
+        if shares and summary.tested:
             low, high = interval(last, summary.tested)
             axes.errorbar(
                 len(rounds) - 1,
@@ -106,19 +110,21 @@ def _accuracy(summary: Summary, metrics: Sequence[RoundMetrics]) -> Figure:
                 zorder=5,
             )
         axes.annotate(
-            percent(last), (len(rounds) - 1, last), (8, 0), textcoords="offset points",
+            score_words.main(curve[-1], scoring), (len(rounds) - 1, last), (8, 0), textcoords="offset points",
             va="center", color=_GLOBAL, weight="bold", annotation_clip=False,
         )  # fmt: skip
-    _reference(axes, summary.accuracy_local_only, "each site alone", "--")
-    if summary.start != "zero":  # a classifier of zeros names one class always
-        _reference(axes, summary.accuracy_global_start, "before training", ":")
-    axes.set_ylim(0, 1.02)
+    _reference(axes, summary, summary.scores_local_only, ("each site alone", "--"))
+    if not summary.untrained:
+        _reference(axes, summary, summary.scores_start, ("before training", ":"))
+    # From nothing: an axis that starts higher makes a small difference look large.
+    axes.set_ylim(0, 1.02 if shares else None)
     axes.set_xlim(-0.15, max(1, len(rounds) - 1) + 0.15)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    if shares:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("rounds trained")
-    axes.set_ylabel(f"accuracy on the sites' {summary.tested:,} test samples")
-    axes.set_title(_title(summary, "accuracy by round"), fontsize=11)
+    axes.set_ylabel(f"{name} on the sites' {summary.tested:,} test samples")
+    axes.set_title(_title(summary, f"{name} by round"), fontsize=11)
     handles, labels = axes.get_legend_handles_labels()
     first = labels.index("all sites")
     order = [first, *(i for i in range(len(labels)) if i != first)]
@@ -136,9 +142,9 @@ def _site_lines(axes: Axes, metrics: Sequence[RoundMetrics]) -> None:
     for i, site in enumerate(sites):
         # A metrics line of round r tested the module as it was after round r - 1.
         points = [
-            (m.round - 1, m.correct_global / m.test_samples)
+            (m.round - 1, scores[m.scoring.main])
             for m in metrics
-            if m.site == site and m.test_samples
+            if m.site == site and (scores := m.scoring.scores(m.tested)) is not None
         ]
         xs, ys = [x for x, _ in points], [y for _, y in points]
         if many:
@@ -147,11 +153,12 @@ def _site_lines(axes: Axes, metrics: Sequence[RoundMetrics]) -> None:
             axes.plot(xs, ys, color=_SITE_COLOURS[i], lw=1.2, marker=_MARKERS[i], ms=4, label=site)
 
 
-def _reference(axes: Axes, value: float | None, label: str, style: str) -> None:
-    if value is not None:
-        axes.axhline(
-            value, color="#444444", lw=1.3, ls=style, label=f"{label}: {percent(value)}", zorder=1
-        )
+def _reference(axes: Axes, summary: Summary, scores: Scores | None, look: tuple[str, str]) -> None:
+    """A level line with its value; `look` is its label and its style."""
+    if scores is not None:
+        label = f"{look[0]}: {score_words.main(scores, summary.scoring)}"
+        value = scores[summary.scoring.main]
+        axes.axhline(value, color="#444444", lw=1.3, ls=look[1], label=label, zorder=1)
 
 
 def _traffic(summary: Summary, metrics: Sequence[RoundMetrics]) -> Figure:

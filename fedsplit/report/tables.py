@@ -12,15 +12,9 @@ from rich.text import Text
 
 from fedsplit.core.notes import by_reason
 from fedsplit.core.records import LeftOut, Outcome, SiteSummary, Summary, TasksSummary
-from fedsplit.report.units import (
-    NONE,
-    factor_less,
-    human_bytes,
-    human_seconds,
-    percent,
-    percent_of,
-    points,
-)
+from fedsplit.core.scores import Scores
+from fedsplit.report import scores as score_words
+from fedsplit.report.units import NONE, factor_less, human_bytes, human_seconds
 
 _COLOURS = {"complete": "green", "partial": "yellow", "failed": "red"}
 
@@ -50,7 +44,7 @@ def summary_view(summary: Summary) -> RenderableType:
     headline = Text(exit_text(summary), style=f"bold {_COLOURS[_worst(summary)]}")
     tables = []
     if summary.sites and summary.rounds_done:
-        tables += [_accuracy_table(summary), _cost_table(summary)]
+        tables += [_score_table(summary), _cost_table(summary)]
     if summary.rounds_done:
         # Before the first round is through there are no numbers, only the reason.
         tables.append(_global_block(summary))
@@ -74,8 +68,8 @@ def tasks_view(summary: TasksSummary) -> RenderableType:
     table = _table("All tasks", "Task", "Sites", "Before", "Now", "Rounds", "Outcome")
     for task in summary.tasks:
         table.add_row(
-            Text(task.task), str(len(task.sites)), _before(task, task.accuracy_global_start, task.tested),
-            Text(percent_of(task.accuracy_global, task.tested), style="bold"), f"{task.rounds_done} of {task.rounds}",
+            Text(task.task), str(len(task.sites)), _before(task, task.scores_start, task.tested),
+            Text(score_words.main(task.scores, task.scoring, task.tested), style="bold"), f"{task.rounds_done} of {task.rounds}",
             Text(_worst(task), style=f"bold {_COLOURS[_worst(task)]}"),
         )  # fmt: skip
     return Group(*(summary_view(task) for task in summary.tasks), "", table)
@@ -101,27 +95,38 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _accuracy_table(summary: Summary) -> Table:
+def _score_table(summary: Summary) -> Table:
+    """The main score of each site, and beside the present one the others."""
+    scoring = summary.scoring
+    more = list(score_words.others(summary.scores, scoring))
+    interval = " (in brackets its 95 % interval)" if scoring.target == "class" else ""
     table = _table(
-        "Accuracy on each site's own test samples (in brackets its 95 % interval)",
-        "Site", "Cut", "Trains on", "Tests on", "Before", "Now", "Own model", "Alone", "Rounds missed",
+        f"{_capital(scoring.main)} on each site's own test samples{interval}",
+        "Site", "Cut", "Trains on", "Tests on", "Before", "Now", *more, "Own model", "Alone", "Rounds missed",
     )  # fmt: skip
     for site in summary.sites:
         n = site.test_samples
+        rest = score_words.others(site.scores, scoring)
         table.add_row(
-            Text(site.name), site.cut, f"{site.samples:,}", f"{n:,}", _before(summary, site.accuracy_before, n),
-            Text(percent_of(site.accuracy, n), style="bold"), percent_of(site.accuracy_personal, n),
-            percent_of(site.accuracy_local_only_personal, n), _missed(site),
+            Text(site.name), site.cut, f"{site.samples:,}", f"{n:,}", _before(summary, site.scores_before, n),
+            Text(score_words.main(site.scores, scoring, n), style="bold"), *(rest.get(name, NONE) for name in more),
+            score_words.main(site.scores_personal, scoring, n),
+            score_words.main(site.scores_local_only_personal, scoring, n), _missed(site),
         )  # fmt: skip
     known = {site.name for site in summary.sites}
     for name in (n for n in lost_sites(summary) if n not in known):
-        table.add_row(Text(name), *[NONE] * 7, Text("took no part", style="bold red"))
+        table.add_row(Text(name), *[NONE] * (7 + len(more)), Text("took no part", style="bold red"))
     return table
 
 
-def _before(summary: Summary, share: float | None, n: int) -> str:
-    """The accuracy before training; a classifier of zeros names one class always, which is no accuracy to compare with."""
-    return "untrained" if summary.start == "zero" else percent_of(share, n)
+def _capital(score: str) -> str:
+    words = score_words.title(score)
+    return words[0].upper() + words[1:]
+
+
+def _before(summary: Summary, scores: Scores | None, n: int) -> str:
+    """The score before training; a classifier of zeros names one class always, which is nothing to compare with."""
+    return "untrained" if summary.untrained else score_words.main(scores, summary.scoring, n)
 
 
 def _missed(site: SiteSummary) -> Text:
@@ -150,8 +155,9 @@ def _global_block(summary: Summary) -> Table:
     moved = summary.bytes_activation + summary.bytes_module
     tested = summary.tested
     rows = {
-        "Accuracy": f"{_before(summary, summary.accuracy_global_start, tested)} -> "
-        f"{percent_of(summary.accuracy_global, tested)} on the {tested:,} test samples of the sites that answered",
+        _capital(summary.scoring.main): f"{_before(summary, summary.scores_start, tested)} -> "
+        f"{score_words.whole(summary.scores, summary.scoring, tested)} on the {tested:,} test samples of the sites that "
+        "answered",
         "Each site alone": _alone(summary),
         "Activations moved": human_bytes(summary.bytes_activation),
         "Module moved": human_bytes(summary.bytes_module),
@@ -166,15 +172,15 @@ def _global_block(summary: Summary) -> Table:
 
 
 def _alone(summary: Summary) -> str:
-    alone, together = summary.accuracy_local_only, summary.accuracy_global
+    alone, together, scoring = summary.scores_local_only, summary.scores, summary.scoring
     if alone is None:
         return "not measured (compare-local-only=true measures it)"
-    text = f"{percent(alone)} on average, on the same samples"
+    text = f"{score_words.main(alone, scoring)} on average, on the same samples"
     if together is None:
         return text
-    gain = together - alone
+    gain = scoring.gain(alone[scoring.main], together[scoring.main])
     verdict = "training together gained" if gain > 0 else "training together did not help:"
-    return f"{text}; {verdict} {points(gain)}"
+    return f"{text}; {verdict} {score_words.difference(gain, scoring)}"
 
 
 def _left_out_table(left_out: tuple[LeftOut, ...], summary_rounds: int) -> Table:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.core.scores import Tally
 from fedsplit.model.module import ModuleTensors
 from fedsplit.site.state import Saved
 from fedsplit.site.work import PERSONAL, OpenModel, SiteWork
@@ -22,10 +23,10 @@ from fedsplit.training.personal import (
     train_fed_rod,
 )
 from fedsplit.training.pipeline import Flow
-from fedsplit.training.pruning import el2n, hardest
+from fedsplit.training.pruning import hardest, sample_errors
 from fedsplit.training.rank_pruning import kept_rank, prune
 from fedsplit.training.replay import zeroth_order
-from fedsplit.training.round import Score, TrainSettings, train
+from fedsplit.training.round import TrainSettings, train
 from fedsplit.training.zeroth_order import train_zeroth_order
 
 
@@ -34,7 +35,7 @@ class Learnt:
     """What a round's training came to."""
 
     loss: float
-    score: Score
+    test: Tally
     """On the site's own test samples, by what the site would use itself."""
     personal: ModuleTensors = field(default_factory=dict)
     scalars: NDArray[np.float32] | None = None
@@ -54,7 +55,7 @@ def learn(work: SiteWork, run: OpenModel, start: ModuleTensors, saved: Saved | N
         loss, scalars = train_zeroth_order(
             run.model, work.epoch, settings, zo, meter=run.meter, cache=run.cache
         )
-        return Learnt(loss, work.score(run, work.own.test), scalars=scalars)
+        return Learnt(loss, work.tested(run, work.own.test), scalars=scalars)
     mine = saved.under(PERSONAL) if saved else {}
     if work.config.personalisation == "fed-rod":
         return _fed_rod(work, run, settings, mine)
@@ -62,7 +63,7 @@ def learn(work: SiteWork, run: OpenModel, start: ModuleTensors, saved: Saved | N
     rank = prune(run.model.part, start, rank=work.order.rank, share=work.config.rank_pruning)
     if work.config.personalisation == "ditto":
         return _ditto(work, run, settings, start, mine, loss)
-    return Learnt(loss, work.score(run, work.own.test), rank=rank)
+    return Learnt(loss, work.tested(run, work.own.test), rank=rank)
 
 
 def _without_encoder(work: SiteWork, run: OpenModel) -> None:
@@ -96,7 +97,7 @@ def _on_hardest(work: SiteWork, run: OpenModel) -> SiteWork:
     model, flow = run.model, run.flow
     if work.config.local_loss_epochs:
         model, flow = model.shortcut(), Flow()
-    scores = el2n(model, work.batches(train[order]), flow)
+    scores = sample_errors(model, work.batches(train[order]), flow, work.task)
     kept = np.sort(order[hardest(scores, work.config.keep_hardest)])
     return replace(work, own=replace(work.own, train=train[kept]))
 
@@ -121,7 +122,7 @@ def _ditto(
         **run.training,
     )
     with holding(run.model.part, state.tensors):
-        return Learnt(loss, work.score(run, work.own.test), state.tensors)
+        return Learnt(loss, work.tested(run, work.own.test), state.tensors)
 
 
 def _fed_rod(
@@ -133,8 +134,8 @@ def _fed_rod(
     generic = settings if fixed else replace(settings, loss="balanced-softmax")
     loss, state = train_fed_rod(run.model, work.epoch, generic, saved=mine, **run.training)
     with PersonalClassifier(run.model.part, state.tensors, None) as personal:
-        score = work.score(run, work.own.test, adjust=personal.logits)
-    return Learnt(loss, score, state.tensors)
+        test = work.tested(run, work.own.test, adjust=personal.logits)
+    return Learnt(loss, test, state.tensors)
 
 
 def settings_of(work: SiteWork, rounds: Sequence[int]) -> TrainSettings:
@@ -144,6 +145,7 @@ def settings_of(work: SiteWork, rounds: Sequence[int]) -> TrainSettings:
     return TrainSettings(
         epochs=c.local_epochs * len(rounds),
         learning_rate=c.learning_rate,
+        task=work.task,
         lora_learning_rate=c.lora_learning_rate,
         optimizer=c.optimizer,
         weight_decay=c.weight_decay,

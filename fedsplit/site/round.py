@@ -30,13 +30,14 @@ from fedsplit.core.orders import (
     travelling_bytes,
 )
 from fedsplit.core.records import RoundMetrics
+from fedsplit.core.scores import Tally
 from fedsplit.model import module
 from fedsplit.model.module import ModuleTensors
 from fedsplit.site.learning import learn, settings_of
 from fedsplit.site.work import HELD, KEPT, PERSONAL, OpenModel, SiteWork
 from fedsplit.training.closed_form import calibration, collect
 from fedsplit.training.closed_form_start import ClosedFormStart
-from fedsplit.training.round import Score, train
+from fedsplit.training.round import train
 
 # One training sample in so many is held out for the calibration.
 HELD_OUT_OF = 5
@@ -68,7 +69,7 @@ class SiteRound(SiteWork):
         saved = self.state.load() if self.keeps_state else None
         start = tensors | self.resumed(saved)
         with self.opened(tensors) as run:
-            before = self.score(run, self.own.test)
+            before = self.tested(run, self.own.test)
             module.load(run.model.part, start)
             learnt = learn(self, run, start, saved)
             now = module.read(run.model.part)
@@ -85,14 +86,14 @@ class SiteRound(SiteWork):
             whole = {f"{HELD}/{n}": t for n, t in held.items()}
             self.state.save(self.order.round, kept | personal | whole)
         metrics = self._metrics(
-            run, received, reply, before=before, after=learnt.score, loss=learnt.loss, flops=flops
+            run, received, reply, before=before, after=learnt.test, loss=learnt.loss, flops=flops
         )
         rank = learnt.rank if learnt.rank != self.order.rank else 0
         return Outgoing(Answer(metrics=metrics, rank=rank), reply)
 
     def _evaluate(self, tensors: ModuleTensors, received: int) -> Outgoing:
         with self.opened(tensors) as run:
-            before = self.score(run, self.own.test)
+            before = self.tested(run, self.own.test)
             flops = self.flops(run)
         metrics = self._metrics(run, received, {}, before=before, flops=flops)
         return Outgoing(Answer(metrics=metrics))
@@ -146,15 +147,9 @@ class SiteRound(SiteWork):
             # Alone there is no average to stay near, and no rank to save traffic by.
             settings = replace(settings_of(self, rounds), proximal_mu=0.0, rank_penalty=0.0)
             train(run.model, self.epoch, settings, **run.training)
-            own = self.score(run, self.own.test)
-            everywhere = self.score(run, self.own.test_everywhere)
-        return LocalOnly(
-            site=self.site.name,
-            correct_own=own.correct,
-            total_own=own.total,
-            correct_everywhere=everywhere.correct,
-            total_everywhere=everywhere.total,
-        )
+            own = self.tested(run, self.own.test)
+            everywhere = self.tested(run, self.own.test_everywhere)
+        return LocalOnly(site=self.site.name, own=own, everywhere=everywhere)
 
     def _own_start(self, run: OpenModel, tensors: ModuleTensors) -> ModuleTensors:
         """The closed-form classifier of this site's own samples."""
@@ -173,21 +168,22 @@ class SiteRound(SiteWork):
         received: int,
         reply: Mapping[str, Tensors],
         *,
-        before: Score | None = None,
-        after: Score | None = None,
+        before: Tally | None = None,
+        after: Tally | None = None,
         loss: float | None = None,
         flops: int = 0,
     ) -> RoundMetrics:
         wait_s = run.meter.wait_s if run.meter else 0.0
+        before = before or self.task.scoring.nothing
         return RoundMetrics(
             round=self.order.round,
             site=self.site.name,
             cut=self.order.cut,
             codec=self.config.codec,
             samples=len(self.own.train) if loss is not None else 0,
-            test_samples=before.total if before else 0,
-            correct_global=before.correct if before else 0,
-            correct_personal=after.correct if after else None,
+            test_samples=before.samples,
+            sums_global=before.sums,
+            sums_personal=after.sums if after else None,
             loss=loss,
             bytes_activation_up=run.encoder.bytes_up if run.encoder else 0,
             bytes_activation_down=run.encoder.bytes_down if run.encoder else 0,

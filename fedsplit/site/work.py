@@ -21,6 +21,7 @@ from fedsplit.core.cut import Cut
 from fedsplit.core.directions import points
 from fedsplit.core.errors import FederationError
 from fedsplit.core.orders import HISTORY, MODULE, Incoming, Order
+from fedsplit.core.scores import Tally
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec, ModuleTensors
@@ -34,9 +35,10 @@ from fedsplit.training.dial import CountingEncoder, Dial
 from fedsplit.training.pipeline import Flow
 from fedsplit.training.plan import Plan, plan
 from fedsplit.training.replay import caught_up, history_shapes
-from fedsplit.training.round import Adjust, Score, WaitMeter, evaluate
+from fedsplit.training.round import Adjust, WaitMeter, evaluate
 from fedsplit.training.site_data import SiteData
 from fedsplit.training.site_settings import SiteSettings
+from fedsplit.training.task import CLASSIFICATION, Task
 
 # What a site's state holds: its personal model, what it goes on from, the module that it was sent.
 PERSONAL, KEPT, HELD = "personal", "kept", "held"
@@ -162,12 +164,13 @@ class SiteWork:
             self.cut, f"{self.order.encoder_digest}/{head}"
         )
 
-    def score(
+    def tested(
         self, run: OpenModel, indices: NDArray[np.int64], *, adjust: Adjust | None = None
-    ) -> Score:
-        """Right answers on these samples; `adjust` as in `evaluate`."""
+    ) -> Tally:
+        """The test of what the model holds on these samples; `adjust` as in `evaluate`."""
         run.tested += len(indices)
-        return evaluate(run.model, self.batches(indices), adjust=adjust, **run.testing)
+        batches = self.batches(indices)
+        return evaluate(run.model, batches, adjust=adjust, task=self.task, **run.testing)
 
     def batches(self, indices: NDArray[np.int64]) -> Iterator[data.Batch]:
         """These samples in their order."""
@@ -238,6 +241,11 @@ class SiteWork:
         c = self.config
         personal = c.personalisation != "none" or c.site_local != "none"
         return personal or c.sync_every > 1 or c.gradient == "zeroth-order"
+
+    @functools.cached_property
+    def task(self) -> Task:
+        """What a label is, and what follows from it."""
+        return CLASSIFICATION
 
     @functools.cached_property
     def source(self) -> str:

@@ -1,23 +1,25 @@
 """Losses of a batch: softmax, one-vs-all and balanced softmax, each the mean over its samples.
 
-Called by round.py, zeroth_order.py and personal.py. Shapes: B batch, C classes.
+Called by task.py and personal.py. Shapes: B batch, C classes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from fedsplit.training.settings import TrainSettings
+if TYPE_CHECKING:
+    from fedsplit.training.settings import TrainSettings
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """(logits [B, C], labels [B]) -> mean over the batch."""
 
 
-def loss_of(settings: TrainSettings) -> Loss:
-    """The loss that the settings ask for."""
+def class_loss(settings: TrainSettings) -> Loss:
+    """The loss of classes that the settings ask for."""
     if settings.loss == "one-vs-all":
         return one_vs_all(settings.label_smoothing)
     if settings.loss == "balanced-softmax":

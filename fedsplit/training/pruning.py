@@ -1,7 +1,7 @@
-"""Which training samples a model has most to learn from: those with the largest EL2N scores.
+"""Which training samples a model has most to learn from: those with the largest errors, as the task has them.
 
-EL2N is the length of the error, |softmax(logits) - one-hot label| (Paul et al., arXiv 2107.07075). Called by
-site/learning.py. Shapes: N samples, B batch, C classes.
+Of classes these are EL2N scores (Paul et al., arXiv 2107.07075). Called by site/learning.py. Shapes: N samples, B batch,
+C outputs.
 """
 
 from __future__ import annotations
@@ -11,22 +11,26 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from fedsplit.model.split import SplitModel
 from fedsplit.training import pipeline
 from fedsplit.training.data import Batch
 from fedsplit.training.pipeline import Flow
+from fedsplit.training.task import CLASSIFICATION, Task
 
 
-def el2n(model: SplitModel, batches: Iterable[Batch], flow: Flow) -> NDArray[np.float32]:
-    """The score of each sample in the batches' order, [N], in 0 to sqrt 2; one forward a sample, no gradient."""
+def sample_errors(
+    model: SplitModel,
+    batches: Iterable[Batch],
+    flow: Flow,
+    task: Task = CLASSIFICATION,
+) -> NDArray[np.float32]:
+    """The error of each sample in the batches' order, [N]; one forward a sample, no gradient."""
     scores = []
     with torch.no_grad():
         for batch, z in pipeline.ahead(model, batches, flow):
             logits_BC = pipeline.tail(model, z, batch.mask, flow.precision)
-            right_BC = nn.functional.one_hot(batch.labels, logits_BC.shape[1])
-            scores.append(torch.linalg.vector_norm(logits_BC.softmax(dim=1) - right_BC, dim=1))
+            scores.append(task.errors(logits_BC, batch.labels))
     return torch.cat(scores).cpu().numpy()
 
 

@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedsplit.core.errors import ConfigError, DivergedError
+from fedsplit.core.scores import Tally, added
 from fedsplit.model.split import SplitModel
 from fedsplit.training import pipeline
 from fedsplit.training.activation_cache import Place
 from fedsplit.training.augment import augment, check
 from fedsplit.training.data import Batch
-from fedsplit.training.losses import loss_of
 from fedsplit.training.meter import WaitMeter
 from fedsplit.training.optimise import Arrays, Stepper
 from fedsplit.training.pipeline import Flow
 from fedsplit.training.settings import Precision, TrainSettings
+from fedsplit.training.task import CLASSIFICATION, Task
 
-__all__ = ["Batches", "Score", "TrainSettings", "WaitMeter", "evaluate", "train"]
+__all__ = ["Batches", "TrainSettings", "WaitMeter", "evaluate", "train"]
 
 Batches = Callable[[int], Iterable[Batch]]
 """epoch -> the training batches of that epoch, in their shuffled order."""
@@ -34,14 +34,6 @@ Watch = Callable[[Tensor, Tensor], None]
 """Sees the logits (detached) and labels of each training batch: what else learns of them."""
 Adjust = Callable[[Tensor], Tensor]
 """Logits -> the logits that count: a personal classifier adds its own."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """How a module does on some test samples."""
-
-    correct: int
-    total: int
 
 
 def evaluate(
@@ -53,17 +45,22 @@ def evaluate(
     cache: Place | None = None,
     precision: Precision = "fp32",
     adjust: Adjust | None = None,
-) -> Score:
-    """Count right answers. Several steps are in flight: nothing of a step depends on another."""
+    task: Task = CLASSIFICATION,
+) -> Tally:
+    """Add up the task's sums. Several steps are in flight: nothing of a step depends on another.
+
+    Raises DivergedError where they are not finite.
+    """
     flow = Flow(in_flight=in_flight, meter=meter, cache=cache, precision=precision)
-    correct = total = 0
+    tests = [task.scoring.nothing]
     with torch.no_grad():
         for batch, z in pipeline.ahead(model, batches, flow):
             logits_BC = pipeline.tail(model, z, batch.mask, precision)
-            predicted_B = (adjust(logits_BC) if adjust else logits_BC).argmax(dim=1)
-            correct += int((predicted_B == batch.labels).sum())
-            total += len(batch.labels)
-    return Score(correct, total)
+            sums = task.sums(adjust(logits_BC) if adjust else logits_BC, batch.labels)
+            if not all(map(math.isfinite, sums.values())):
+                raise DivergedError("the model's predictions are not finite; lower learning-rate")
+            tests.append(Tally(sums=sums, samples=len(batch.labels)))
+    return added(tests)
 
 
 def train(
@@ -154,7 +151,7 @@ def _losses(
     model: SplitModel, batches: Iterable[Batch], settings: TrainSettings, flow: Flow
 ) -> Iterator[tuple[Tensor, Tensor, Batch]]:
     """(loss to go back from, logits, batch), by what trains below the tail."""
-    loss_of_batch = loss_of(settings)
+    loss_of_batch = settings.task.loss(settings)
     server = settings.server_mode
     if model.cut.a == model.cut.b:
         server = "frozen"  # nothing of this device's model is there
@@ -184,7 +181,7 @@ def _probed_losses(
             "encoder-training=zeroth-order sends no gradient down, so the head cannot train by one; use "
             "device-training=tail"
         )
-    loss_of_batch = loss_of(settings)
+    loss_of_batch = settings.task.loss(settings)
     for batch, z_K, score in pipeline.probed(model, batches, settings.precision):
         logits = [pipeline.tail(model, z, batch.mask, settings.precision) for z in z_K]
         losses_K = torch.stack([loss_of_batch(logits_BC, batch.labels) for logits_BC in logits])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedsplit.core.errors import ConfigError
+from fedsplit.training.task import CLASSIFICATION, Task
 
 LossKind = Literal["softmax", "one-vs-all", "balanced-softmax"]
 Augmentation = Literal["none", "flip", "crop+flip"]
@@ -22,6 +23,7 @@ class TrainSettings:
 
     epochs: int
     learning_rate: float
+    task: Task = CLASSIFICATION
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = 0.0
     in_flight: int = 2

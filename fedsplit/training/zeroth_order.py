@@ -25,7 +25,7 @@ from fedsplit.training import pipeline
 from fedsplit.training.activation_cache import Place
 from fedsplit.training.augment import check
 from fedsplit.training.data import Batch
-from fedsplit.training.losses import Loss, loss_of
+from fedsplit.training.losses import Loss
 from fedsplit.training.meter import WaitMeter
 from fedsplit.training.optimise import Arrays, learning_rates, trained
 from fedsplit.training.pipeline import Flow
@@ -68,7 +68,7 @@ def train_zeroth_order(
     flow = Flow(
         in_flight=settings.in_flight, meter=meter, cache=cache, precision=settings.precision
     )
-    measured = Measured(model, zo, loss_of(settings), settings)
+    measured = Measured(model, zo, settings.task.loss(settings), settings)
     rates = learning_rates(model.part, settings)
     total = MeanLoss(settings.learning_rate)
     scalars: list[Scalars] = []

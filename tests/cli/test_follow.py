@@ -10,6 +10,7 @@ from rich.console import Console
 from fedsplit.cli.execute import error_in_log, summary_in_log
 from fedsplit.cli.follow import Progress, RunFiles, Snapshot, follow
 from fedsplit.core.records import RoundMetrics, Status
+from fedsplit.core.scores import Tally
 from tests.report import samples
 
 SITES = ("halle", "werk-2")
@@ -42,14 +43,14 @@ def test_snapshots_of_a_run(tmp_path: Path) -> None:
     (run_dir / "metrics.jsonl").write_text(line(1, "halle", 4) + '{"round": 1, "si')
     seen = files.snapshot()
     assert (seen.done, seen.total) == (1, 6)
-    assert seen.accuracy() == (0, 0.4, 10, 1)
+    assert seen.tested() == (0, Tally(sums={"correct": 4}, samples=10), 1)
     (run_dir / "metrics.jsonl").write_text(
         line(1, "halle", 4) + line(1, "werk-2", 6) + line(2, "halle", 9)
     )
     status(run_dir, "training", 2, 1)
     seen = files.snapshot()
     assert seen.done == 3
-    assert seen.accuracy() == (1, 0.9, 10, 1)
+    assert seen.tested() == (1, Tally(sums={"correct": 9}, samples=10), 1)
     assert not seen.over
 
 

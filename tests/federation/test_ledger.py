@@ -10,6 +10,7 @@ import pytest
 from fedsplit.core.config import RunConfig
 from fedsplit.core.orders import LocalOnly, RollCall
 from fedsplit.core.records import RoundMetrics, Summary
+from fedsplit.core.scores import CLASS_SCORES, Tally
 from fedsplit.federation.server.books.ledger import Ledger
 from fedsplit.model.backbone import Backbone
 from tests.core.test_records import METRICS
@@ -100,10 +101,8 @@ def test_training_alone(ledger: Ledger) -> None:
     for name, own, everywhere in [("a", 1, 3), ("b", 8, 6)]:
         ledger.local_only[name] = LocalOnly(
             site=name,
-            correct_own=own,
-            total_own=ledger.calls[name].test_samples,
-            correct_everywhere=everywhere,
-            total_everywhere=12,
+            own=Tally(sums={"correct": own}, samples=ledger.calls[name].test_samples),
+            everywhere=Tally(sums={"correct": everywhere}, samples=12),
         )
     result = summary(ledger)
     assert result.accuracy_local_only == pytest.approx((3 / 12 + 6 / 12) / 2)
@@ -112,9 +111,8 @@ def test_training_alone(ledger: Ledger) -> None:
 
 
 def test_training_alone_without_test_samples(ledger: Ledger) -> None:
-    ledger.local_only["a"] = LocalOnly(
-        site="a", correct_own=0, total_own=0, correct_everywhere=0, total_everywhere=0
-    )
+    nothing = CLASS_SCORES.nothing
+    ledger.local_only["a"] = LocalOnly(site="a", own=nothing, everywhere=nothing)
     result = summary(ledger)
     assert result.accuracy_local_only is None
     assert result.sites[0].accuracy_local_only is None

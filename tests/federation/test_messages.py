@@ -32,7 +32,8 @@ CALL: dict[str, Any] = {
     "backbone_sha256": "0" * 64, "fedsplit_version": "0.1.0", "number": -1,
 }  # fmt: skip
 ALONE = {
-    "site": "a", "correct_own": 1, "total_own": 2, "correct_everywhere": 3, "total_everywhere": 4,
+    "site": "a", "own": {"sums": {"correct": 1}, "samples": 2},
+    "everywhere": {"sums": {"correct": 3}, "samples": 4},
 }  # fmt: skip
 PARTS = [(Order, ORDER), (RollCall, CALL), (Answer, {"metrics": METRICS}), (LocalOnly, ALONE)]
 PARTS += [(Fault, {"kind": "DataError", "message": "why"}), (Stream, ORDER["stream"])]

@@ -249,7 +249,7 @@ def test_collected_statistics_solve_the_task(cut: str, vit: Backbone) -> None:
         model.part,
         module.read(model.part) | dict(zip(names, (found.weight, found.bias), strict=True)),
     )
-    assert evaluate(model, BATCHES).correct == 27
+    assert evaluate(model, BATCHES).sums["correct"] == 27
     nll = calibration(model, BATCHES)
     cooled = found.cooled(best_temperature(nll, TEMPERATURES))
     module.load(

@@ -205,7 +205,7 @@ def test_bf16_trains_and_stays_near_fp32(cut: str, vit: Backbone) -> None:
     for precision in ("fp32", "bf16"):
         model, _ = local(vit, LORA, Cut.parse(cut))
         loss = train(model, every_epoch, settings(precision=precision, epochs=4))
-        scores[precision] = loss, evaluate(model, BATCHES, precision=precision).correct
+        scores[precision] = loss, evaluate(model, BATCHES, precision=precision).sums["correct"]
         assert {p.dtype for p in module.parameters(model.part).values()} == {torch.float32}
     assert scores["bf16"][0] == pytest.approx(scores["fp32"][0], abs=0.1)
     assert scores["bf16"][1] >= 25

@@ -9,7 +9,7 @@ from scipy.special import log_softmax
 from sklearn.linear_model import LogisticRegression
 
 from fedsplit.core.errors import ConfigError
-from fedsplit.training.losses import balanced_softmax, loss_of, one_vs_all, softmax
+from fedsplit.training.losses import balanced_softmax, class_loss, one_vs_all, softmax
 from tests.training.small import settings
 
 LOGITS = torch.tensor([[2.0, -1.0, 0.5], [0.0, 0.3, -0.2], [1.0, 1.0, 4.0], [-3.0, 0.0, 0.0]])
@@ -19,7 +19,7 @@ LABELS = torch.tensor([0, 2, 1, 0])
 def test_softmax_is_torchs_own() -> None:
     wanted = torch.nn.functional.cross_entropy(LOGITS, LABELS)
     assert torch.equal(softmax()(LOGITS, LABELS), wanted)
-    assert torch.equal(loss_of(settings())(LOGITS, LABELS), wanted)
+    assert torch.equal(class_loss(settings())(LOGITS, LABELS), wanted)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
@@ -85,5 +85,5 @@ def test_balanced_softmax_undoes_a_prior() -> None:
 def test_balanced_softmax_wants_counts() -> None:
     with pytest.raises(ConfigError, match=r"class_counts"):
         settings(loss="balanced-softmax")
-    loss = loss_of(settings(loss="balanced-softmax", class_counts=(1, 2, 3)))
+    loss = class_loss(settings(loss="balanced-softmax", class_counts=(1, 2, 3)))
     assert torch.isfinite(loss(LOGITS, LABELS))

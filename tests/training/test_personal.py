@@ -106,15 +106,15 @@ def test_a_site_that_differs_is_right_by_its_own_copy(vit: Backbone) -> None:
     model, _ = local(vit, BARE)
     train(model, every_epoch, settings(epochs=4))
     received = module.read(model.part)
-    assert evaluate(model, CONTRARY).correct == 0
+    assert evaluate(model, CONTRARY).sums["correct"] == 0
     contrary: Epoch = lambda _: CONTRARY  # noqa: E731
     state = ditto(model, received, pull=0.01, batches=contrary, learning_rate=0.05, epochs=8)
     with holding(model.part, state.tensors):
-        assert evaluate(model, CONTRARY).correct == 27
-    assert evaluate(model, CONTRARY).correct == 0
+        assert evaluate(model, CONTRARY).sums["correct"] == 27
+    assert evaluate(model, CONTRARY).sums["correct"] == 0
     held = ditto(model, received, pull=100.0, batches=contrary, optimizer="sgd", epochs=4)
     with holding(model.part, held.tensors):
-        assert evaluate(model, CONTRARY).correct == 0
+        assert evaluate(model, CONTRARY).sums["correct"] == 0
 
 
 def test_ditto_is_reproduced_to_the_bit(vit: Backbone) -> None:
@@ -224,11 +224,11 @@ def test_a_contrary_site_is_right_by_its_own_classifier(vit: Backbone) -> None:
     _, state = rod(model, batches=lambda _: CONTRARY, learning_rate=0.05, epochs=6)
     # The round's average is the other sites' again, the personal classifier is not.
     module.load(model.part, generic)
-    assert evaluate(model, CONTRARY).correct == 0
+    assert evaluate(model, CONTRARY).sums["correct"] == 0
     _, state = rod(model, state.tensors, batches=lambda _: CONTRARY, learning_rate=0.05, epochs=6)
     module.load(model.part, generic)
     with PersonalClassifier(model.part, state.tensors, None) as own:
-        assert evaluate(model, CONTRARY, adjust=own.logits).correct > 20
+        assert evaluate(model, CONTRARY, adjust=own.logits).sums["correct"] > 20
     with PersonalClassifier(model.part, {}, None) as own:
         assert evaluate(model, BATCHES, adjust=own.logits) == evaluate(model, BATCHES)
 

@@ -16,7 +16,7 @@ from fedsplit.model.module import ModuleSpec, ModuleTensors
 from fedsplit.model.split import SplitModel, device_part, server_part, whole_model
 from fedsplit.training.data import Batch
 from fedsplit.training.pipeline import Flow
-from fedsplit.training.pruning import el2n, hardest
+from fedsplit.training.pruning import hardest, sample_errors
 from tests.training.small import BATCHES, Wrapped, text_batches
 
 LORA = ModuleSpec(classes=("dark", "grey", "light"), rank=2, alpha=4)
@@ -60,7 +60,7 @@ def by_hand(
 def test_scores_are_the_whole_models(cut: str, spec: ModuleSpec, vit: Backbone) -> None:
     tensors = learnt(vit, spec)
     model, encoder = split(vit, spec, Cut.parse(cut), tensors)
-    found = el2n(model, BATCHES, Flow())
+    found = sample_errors(model, BATCHES, Flow())
     wanted = by_hand(vit, spec, tensors, BATCHES)
     np.testing.assert_allclose(found, wanted, atol=1e-6)
     assert wanted.std() > 0.01
@@ -75,7 +75,7 @@ def test_scores_are_the_whole_models(cut: str, spec: ModuleSpec, vit: Backbone) 
 def test_padding_changes_no_score(bert: Backbone) -> None:
     batches, tensors = text_batches(), learnt(bert, LORA)
     model, _ = split(bert, LORA, Cut(1, 3), tensors)
-    found = el2n(model, batches, Flow())
+    found = sample_errors(model, batches, Flow())
     np.testing.assert_allclose(found, by_hand(bert, LORA, tensors, batches), atol=1e-6)
 
 

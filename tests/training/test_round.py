@@ -12,13 +12,14 @@ import torch
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array, Encoder, Mask, Want
 from fedsplit.core.errors import FederationError, UnreachableError
+from fedsplit.core.scores import CLASS_SCORES, Tally
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.local_encoder import LocalEncoder
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.split import SplitModel, device_part, server_part
 from fedsplit.training.data import Batch
-from fedsplit.training.round import Score, evaluate, train
+from fedsplit.training.round import evaluate, train
 from tests.training.small import (
     BARE,
     BATCHES,
@@ -48,7 +49,9 @@ def test_right_answers_are_counted(cut: str, in_flight: int, vit: Backbone) -> N
         module.read(model.part) | {"classifier.bias": np.array([0, 1], dtype="f4")},
     )
     light = sum(int(b.labels.sum()) for b in BATCHES)
-    assert evaluate(model, BATCHES, in_flight=in_flight) == Score(light, 27)
+    assert evaluate(model, BATCHES, in_flight=in_flight) == Tally(
+        sums={"correct": light}, samples=27
+    )
     assert encoder.kept_steps == 0
 
 
@@ -57,12 +60,12 @@ def test_evaluation_counts_what_the_logits_say(vit: Backbone) -> None:
     train(model, every_epoch, settings())
     with torch.no_grad():
         right = sum(int((model(b.inputs, b.mask).argmax(1) == b.labels).sum()) for b in BATCHES)
-    assert evaluate(model, BATCHES, in_flight=3) == Score(right, 27)
+    assert evaluate(model, BATCHES, in_flight=3) == Tally(sums={"correct": right}, samples=27)
 
 
 def test_evaluation_of_nothing(vit: Backbone) -> None:
     model, _ = local(vit, LORA)
-    assert evaluate(model, []) == Score(0, 0)
+    assert evaluate(model, []) == CLASS_SCORES.nothing
 
 
 def test_evaluation_changes_nothing_and_asks_for_no_graph(vit: Backbone) -> None:
@@ -91,7 +94,7 @@ def test_training_lowers_the_loss(
     assert losses[0] > losses[-1]
     assert losses[-1] < 0.5
     score = evaluate(model, BATCHES)
-    assert score.correct >= 25
+    assert score.sums["correct"] >= 25
     assert encoder.kept_steps == 0
 
 
@@ -171,7 +174,7 @@ def test_a_local_device_needs_no_encoder(vit: Backbone) -> None:
         encoder = LocalEncoder(server_part(vit, LORA), Cut(2, 2)) if with_encoder else None
         model = SplitModel(part, Cut(2, 2), encoder)
         loss = train(model, every_epoch, settings())
-        assert evaluate(model, BATCHES).total == 27
+        assert evaluate(model, BATCHES).samples == 27
         results.append((loss, module.read(part)))
     assert results[0][0] == results[1][0]
     assert_same_bits(results[0][1], results[1][1])
@@ -220,7 +223,7 @@ def test_several_steps_are_at_the_encoder_at_once(in_flight: int, vit: Backbone)
     batches = make_batches([4] * (2 * in_flight))
     model, _ = local(vit, LORA, frozen_head=True)
     model, _ = rewired(model, lambda e: Gathering(e, in_flight))
-    assert evaluate(model, batches, in_flight=in_flight).total == 8 * in_flight
+    assert evaluate(model, batches, in_flight=in_flight).samples == 8 * in_flight
     train(model, lambda _: batches, settings(epochs=1, in_flight=in_flight))
 
 

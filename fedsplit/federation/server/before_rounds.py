@@ -81,6 +81,8 @@ def local_only(
         site = replies.site_of(reply)
         try:
             alone = messages.answer_of(reply, LocalOnly)
+            if not all(map(replies.scoring.possible, (alone.own, alone.everywhere))):
+                raise FederationError("its test numbers contradict each other")
         except FederationError as err:
             on_update(f"{site.name} could not train alone: {err}")
             continue

@@ -68,6 +68,8 @@ class Replies:
         self._by_order: dict[str, Site] = {}
         self._ledger = ledger
         self._run_dir = run_dir
+        self.scoring = ledger.scoring
+        """How the run's tests are scored."""
         self._window = window
         self._say = on_update
         self._replied: list[str] = []
@@ -176,7 +178,8 @@ class Replies:
             raise FederationError(
                 f"it tested {numbers.test_samples} samples, at roll call it had {call.test_samples}"
             )
-        if max(numbers.correct_global, numbers.correct_personal or 0) > numbers.test_samples:
+        tests = [numbers.tested, *filter(None, [numbers.tested_personal])]
+        if not all(map(self.scoring.possible, tests)):
             raise FederationError("its test numbers contradict each other")
         return answer
 

@@ -64,7 +64,7 @@ class SplitStrategy(Strategy):
         self.module: ModuleTensors = {}
         self.rounds_done = 0
         self._say = on_update
-        self._best = Best(patience=config.early_stop_rounds)
+        self._best = Best(ledger.scoring, patience=config.early_stop_rounds)
         rule = rule_of(
             config.lora_aggregation, scale=config.lora_alpha / config.lora_rank, seed=config.seed
         )
@@ -103,7 +103,7 @@ class SplitStrategy(Strategy):
             run_dir=run_dir,
             on_update=on_update,
         )
-        self._guard = Guard(config, backbone.family.classifier)
+        self._guard = Guard(config, backbone.family.classifier, ledger.scoring)
 
     # What Flower's Strategy asks for.
 
@@ -133,14 +133,12 @@ class SplitStrategy(Strategy):
         self._orders.log.settle(server_round, {u.site: u.samples for u in good})
         self._replies.check_enough(server_round, len(good), done=self.rounds_done)
         combined = self._combiner.combine(server_round, self.module, good)
-        if self._best.improved(self.ledger.accuracy_of_round(server_round)):
+        if self._best.improved(self.ledger.scores_of_round(server_round)):
             self._best.keep(self.module)
         self.module = combined
         # Only now: what came was of the ranks that were sent.
         self._orders.ranks.update(self._replies.pruned)
-        accuracy = self.ledger.accuracy_of_round(server_round)
-        numbers = MetricRecord({"updates": len(good), "accuracy-received": accuracy or 0.0})
-        return messages.to_arrays(self.module), numbers
+        return messages.to_arrays(self.module), self._numbers(server_round, updates=len(good))
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -152,13 +150,13 @@ class SplitStrategy(Strategy):
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Note the sites' numbers; the accuracy over all test samples."""
+        """Note the sites' numbers; the scores over all test samples."""
         for _ in replies:
             pass  # Each is noted as it comes in.
         if self._undo(server_round) is not None:
             self.checkpoint()
-        accuracy = self.ledger.accuracy_of_round(server_round)
-        return None if accuracy is None else MetricRecord({"accuracy": accuracy})
+        scores = self.ledger.scores_of_round(server_round)
+        return None if scores is None else MetricRecord({**scores})
 
     # The run.
 
@@ -196,7 +194,7 @@ class SplitStrategy(Strategy):
             self.rounds_done = round_
             if self._best.over:
                 self._say(
-                    f"round {round_}: no better accuracy in {self.config.early_stop_rounds} rounds; the best "
+                    f"round {round_}: no better {self.ledger.scoring.main} in {self.config.early_stop_rounds} rounds; the best "
                     f"module is kept"
                 )
                 self.module = self._best.module
@@ -289,10 +287,13 @@ class SplitStrategy(Strategy):
         self._orders.log.clear()
         self.ledger.note(f"round {round_ - 1} was undone: {why}")
         self._say(f"round {round_}: {why}")
-        numbers = MetricRecord(
-            {"updates": 0, "accuracy-received": self.ledger.accuracy_of_round(round_) or 0.0}
-        )
-        return messages.to_arrays(self.module), numbers
+        return messages.to_arrays(self.module), self._numbers(round_, updates=0)
+
+    def _numbers(self, round_: int, *, updates: int) -> MetricRecord:
+        """What Flower's result keeps of a round: the updates that counted, and the scores of the module that was sent."""
+        scores = self.ledger.scores_of_round(round_) or {}
+        received = {f"{name}-received": value for name, value in scores.items()}
+        return MetricRecord({"updates": updates, **received})
 
     def _publish(self, round_: int) -> None:
         if self._orders.all_local:

@@ -13,6 +13,7 @@ from fedsplit.core.config import RunConfig
 from fedsplit.core.notes import fit
 from fedsplit.core.orders import LocalOnly, RollCall
 from fedsplit.core.records import LeftOut, Outcome, RoundMetrics, SiteSummary, Summary
+from fedsplit.core.scores import CLASS_SCORES, Scores, Scoring, Tally, added
 from fedsplit.model.backbone import Backbone
 
 
@@ -34,6 +35,7 @@ class Ledger:
     started: float = field(default_factory=time.monotonic)
     wall_before_s: float = 0.0
     """Wall time of the run before it was resumed."""
+    scoring: Scoring = CLASS_SCORES
 
     def note(self, text: str) -> None:
         """Note what the run itself found odd."""
@@ -73,11 +75,10 @@ class Ledger:
         finally:
             self.started += time.monotonic() - since
 
-    def accuracy_of_round(self, round_: int) -> float | None:
-        """Global accuracy of the module as sites received it in a round, over all test samples."""
-        rows = [m for m in self.metrics if m.round == round_ and round_ > 0]
-        total = sum(m.test_samples for m in rows)
-        return sum(m.correct_global for m in rows) / total if total else None
+    def scores_of_round(self, round_: int) -> Scores | None:
+        """Scores of the module as sites received it in a round, over all test samples."""
+        tests = (m.tested for m in self.metrics if m.round == round_ and round_ > 0)
+        return self.scoring.scores(added(tests))
 
     def summary(self, *, rounds_done: int, outcome: Outcome, reason: str) -> Summary:
         """The run in numbers. A run that lost a site is never complete."""
@@ -85,12 +86,8 @@ class Ledger:
             outcome = "partial"
             lost = sorted({site for _, site, _ in self.absences})
             reason = f"not every site took part in every round: {', '.join(lost)}"
-        curve = [self.accuracy_of_round(r) for r in range(1, rounds_done + 2)]
-        known = tuple(a for a in curve if a is not None)
-        shares = (
-            _share(o.correct_everywhere, o.total_everywhere) for o in self.local_only.values()
-        )
-        alone = [share for share in shares if share is not None]
+        curve = [self.scores_of_round(r) for r in range(1, rounds_done + 2)]
+        alone = [self.scoring.scores(o.everywhere) for o in self.local_only.values()]
         return Summary(
             run=self.run,
             task=self.config.task,
@@ -101,12 +98,13 @@ class Ledger:
             rounds=self.config.rounds,
             rounds_done=rounds_done,
             sites=tuple(self._site(name) for name in sorted(self.calls)),
-            accuracy_global=curve[-1],
-            accuracy_global_start=curve[0],
+            target=self.scoring.target,
+            scores=curve[-1],
+            scores_start=curve[0],
             start="module" if self.config.start_module else self.config.classifier_start,
-            accuracy_personal=self._personal(),
-            accuracy_by_round=known,
-            accuracy_local_only=sum(alone) / len(alone) if alone else None,
+            scores_personal=self.scoring.scores(self._personal()),
+            scores_by_round=tuple(s for s in curve if s is not None),
+            scores_local_only=_mean([s for s in alone if s is not None]),
             bytes_activation=sum(
                 m.bytes_activation_up + m.bytes_activation_down for m in self.metrics
             ),
@@ -121,20 +119,14 @@ class Ledger:
             notes=self.notes,
         )
 
-    def _personal(self) -> float | None:
-        """Right answers of each site's own model on its own test samples, over all sites that have one."""
-        if self.local_only:
-            alone = self.local_only.values()
-            if not any(m.correct_personal is not None for m in self.metrics):
-                return _share(sum(o.correct_own for o in alone), sum(o.total_own for o in alone))
-        last: dict[str, RoundMetrics] = {}
-        for row in self.metrics:
-            if row.correct_personal is not None:
-                last[row.site] = max(row, last.get(row.site, row), key=lambda m: m.round)
-        return _share(
-            sum(m.correct_personal or 0 for m in last.values()),
-            sum(m.test_samples for m in last.values()),
-        )
+    def _personal(self) -> Tally:
+        """Each site's own model on its own test samples, over all sites that have one."""
+        last: dict[str, Tally] = {}
+        for row in sorted(self.metrics, key=lambda m: m.round):
+            if (test := row.tested_personal) is not None:
+                last[row.site] = test
+        alone = {name: o.own for name, o in self.local_only.items()}
+        return added((last or alone).values())
 
     def _full_model_bytes(self) -> int:
         trained = sum(1 for m in self.metrics if m.loss is not None)
@@ -153,24 +145,20 @@ class Ledger:
         every = sorted((m for m in self.metrics if m.site == name), key=lambda m: m.round)
         # Before the first round statistics may have travelled; nothing was tested then.
         rows = [m for m in every if m.round > 0]
-        trained = [m for m in rows if m.correct_personal is not None]
+        trained = [test for m in rows if (test := m.tested_personal) is not None]
         alone = self.local_only.get(name)
+        scores = self.scoring.scores
         return SiteSummary(
             name=name,
             cut=self.cuts[name],
             samples=self.calls[name].samples,
             test_samples=self.calls[name].test_samples,
-            accuracy_before=_share(rows[0].correct_global, rows[0].test_samples) if rows else None,
-            accuracy=_share(rows[-1].correct_global, rows[-1].test_samples) if rows else None,
-            accuracy_personal=_share(trained[-1].correct_personal, trained[-1].test_samples)
-            if trained
-            else None,
-            accuracy_local_only=_share(alone.correct_everywhere, alone.total_everywhere)
-            if alone
-            else None,
-            accuracy_local_only_personal=_share(alone.correct_own, alone.total_own)
-            if alone
-            else None,
+            target=self.scoring.target,
+            scores_before=scores(rows[0].tested) if rows else None,
+            scores=scores(rows[-1].tested) if rows else None,
+            scores_personal=scores(trained[-1]) if trained else None,
+            scores_local_only=scores(alone.everywhere) if alone else None,
+            scores_local_only_personal=scores(alone.own) if alone else None,
             bytes_up=sum(m.bytes_activation_up + m.bytes_module_up for m in every),
             bytes_down=sum(m.bytes_activation_down + m.bytes_module_down for m in every),
             seconds_device=sum(m.seconds_device for m in every),
@@ -182,5 +170,6 @@ class Ledger:
         )
 
 
-def _share(correct: int | None, total: int) -> float | None:
-    return None if correct is None or not total else correct / total
+def _mean(scores: list[Scores]) -> Scores | None:
+    """Each score's mean over the sites."""
+    return {n: sum(s[n] for s in scores) / len(scores) for n in scores[0]} if scores else None

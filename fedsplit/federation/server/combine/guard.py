@@ -6,8 +6,8 @@ accepted updates of the rounds before, which is what protects two sites, of whic
 ratios of honest sites are in docs/log.md. An update beyond a bound is refused by name, not cut to size: a cut one
 still pulls in its own direction as hard as the bound allows.
 
-A step back. Sites test the module that they receive. Where most of them have lost more than 10 points and more
-than chance explains, or cannot train on it at all, the round that made it is undone, once: the same again is taken as
+A step back. Sites test the module that they receive. Where most of them do much worse by the task's scoring than
+chance explains (core/scores.py), or cannot train on it at all, the round that made it is undone, once: the same again is taken as
 the training's own course. The farthest of the undone updates is named. Called by the strategy.
 """
 
@@ -23,6 +23,7 @@ import numpy as np
 from fedsplit.core.aggregation import Update, capped
 from fedsplit.core.config import RunConfig
 from fedsplit.core.records import RoundMetrics
+from fedsplit.core.scores import CLASS_SCORES, Scoring, Tally, added
 from fedsplit.model.module import ModuleTensors
 
 # The most that one step of AdamW moves a value, in learning rates: by Cauchy and Schwarz
@@ -32,9 +33,6 @@ ADAMW_STEP = 7.3
 MEMORY = 3
 # Fewer updates than this have no majority.
 QUORUM = 3
-LOST_SHARE = 0.10
-# Standard errors of a count of right answers.
-CHANCE = 2.0
 # From so many times the usual length on, an undone update no longer says what is usual.
 SUSPECT = 3.0
 
@@ -43,10 +41,11 @@ _Norms = dict[str, float]
 
 @dataclass
 class Version:
-    """A module, what sites got right with it: site -> (right, of), and what the server's optimiser held."""
+    """A module, how the sites tested it, and what the server's optimiser held."""
 
     module: ModuleTensors
-    scores: dict[str, tuple[int, int]] = field(default_factory=dict)
+    tests: dict[str, Tally] = field(default_factory=dict)
+    """By site."""
     optimizer: ModuleTensors = field(default_factory=dict)
     round: int = 0
 
@@ -54,9 +53,12 @@ class Version:
 class Guard:
     """Judges the updates of a run's rounds, and the modules that came of them."""
 
-    def __init__(self, config: RunConfig, classifier: Collection[str]) -> None:
+    def __init__(
+        self, config: RunConfig, classifier: Collection[str], scoring: Scoring = CLASS_SCORES
+    ) -> None:
         """`classifier`: first parts of the names of its tensors, which have a learning rate of their own."""
         self._config = config
+        self._scoring = scoring
         self._classifier = frozenset(classifier)
         self._accepted: list[tuple[int, str, _Norms]] = []
         self._good: Version | None = None
@@ -94,7 +96,7 @@ class Guard:
 
         `rows` are the round's numbers, `stuck` the sites of the `asked` ones that could not train on the module.
         """
-        tested.scores = {row.site: (row.correct_global, row.test_samples) for row in rows}
+        tested.tests = {row.site: row.tested for row in rows}
         harm = (
             ""
             if self._good is None or not self._config.step_back
@@ -107,7 +109,7 @@ class Guard:
             return good, f"{harm}; round {good.round} is gone on from{self._suspect(tested.round)}"
         if not harm and tested.module is not (self._good and self._good.module):
             self._undone = 0
-        if tested.scores:
+        if tested.tests:
             self._good = tested
         return None
 
@@ -117,17 +119,15 @@ class Guard:
             return (
                 f"{len(stuck)} of {asked} sites could not train on the module of round {now.round}"
             )
-        both = sorted(good.scores.keys() & now.scores.keys())
-        lost = [s for s in both if _lost(good.scores[s], now.scores[s])]
+        both = sorted(good.tests.keys() & now.tests.keys())
+        lost = [s for s in both if self._scoring.lost(good.tests[s], now.tests[s])]
         if len(both) < 2 or 2 * len(lost) <= len(both):
             return ""
-        before, after = (
-            sum(t.scores[s][0] for s in both) / max(sum(t.scores[s][1] for s in both), 1)
-            for t in (good, now)
-        )
+        scores = (self._scoring.scores(added(t.tests[s] for s in both)) for t in (good, now))
+        before, after = (self._scoring.shown(s[self._scoring.main]) if s else "?" for s in scores)
         return (
-            f"{len(lost)} of {len(both)} sites lost more than 10 points by the module of round {now.round} "
-            f"({before:.1%} to {after:.1%})"
+            f"{len(lost)} of {len(both)} sites {self._scoring.harm} by the module of round {now.round} "
+            f"({before} to {after})"
         )
 
     def _suspect(self, round_: int) -> str:
@@ -219,14 +219,3 @@ def _ratio(value: float, usual: Sequence[float]) -> float:
     """How many medians; 0 where there is none to compare with."""
     median = statistics.median(usual) if usual else 0.0
     return value / median if median else 0.0
-
-
-def _lost(before: tuple[int, int], now: tuple[int, int]) -> bool:
-    """Did a site lose more right answers than 10 points, and than chance explains?"""
-    (right, of), (still, of_now) = before, now
-    if not of or not of_now:
-        return False
-    p, q = right / of, still / of_now
-    middle = (p + q) / 2
-    error = CHANCE * math.sqrt(middle * (1 - middle) / min(of, of_now))
-    return p - q > LOST_SHARE + error

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from experiments.leakage.scene import Scene
 from experiments.leakage.wire import Recorder
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Array, Encoder, Training
+from fedsplit.core.encoder import Array, Encoder, EncoderTraining
 from fedsplit.model import module, seam
 from fedsplit.model.local_encoder import LocalEncoder
 from fedsplit.model.module import ModuleSpec, ModuleTensors
@@ -106,7 +106,7 @@ def train(
 def _encoder(server: Part, cut: Cut, mode: Mode, queries: int) -> Encoder:
     if mode in {"head+tail", "frozen"}:
         return LocalEncoder(server, cut)
-    training = Training(
+    training = EncoderTraining(
         mode="hosted" if mode == "hosted" else "zeroth-order",
         learning_rate=LORA_RATE,
         queries=queries,

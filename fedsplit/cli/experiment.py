@@ -16,7 +16,7 @@ from fedsplit.cli.run import JsonFlag
 
 if TYPE_CHECKING:
     from fedsplit.experiment.cells import Cell
-    from fedsplit.experiment.plan import Plan
+    from fedsplit.experiment.plan import GridPlan
     from fedsplit.experiment.results import Row
 
 
@@ -53,7 +53,7 @@ def experiment(
     raise typer.Exit(code)
 
 
-def run_plan(plan: Plan, output: Output, *, jobs: int) -> int:
+def run_plan(plan: GridPlan, output: Output, *, jobs: int) -> int:
     """Tune, run, write everything, tell how it ended; the exit code."""
     from fedsplit.experiment.schedule import Schedule
 
@@ -83,7 +83,7 @@ def run_plan(plan: Plan, output: Output, *, jobs: int) -> int:
     return _finish(plan, book.sorted(), output)
 
 
-def _tune(plan: Plan, schedule: Any, bar: _Bar, book: Book) -> Any:
+def _tune(plan: GridPlan, schedule: Any, bar: _Bar, book: Book) -> Any:
     from fedsplit.experiment.tuning import choose, write_tuning
 
     if not plan.trials:
@@ -114,7 +114,7 @@ def _tune(plan: Plan, schedule: Any, bar: _Bar, book: Book) -> Any:
 class _Bar:
     """Rich's bar over all runs, with a line a run above it."""
 
-    def __init__(self, output: Output, plan: Plan) -> None:
+    def __init__(self, output: Output, plan: GridPlan) -> None:
         from rich.progress import (
             BarColumn,
             MofNCompleteColumn,
@@ -170,7 +170,7 @@ def line_of(cell: Cell, row: Row, *, before: bool = False, tuning: bool = False)
     return " ".join(words)
 
 
-def _show_plan(plan: Plan, output: Output) -> None:
+def _show_plan(plan: GridPlan, output: Output) -> None:
     from fedsplit.experiment.results import finished
 
     cells = plan.to_run
@@ -188,7 +188,7 @@ def _show_plan(plan: Plan, output: Output) -> None:
     )  # fmt: skip
 
 
-def _finish(plan: Plan, rows: list[Row], output: Output) -> int:
+def _finish(plan: GridPlan, rows: list[Row], output: Output) -> int:
     ours = [row for row in rows if plan.runs(row.method)]
     counts = {o: sum(r.outcome == o for r in ours) for o in ("complete", "partial", "failed")}
     code = 0 if counts["complete"] == len(ours) else 1 if counts["failed"] == len(ours) else 3

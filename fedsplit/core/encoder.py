@@ -2,7 +2,7 @@
 
 Encoders in this process (model/local_encoder.py), the gRPC stream (transport/client.py) and the fakes in the tests
 implement `Encoder` alike; `trunk` implements `EncoderHost` for the gRPC server. What the encoder itself trains, if
-anything, is the grant's `Training`. Shapes: B batch, T tokens, D the backbone's width, P the width of the pooled
+anything, is the grant's `EncoderTraining`. Shapes: B batch, T tokens, D the backbone's width, P the width of the pooled
 features, K perturbed forwards of a step.
 """
 
@@ -29,7 +29,7 @@ class Encoder(Protocol):
 
     Step ids are the caller's, strictly increasing within a session; evaluation and training share them. Where the
     session trains, `encode` uses the weights of the moment, and a step's gradient is that of the weights of its own
-    forward. Calls that the session's `Training` does not allow raise RefusedError.
+    forward. Calls that the session's `EncoderTraining` does not allow raise RefusedError.
     """
 
     @property
@@ -76,7 +76,7 @@ Estimator = Literal["forward", "central", "one-point"]
 Directions = Literal["gaussian", "sphere"]
 
 
-class Training(BaseModel):
+class EncoderTraining(BaseModel):
     """What a session trains at the encoder, and how: the module's tensors on the server's blocks of its cut.
 
     hosted: a copy of its own, for the site. shared: one copy for all sessions of the module version. zeroth-order: a
@@ -126,7 +126,7 @@ class Grant(BaseModel):
     max_batch: int = Field(ge=1)
     max_tokens: int = Field(ge=1)
     max_steps: int = Field(ge=1)
-    training: Training | None = None
+    training: EncoderTraining | None = None
     """What the session trains at the encoder; None: nothing."""
 
     @property

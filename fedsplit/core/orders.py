@@ -28,7 +28,7 @@ FIT, HELD_OUT = "fit", "held-out"
 # Counts are weights of the average: they must fit the arithmetic of numpy.
 MAX_SAMPLES = 10**12
 MAX_FAULT_CHARS = 4000
-Kind = Literal["roll-call", "statistics", "calibrate", "train", "evaluate", "local-only"]
+OrderKind = Literal["roll-call", "statistics", "calibrate", "train", "evaluate", "local-only"]
 Tensors = Mapping[str, NDArray[np.float32]]
 Shape = tuple[int, ...]
 
@@ -62,7 +62,7 @@ class Round(_Part):
 class Order(_Part):
     """What a site is to do."""
 
-    kind: Kind
+    kind: OrderKind
     run: str
     round: int
     fedsplit_version: Word

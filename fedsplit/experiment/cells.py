@@ -19,7 +19,7 @@ from fedsplit.core import recipes
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import ConfigError, FedsplitError
 from fedsplit.core.names import is_name, normalised
-from fedsplit.experiment.grid import Grid, Method, Problem, Scalar, Settings, Wire
+from fedsplit.experiment.grid import Grid, MethodRow, Problem, Scalar, Settings, Wire
 
 # What the experiment sets itself.
 OWN_KEYS = (
@@ -120,7 +120,7 @@ class Faults:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Condition:
     """A cell before its method: problem, axes and seed."""
 
     problem: Problem
@@ -132,13 +132,13 @@ class Place:
         return ", ".join(([self.problem.name] if self.problem.name else []) + pairs)
 
 
-def places(grid: Grid) -> Iterator[Place]:
-    """All places of the reported runs; seeds are the outermost, so that a grid cut short has whole tables."""
+def conditions(grid: Grid) -> Iterator[Condition]:
+    """All conditions of the reported runs; seeds are the outermost, so that a grid cut short has whole tables."""
     problems = grid.problems or [Problem.model_construct(name="", settings={})]
     for seed in grid.experiment.seeds:
         for problem in problems:
             for values in itertools.product(*grid.axes.values()):
-                yield Place(
+                yield Condition(
                     problem=problem, axes=tuple(zip(grid.axes, values, strict=True)), seed=seed
                 )
 
@@ -148,10 +148,12 @@ def expand(grid: Grid, out: Path, faults: Faults, *, tuned: Tuned | None = None)
     makers = CellMaker(out / "runs", faults)
     chosen = tuned or {}
     cells = [
-        makers.cell(grid, method, place, extra=chosen.get((method.name, place.problem.name), {}))
-        for place in places(grid)
+        makers.cell(
+            grid, method, condition, extra=chosen.get((method.name, condition.problem.name), {})
+        )
+        for condition in conditions(grid)
         for method in grid.methods
-        if method.runs_at(place.axes)
+        if method.runs_at(condition.axes)
     ]
     return [cell for cell in cells if cell is not None]
 
@@ -164,16 +166,18 @@ class CellMaker:
         self._faults = faults
         self._names: dict[str, str] = {}
 
-    def cell(self, grid: Grid, method: Method, place: Place, *, extra: Settings) -> Cell | None:
+    def cell(
+        self, grid: Grid, method: MethodRow, condition: Condition, *, extra: Settings
+    ) -> Cell | None:
         """The cell, or None when its settings have faults."""
-        flat = self._flat(grid, method, place, extra)
+        flat = self._flat(grid, method, condition, extra)
         faults = [
             f"{key} is set by the experiment itself; leave it out"
             for key in OWN_KEYS
             if key in flat
         ]
         known = {key: value for key, value in flat.items() if key not in OWN_KEYS}
-        fixed: Settings = {"seed": place.seed, "runs-dir": str(self._runs)}
+        fixed: Settings = {"seed": condition.seed, "runs-dir": str(self._runs)}
         fixed |= {"deadline-s": flat.get("deadline-s", _PATIENT_S)}
         config = None
         kept = recipes.given(str(known.get("recipe", "")), known, RunConfig.defaults())
@@ -186,32 +190,34 @@ class CellMaker:
         else:
             faults += _passed_over(config, method.settings | extra)
         for fault in faults:
-            self._faults.add(method.name, str(place), fault)
+            self._faults.add(method.name, str(condition), fault)
         if config is None or faults:
             return None
-        name = self._name(method, place, config_key(config))
+        name = self._name(method, condition, config_key(config))
         return Cell(
             method=method.name,
-            problem=place.problem.name,
-            axes=place.axes,
-            seed=place.seed,
+            problem=condition.problem.name,
+            axes=condition.axes,
+            seed=condition.seed,
             config=config.model_copy(update={"run_name": name}),
             way=_way(grid, config),
         )
 
-    def _flat(self, grid: Grid, method: Method, place: Place, extra: Settings) -> Settings:
-        shared = grid.defaults | place.problem.settings | dict(place.axes)
+    def _flat(
+        self, grid: Grid, method: MethodRow, condition: Condition, extra: Settings
+    ) -> Settings:
+        shared = grid.defaults | condition.problem.settings | dict(condition.axes)
         kept = {key: value for key, value in shared.items() if key not in method.drop}
-        task = _slug(place.problem.name) or grid.experiment.name
+        task = _slug(condition.problem.name) or grid.experiment.name
         return {"task": task[:64]} | kept | method.settings | extra
 
-    def _name(self, method: Method, place: Place, key: str) -> str:
+    def _name(self, method: MethodRow, condition: Condition, key: str) -> str:
         if key not in self._names:
-            words = (method.name, place.problem.name, *(v for _, v in place.axes))
+            words = (method.name, condition.problem.name, *(v for _, v in condition.axes))
             name = "-".join(filter(None, (_slug(str(word)) for word in words)))[:80]
             # A name of 80 characters may have too many bytes for a folder's.
             name = name.encode()[:160].decode(errors="ignore")
-            name = f"{name}-seed{place.seed}".lstrip(".-")
+            name = f"{name}-seed{condition.seed}".lstrip(".-")
             taken = self._names.values()
             self._names[key] = f"{name[:90]}-{key[:8]}" if name in taken else name
         return self._names[key]

@@ -85,7 +85,7 @@ class Problem(_WithSettings):
     name: Label
 
 
-class Method(_WithSettings):
+class MethodRow(_WithSettings):
     """[[methods]]: a row of the table."""
 
     name: Label
@@ -122,12 +122,12 @@ class Grid(_Table):
     problems: list[Problem] = Field(default_factory=list, max_length=64)
     axes: Choices = Field(default_factory=dict, max_length=8)
     """Setting -> values, all multiplied with each other."""
-    methods: list[Method] = Field(min_length=1, max_length=64)
+    methods: list[MethodRow] = Field(min_length=1, max_length=64)
     tuning: Tuning = Field(default_factory=Tuning)
 
     @field_validator("methods", "problems")
     @classmethod
-    def _unique(cls, value: list[Method] | list[Problem]) -> list[Method] | list[Problem]:
+    def _unique(cls, value: list[MethodRow] | list[Problem]) -> list[MethodRow] | list[Problem]:
         names = [entry.name for entry in value]
         if twice := sorted({n for n in names if names.count(n) > 1}):
             raise ValueError(f"the name {twice[0]!r} is used more than once; give each its own")
@@ -164,7 +164,7 @@ class Grid(_Table):
             raise ValueError("\n".join(faults))
         return self
 
-    def tuned(self, method: Method) -> Choices:
+    def tuned(self, method: MethodRow) -> Choices:
         """What is searched for a method; empty: nothing."""
         return self.tuning.tune if method.tune is None else method.tune
 

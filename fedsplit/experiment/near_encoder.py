@@ -30,7 +30,7 @@ from fedsplit.model.layers import DOWN, MERGED, UP
 from fedsplit.training.site_settings import SiteSettings
 from fedsplit.transport.admission import Limits
 from fedsplit.transport.codec import Codec, check_range, encode_mask, find_codec
-from fedsplit.transport.frames import CHUNK_BYTES, HEADER_BYTES, Kind, json_frame
+from fedsplit.transport.frames import CHUNK_BYTES, HEADER_BYTES, FrameKind, json_frame
 from fedsplit.transport.messages import Hello
 from fedsplit.transport.rules import agree
 from fedsplit.transport.shapes import (
@@ -180,8 +180,8 @@ class NearEncoder(Closing):
         self._lock = threading.Lock()
         self._closed = False
         self.payload_up = self.payload_down = self.steps = 0
-        self.bytes_up = len(json_frame(Kind.HELLO, hello.model_dump_json()))
-        self.bytes_down = len(json_frame(Kind.WELCOME, self.welcome.model_dump_json()))
+        self.bytes_up = len(json_frame(FrameKind.HELLO, hello.model_dump_json()))
+        self.bytes_down = len(json_frame(FrameKind.WELCOME, self.welcome.model_dump_json()))
         self.wait_s = 0.0
 
     @property
@@ -193,8 +193,8 @@ class NearEncoder(Closing):
         self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, want: Want = "output"
     ) -> Array:
         """See core.encoder.Encoder."""
-        kind = Kind.PROBE if want == "probes" else Kind.ENCODE
-        if kind is Kind.PROBE:
+        kind = FrameKind.PROBE if want == "probes" else FrameKind.ENCODE
+        if kind is FrameKind.PROBE:
             check_probed_size(h_BTD.shape, self.welcome, self._codec)
         what = f"{kind.name} step {step}"
         with self._timed():

@@ -18,7 +18,7 @@ from fedsplit.experiment.tuning import Trial, choose, first_candidates, settled,
 
 
 @dataclass(frozen=True)
-class Plan:
+class GridPlan:
     """A checked grid."""
 
     grid: Grid
@@ -41,19 +41,19 @@ class Plan:
         cells = [*(trial.cell for trial in self.trials), *self.cells]
         return [cell for cell in cells if self.runs(cell.method)]
 
-    def tuned(self, chosen: Tuned) -> Plan:
+    def tuned(self, chosen: Tuned) -> GridPlan:
         """The plan after the search."""
         return replace(self, cells=_cells(self, chosen, Faults()))
 
 
-def make_plan(path: Path, *, out: Path | None = None, only: tuple[str, ...] = ()) -> Plan:
+def make_plan(path: Path, *, out: Path | None = None, only: tuple[str, ...] = ()) -> GridPlan:
     """Read and check a grid. Raises one ConfigError that lists all faults of what is to be run."""
     grid = read_grid(path)
     if unknown := [label for label in only if label not in {m.name for m in grid.methods}]:
         names = ", ".join(m.name for m in grid.methods)
         raise ConfigError(f"--only {unknown[0]!r} is no method of {path}; it has {names}")
     faults = Faults(only)
-    plan = Plan(grid, (out or grid.out).absolute(), only, [], [])
+    plan = GridPlan(grid, (out or grid.out).absolute(), only, [], [])
     tried = trials(grid, plan.out, faults)
     ended, rows = settled(tried)
     kept = [trial for trial in tried if plan.runs(trial.method) or trial in ended]
@@ -64,7 +64,7 @@ def make_plan(path: Path, *, out: Path | None = None, only: tuple[str, ...] = ()
     return plan
 
 
-def _cells(plan: Plan, chosen: Tuned, faults: Faults) -> list[Cell]:
+def _cells(plan: GridPlan, chosen: Tuned, faults: Faults) -> list[Cell]:
     stand_in = first_candidates(plan.grid)
     known = {key for key, settings in stand_in.items() if not settings} | set(chosen)
     return [

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsplit.experiment.cells import Cell, CellMaker, Faults, Place, Tuned
+from fedsplit.experiment.cells import Cell, CellMaker, Condition, Faults, Tuned
 from fedsplit.experiment.files import write_whole
-from fedsplit.experiment.grid import Grid, Method, Problem, Settings
+from fedsplit.experiment.grid import Grid, MethodRow, Problem, Settings
 from fedsplit.experiment.results import Row, finished
 
 
@@ -36,16 +36,16 @@ def trials(grid: Grid, out: Path, faults: Faults) -> list[Trial]:
     for problem in grid.problems or [Problem.model_construct(name="", settings={})]:
         for method in grid.methods:
             for candidate in candidates(grid, method):
-                place = Place(problem=problem, axes=_first(grid), seed=grid.tuning.seed)
+                condition = Condition(problem=problem, axes=_first(grid), seed=grid.tuning.seed)
                 general = {k: v for k, v in grid.tuning.settings.items() if k not in method.drop}
                 extra = general | candidate
-                cell = maker.cell(grid, method, place, extra=extra)
+                cell = maker.cell(grid, method, condition, extra=extra)
                 if cell is not None:
                     found.append(Trial(method.name, problem.name, tuple(candidate.items()), cell))
     return found
 
 
-def candidates(grid: Grid, method: Method) -> Iterator[Settings]:
+def candidates(grid: Grid, method: MethodRow) -> Iterator[Settings]:
     """The settings to try for a method; none when it tunes nothing."""
     tuned = grid.tuned(method)
     if tuned:

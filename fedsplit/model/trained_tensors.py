@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Array, Training
+from fedsplit.core.encoder import Array, EncoderTraining
 from fedsplit.core.errors import EncoderError
 from fedsplit.model import module
 from fedsplit.model.part import Part
@@ -85,7 +85,7 @@ class TrainedTensors:
     values, one snapshot, AdamW's two moments and a gradient, and an older snapshot for each kept step.
     """
 
-    def __init__(self, start: Mapping[str, nn.Parameter], training: Training) -> None:
+    def __init__(self, start: Mapping[str, nn.Parameter], training: EncoderTraining) -> None:
         """`start` is kept, not copied, and never written: a published version does not change."""
         self.training = training
         self.steps = 0

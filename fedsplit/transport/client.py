@@ -28,7 +28,7 @@ from fedsplit.core.errors import (
 from fedsplit.transport.calls import capabilities, collect, publish
 from fedsplit.transport.codec import Dims, Encoded, check_range, encode_mask, find_codec
 from fedsplit.transport.duplex import Duplex, Reply
-from fedsplit.transport.frames import Flag, Kind, frames_of
+from fedsplit.transport.frames import Flag, FrameKind, frames_of
 from fedsplit.transport.messages import Hello
 from fedsplit.transport.shapes import (
     ACK,
@@ -43,7 +43,7 @@ from fedsplit.transport.wiring import ClientTls, open_channel
 
 __all__ = ["ClientTls", "StreamEncoder", "Traffic", "capabilities", "collect", "publish"]
 
-_ANSWER = {Kind.ENCODE: Kind.ENCODED, Kind.PROBE: Kind.PROBED}
+_ANSWER = {FrameKind.ENCODE: FrameKind.ENCODED, FrameKind.PROBE: FrameKind.PROBED}
 
 
 class Traffic(BaseModel):
@@ -63,15 +63,15 @@ class Traffic(BaseModel):
 class _Going(NamedTuple):
     """Activations on their way: an ENCODE or a PROBE."""
 
-    kind: Kind
+    kind: FrameKind
     step: int
     h: Array
     mask: Mask | None
     keep: bool
 
 
-class _Kept(NamedTuple):
-    kind: Kind
+class _KeptStep(NamedTuple):
+    kind: FrameKind
     wire_step: int
     h_dims: Dims
     z_dims: Dims
@@ -106,7 +106,7 @@ class StreamEncoder(Closing):
         self._step_timeout_s = step_timeout_s
         self._slots = threading.BoundedSemaphore(max_in_flight)
         self._order = threading.Lock()
-        self._kept: dict[int, _Kept] = {}
+        self._kept: dict[int, _KeptStep] = {}
         self._next_step = 0
         self._closed = False
         self._payload_up = self._payload_down = self._steps = 0
@@ -128,8 +128,8 @@ class StreamEncoder(Closing):
         self, step: int, h_BTD: Array, mask_BT: Mask | None = None, *, want: Want = "output"
     ) -> Array:
         """See core.encoder.Encoder. Leaves as ENCODE, or as PROBE where probes are wanted."""
-        kind = Kind.PROBE if want == "probes" else Kind.ENCODE
-        if kind is Kind.PROBE:
+        kind = FrameKind.PROBE if want == "probes" else FrameKind.ENCODE
+        if kind is FrameKind.PROBE:
             self._check_probe(step, h_BTD.shape)
         with self._in_flight():
             reply = self._post_h(_Going(kind, step, h_BTD, mask_BT, want != "output"))
@@ -141,7 +141,7 @@ class StreamEncoder(Closing):
             raise RefusedError(
                 f"step {step}: nothing trains at the encoder (the token's training is {self.welcome.training})"
             )
-        if self._held(step).kind is Kind.PROBE:
+        if self._held(step).kind is FrameKind.PROBE:
             losses = self._checked_losses(step, answer)
             with self._in_flight():
                 self._done(self._post_losses(step, losses), f"SCORE step {step}")
@@ -223,7 +223,7 @@ class StreamEncoder(Closing):
         return body
 
     def _frames(
-        self, kind: Kind, step: int, body: Encoded, flags: Flag = Flag.NONE
+        self, kind: FrameKind, step: int, body: Encoded, flags: Flag = Flag.NONE
     ) -> Iterator[bytes]:
         session = self.welcome.session
         return frames_of(kind, body, codec=self._codec.id, flags=flags, session=session, step=step)
@@ -237,20 +237,20 @@ class StreamEncoder(Closing):
             raise ProtocolError(f"the mask has shape {mask_BT.shape}: {h_dims[:2]} is wanted")
         body = self._encoded(h_BTD)
         mask = None if mask_BT is None else encode_mask(mask_BT)
-        shape_of = probed_dims if kind is Kind.PROBE else z_dims
+        shape_of = probed_dims if kind is FrameKind.PROBE else z_dims
         out_dims = shape_of(h_dims, self.welcome)
         with self._order:
             if keep:
                 self._check_keep(step)
             wire_step = self._next_step
-            flags = Flag.KEEP if keep and kind is Kind.ENCODE else Flag.NONE
+            flags = Flag.KEEP if keep and kind is FrameKind.ENCODE else Flag.NONE
             frames = self._h_frames(kind, wire_step, body, mask, flags)
             reply = self._duplex.post(frames, _ANSWER[kind], wire_step, out_dims)
             self._next_step += 1
             self._steps += 1
             self._payload_up += len(body.data) + (len(mask.data) if mask else 0)
             if keep:
-                self._kept[step] = _Kept(kind, wire_step, h_dims, out_dims)
+                self._kept[step] = _KeptStep(kind, wire_step, h_dims, out_dims)
         return reply
 
     def _post_dz(self, step: int, dz: Array, *, quiet: bool) -> Reply:
@@ -263,8 +263,8 @@ class StreamEncoder(Closing):
                     f"dz of step {step} has shape {dz.shape}: {kept.z_dims} is wanted"
                 )
             flags = Flag.QUIET if quiet else Flag.NONE
-            frames = self._frames(Kind.BACKPROP, kept.wire_step, body, flags)
-            answer, dims = (Kind.ACK, ACK.dims) if quiet else (Kind.GRAD, kept.h_dims)
+            frames = self._frames(FrameKind.BACKPROP, kept.wire_step, body, flags)
+            answer, dims = (FrameKind.ACK, ACK.dims) if quiet else (FrameKind.GRAD, kept.h_dims)
             reply = self._duplex.post(frames, answer, kept.wire_step, dims)
             del self._kept[step]
             self._payload_up += len(body.data)
@@ -275,21 +275,23 @@ class StreamEncoder(Closing):
         body, session = LOSSES.encode(losses_K), self.welcome.session
         with self._order:
             wire_step = self._held(step).wire_step
-            frames = frames_of(Kind.SCORE, body, codec=LOSSES.id, session=session, step=wire_step)
-            reply = self._duplex.post(frames, Kind.ACK, wire_step, ACK.dims)
+            frames = frames_of(
+                FrameKind.SCORE, body, codec=LOSSES.id, session=session, step=wire_step
+            )
+            reply = self._duplex.post(frames, FrameKind.ACK, wire_step, ACK.dims)
             del self._kept[step]
             self._payload_up += len(body.data)
         return reply
 
     def _h_frames(
-        self, kind: Kind, step: int, body: Encoded, mask: Encoded | None, flags: Flag
+        self, kind: FrameKind, step: int, body: Encoded, mask: Encoded | None, flags: Flag
     ) -> Iterable[bytes]:
         if mask is None:
             return self._frames(kind, step, body, flags)
-        first = frames_of(Kind.MASK, mask, session=self.welcome.session, step=step)
+        first = frames_of(FrameKind.MASK, mask, session=self.welcome.session, step=step)
         return chain(first, self._frames(kind, step, body, flags | Flag.MASK))
 
-    def _held(self, step: int) -> _Kept:
+    def _held(self, step: int) -> _KeptStep:
         """The step that waits for its gradient or losses. Raises ProtocolError when there is none."""
         kept = self._kept.get(step)
         if kept is None:

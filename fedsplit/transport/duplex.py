@@ -16,7 +16,7 @@ import grpc
 
 from fedsplit.core.errors import EncoderError, OverloadedError, ProtocolError, UnreachableError
 from fedsplit.transport.codec import Codec, Dims
-from fedsplit.transport.frames import Assembler, Header, Kind, Message, check_json, json_frame
+from fedsplit.transport.frames import Assembler, FrameKind, Header, Message, check_json, json_frame
 from fedsplit.transport.messages import ErrorBody, Hello, Welcome, error_of, read_body
 from fedsplit.transport.shapes import check_ack, check_payload
 from fedsplit.transport.status import translate
@@ -74,7 +74,7 @@ class Duplex:
         self._tls = tls
         self._lock = threading.Lock()
         self._error: EncoderError | None = None
-        self._replies: dict[tuple[Kind, int], Reply] = {}
+        self._replies: dict[tuple[FrameKind, int], Reply] = {}
         self._welcomed = threading.Event()
         self._moved_at = time.monotonic()
         self._call = channel.stream_stream(STEPS)(
@@ -87,7 +87,7 @@ class Duplex:
 
     def greet(self, hello: Hello, timeout_s: float) -> Welcome:
         """Open the session. Raises whatever the encoder answers, UnreachableError if it does not."""
-        self.outbox.put((json_frame(Kind.HELLO, hello.model_dump_json()),))
+        self.outbox.put((json_frame(FrameKind.HELLO, hello.model_dump_json()),))
         if not self._welcomed.wait(timeout_s):
             self.fail(
                 UnreachableError(
@@ -100,7 +100,7 @@ class Duplex:
             raise ProtocolError(f"the encoder at {self._address} did not answer HELLO with WELCOME")
         return self.welcome
 
-    def post(self, frames: Iterable[bytes], answer: Kind, step: int, dims: Dims) -> Reply:
+    def post(self, frames: Iterable[bytes], answer: FrameKind, step: int, dims: Dims) -> Reply:
         """Queue a message; `wait` for what comes back. Messages leave in the order of the calls."""
         reply = Reply(dims)
         with self._lock:
@@ -181,7 +181,7 @@ class Duplex:
         self._end(error)
 
     def _admit(self, header: Header) -> None:
-        if header.kind in (Kind.WELCOME, Kind.ERROR):
+        if header.kind in (FrameKind.WELCOME, FrameKind.ERROR):
             check_json(header)
             return
         reply = self._replies.get((header.kind, header.step))
@@ -193,16 +193,16 @@ class Duplex:
             raise ProtocolError(
                 f"the encoder at {self._address} sent {header.kind.name} of shape {header.dims}: {reply.dims} is wanted"
             )
-        if header.kind is Kind.ACK:
+        if header.kind is FrameKind.ACK:
             check_ack(header)
         else:
             check_payload(header, self._codec, self.welcome.max_message_bytes)
 
     def _dispatch(self, message: Message) -> None:
         kind = message.header.kind
-        if kind is Kind.ERROR:
+        if kind is FrameKind.ERROR:
             raise error_of(read_body(ErrorBody, message), self._address)
-        if kind is Kind.WELCOME:
+        if kind is FrameKind.WELCOME:
             if self.welcome is not None:
                 raise ProtocolError(f"the encoder at {self._address} sent a second WELCOME")
             self.welcome = read_body(Welcome, message)

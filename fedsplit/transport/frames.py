@@ -37,7 +37,7 @@ _SAME = 48  # bytes 0..47 are equal in all frames of a message
 Payload = NDArray[np.uint8]
 
 
-class Kind(enum.IntEnum):
+class FrameKind(enum.IntEnum):
     """What a message is."""
 
     HELLO = 1
@@ -54,7 +54,7 @@ class Kind(enum.IntEnum):
     ACK = 12
 
 
-JSON_KINDS = frozenset({Kind.HELLO, Kind.WELCOME, Kind.ERROR})
+JSON_KINDS = frozenset({FrameKind.HELLO, FrameKind.WELCOME, FrameKind.ERROR})
 
 
 class Flag(enum.IntFlag):
@@ -69,7 +69,7 @@ class Flag(enum.IntFlag):
 class Header(NamedTuple):
     """One frame's header, checked by `parse`."""
 
-    kind: Kind
+    kind: FrameKind
     dtype: Dtype
     codec: CodecId
     flags: Flag
@@ -89,7 +89,7 @@ class Message(NamedTuple):
 
 
 def frames_of(
-    kind: Kind,
+    kind: FrameKind,
     body: Encoded,
     *,
     codec: CodecId = CodecId.RAW,
@@ -125,7 +125,7 @@ def checksum(chunk: memoryview) -> int:
     ) % _SUM_MODULUS
 
 
-def json_frame(kind: Kind, text: str, *, session: int = 0) -> bytes:
+def json_frame(kind: FrameKind, text: str, *, session: int = 0) -> bytes:
     """The one frame of a HELLO, WELCOME or ERROR."""
     data = memoryview(text.encode())
     return next(frames_of(kind, Encoded(Dtype.BYTES, (), data), session=session))
@@ -164,7 +164,7 @@ def parse(frame: bytes) -> tuple[Header, memoryview]:
     if checksum(chunk) != chunk_sum:
         raise ProtocolError("a frame's payload fails its checksum: it was damaged on the way")
     try:
-        known = Kind(kind), Dtype(dtype), CodecId(codec), Flag(flags)
+        known = FrameKind(kind), Dtype(dtype), CodecId(codec), Flag(flags)
     except ValueError as error:
         raise ProtocolError(f"a frame has an unknown kind, dtype or codec: {error}") from error
     return Header(*known, dims[:ndim], session, step, total, offset, length), chunk

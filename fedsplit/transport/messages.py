@@ -19,7 +19,7 @@ from fedsplit.core.errors import (
     UnreachableError,
 )
 from fedsplit.core.foreign import printable
-from fedsplit.transport.frames import MAX_JSON_BYTES, VERSION, Kind, Message, json_frame
+from fedsplit.transport.frames import MAX_JSON_BYTES, VERSION, FrameKind, Message, json_frame
 
 Code = Literal["refused", "protocol", "overloaded", "unavailable", "internal"]
 
@@ -105,7 +105,7 @@ def error_frame(error: EncoderError, *, session: int) -> bytes:
     text = body.model_dump_json()
     if len(text.encode()) > MAX_JSON_BYTES:  # a message of 1000 characters that JSON escapes
         text = body.model_copy(update={"message": ascii(body.message)[:1000]}).model_dump_json()
-    return json_frame(Kind.ERROR, text, session=session)
+    return json_frame(FrameKind.ERROR, text, session=session)
 
 
 def code_of(error: EncoderError) -> Code:

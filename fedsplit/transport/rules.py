@@ -13,7 +13,7 @@ from fedsplit.core.encoder import Capabilities, Grant
 from fedsplit.core.errors import ConfigError, ProtocolError, RefusedError
 from fedsplit.transport.admission import Limits
 from fedsplit.transport.codec import Codec, CodecId, Dims, Dtype, find_codec
-from fedsplit.transport.frames import JSON_KINDS, VERSION, Flag, Header, Kind, check_json
+from fedsplit.transport.frames import JSON_KINDS, VERSION, Flag, FrameKind, Header, check_json
 from fedsplit.transport.messages import Hello, Welcome
 from fedsplit.transport.shapes import (
     check_batch,
@@ -24,17 +24,17 @@ from fedsplit.transport.shapes import (
 )
 
 FLAGS = {
-    Kind.HELLO: Flag.NONE,
-    Kind.MASK: Flag.NONE,
-    Kind.ENCODE: Flag.KEEP | Flag.MASK,
-    Kind.BACKPROP: Flag.QUIET,
-    Kind.PROBE: Flag.MASK,
-    Kind.SCORE: Flag.NONE,
+    FrameKind.HELLO: Flag.NONE,
+    FrameKind.MASK: Flag.NONE,
+    FrameKind.ENCODE: Flag.KEEP | Flag.MASK,
+    FrameKind.BACKPROP: Flag.QUIET,
+    FrameKind.PROBE: Flag.MASK,
+    FrameKind.SCORE: Flag.NONE,
 }
 """What a site may send, and with which flags."""
 
 
-class Kept(NamedTuple):
+class KeptStep(NamedTuple):
     """A step whose graph the host holds."""
 
     h_dims: Dims
@@ -103,7 +103,7 @@ class Rules:
         self._greeted = False
         self._last_step = -1
         self._mask: tuple[int, Dims] | None = None
-        self.kept: dict[int, Kept] = {}
+        self.kept: dict[int, KeptStep] = {}
         self.probed: set[int] = set()
         """Steps whose losses are awaited."""
 
@@ -131,22 +131,22 @@ class Rules:
             raise ProtocolError(
                 f"{kind.name} is for session {header.session:#x}, this is another one"
             )
-        if self._mask is not None and kind not in (Kind.ENCODE, Kind.PROBE):
+        if self._mask is not None and kind not in (FrameKind.ENCODE, FrameKind.PROBE):
             raise ProtocolError(f"{kind.name} came between MASK and its step")
-        if kind is Kind.MASK:
+        if kind is FrameKind.MASK:
             self._admit_mask(header, self._welcome)
-        elif kind is Kind.ENCODE:
+        elif kind is FrameKind.ENCODE:
             self._admit_encode(header, self._welcome, self._codec)
-        elif kind is Kind.PROBE:
+        elif kind is FrameKind.PROBE:
             self._admit_probe(header, self._welcome, self._codec)
-        elif kind is Kind.SCORE:
+        elif kind is FrameKind.SCORE:
             self._admit_score(header, self._welcome)
         else:
             self._admit_backprop(header, self._welcome, self._codec)
 
     def keep(self, step: int, h_dims: Dims, out_dims: Dims, graph_bytes: int) -> None:
         """Note a step whose graph the host will hold."""
-        self.kept[step] = Kept(h_dims, out_dims, graph_bytes)
+        self.kept[step] = KeptStep(h_dims, out_dims, graph_bytes)
 
     def check_keep(self, step: int) -> None:
         """Raise RefusedError when too many steps are kept already."""
@@ -156,7 +156,7 @@ class Rules:
                 f"{self._limits.max_kept_steps} are allowed; backprop them first"
             )
 
-    def release(self, step: int) -> Kept:
+    def release(self, step: int) -> KeptStep:
         """Take a kept step out. Raises ProtocolError when there is none."""
         kept = self.kept.pop(step, None)
         if kept is None:

@@ -21,9 +21,9 @@ from fedsplit.core.errors import EncoderError, UnreachableError
 from fedsplit.core.foreign import printable
 from fedsplit.transport.admission import Admission
 from fedsplit.transport.codec import Codec, Dims, check_range, decode_mask, find_codec
-from fedsplit.transport.frames import Assembler, Flag, Kind, Message, frames_of, json_frame
+from fedsplit.transport.frames import Assembler, Flag, FrameKind, Message, frames_of, json_frame
 from fedsplit.transport.messages import Hello, Welcome, code_of, error_frame, read_body
-from fedsplit.transport.rules import Kept, Rules, agree
+from fedsplit.transport.rules import KeptStep, Rules, agree
 from fedsplit.transport.shapes import ACK, LOSSES, probed_dims, z_dims
 from fedsplit.transport.tokens import SiteToken
 
@@ -168,19 +168,19 @@ class Session:
         log.info(
             "%s opens: cut %s, codec %s, version %s", self, grant.cut, codec.name, grant.version
         )
-        yield json_frame(Kind.WELCOME, welcome.model_dump_json(), session=self.id)
+        yield json_frame(FrameKind.WELCOME, welcome.model_dump_json(), session=self.id)
         mask: Mask | None = None
         while (message := self._inbox.get(self._limits.idle_timeout_s)) is not None:
             kind = message.header.kind
-            if kind is Kind.MASK:
+            if kind is FrameKind.MASK:
                 mask = decode_mask(message.header.dims, message.payload)
-            elif kind is Kind.ENCODE:
+            elif kind is FrameKind.ENCODE:
                 yield from self._encode(encoder, codec, welcome, message, mask)
                 mask = None
-            elif kind is Kind.PROBE:
+            elif kind is FrameKind.PROBE:
                 yield from self._probe(encoder, codec, welcome, message, mask)
                 mask = None
-            elif kind is Kind.SCORE:
+            elif kind is FrameKind.SCORE:
                 yield from self._score(encoder, message)
             else:
                 yield from self._backprop(encoder, codec, message)
@@ -206,7 +206,7 @@ class Session:
             self._admission.count("kept")
         z = encoder.encode(step, h_BTD, mask, want="gradient" if keep else "output")
         self._admission.count("encoded")
-        yield from self._reply(Kind.ENCODED, codec, step, z, out_dims)
+        yield from self._reply(FrameKind.ENCODED, codec, step, z, out_dims)
 
     def _backprop(self, encoder: Encoder, codec: Codec, message: Message) -> Iterator[bytes]:
         step = message.header.step
@@ -219,14 +219,14 @@ class Session:
             self._admission.release(kept.graph_bytes)
 
     def _answer_backprop(
-        self, encoder: Encoder, codec: Codec, message: Message, dz: Array, kept: Kept
+        self, encoder: Encoder, codec: Codec, message: Message, dz: Array, kept: KeptStep
     ) -> Iterator[bytes]:
         step = message.header.step
         dh = encoder.settle(step, dz, quiet=bool(message.header.flags & Flag.QUIET))
         if dh is None:
             answer = self._ack(step)
         else:
-            answer = self._reply(Kind.GRAD, codec, step, dh, kept.h_dims)
+            answer = self._reply(FrameKind.GRAD, codec, step, dh, kept.h_dims)
         self._admission.count("backpropped")
         yield from answer
 
@@ -239,7 +239,7 @@ class Session:
         self._rules.await_losses(step)
         z = encoder.encode(step, h_BTD, mask, want="probes")
         self._admission.count("probed")
-        yield from self._reply(Kind.PROBED, codec, step, z, probed_dims(h_dims, welcome))
+        yield from self._reply(FrameKind.PROBED, codec, step, z, probed_dims(h_dims, welcome))
 
     def _score(self, encoder: Encoder, message: Message) -> Iterator[bytes]:
         step = message.header.step
@@ -250,10 +250,10 @@ class Session:
         yield from self._ack(step)
 
     def _ack(self, step: int) -> Iterator[bytes]:
-        return frames_of(Kind.ACK, ACK, session=self.id, step=step)
+        return frames_of(FrameKind.ACK, ACK, session=self.id, step=step)
 
     def _reply(
-        self, kind: Kind, codec: Codec, step: int, array: Array, dims: Dims
+        self, kind: FrameKind, codec: Codec, step: int, array: Array, dims: Dims
     ) -> Iterator[bytes]:
         check_range(array, f"the answer to {kind.name} step {step}")
         if array.shape != dims:  # the host's fault, not the site's

@@ -14,7 +14,7 @@ from functools import partial
 from torch import nn
 
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Array, Grant, HostedEncoder, Training
+from fedsplit.core.encoder import Array, EncoderTraining, Grant, HostedEncoder
 from fedsplit.core.errors import OverloadedError, RefusedError
 from fedsplit.model.local_encoder import Graphs, Turn
 from fedsplit.model.part import Part
@@ -38,7 +38,7 @@ Start = Mapping[str, nn.Parameter]
 class _Copy:
     """Tensors in training; after `finish` what is left of them."""
 
-    def __init__(self, start: Start, training: Training) -> None:
+    def __init__(self, start: Start, training: EncoderTraining) -> None:
         self.held_bytes = copy_bytes(start, training)
         self.tensors: TrainedTensors | None = TrainedTensors(start, training)
         self.turns = Turns()
@@ -66,7 +66,7 @@ def _check_leave(part: Part, cut: Cut, leave: int) -> None:
         )
 
 
-def copy_bytes(start: Start, training: Training) -> int:
+def copy_bytes(start: Start, training: EncoderTraining) -> int:
     """What one copy is counted with while it trains."""
     return _COPIES[training.optimizer] * sum(p.numel() * p.element_size() for p in start.values())
 
@@ -88,7 +88,7 @@ class Trainees:
             return self._held_bytes()
 
     def open(
-        self, part: Part, grant: Grant, training: Training, *, turn: Turn, graphs: Graphs
+        self, part: Part, grant: Grant, training: EncoderTraining, *, turn: Turn, graphs: Graphs
     ) -> HostedEncoder:
         """A session that trains. Raises RefusedError when it cannot, OverloadedError when there is no room."""
         start = trained_at(part, grant.cut, training.lora)
@@ -138,7 +138,7 @@ class Trainees:
         with self._lock:
             self._latest.pop(version, None)
 
-    def _begin(self, start: Start, grant: Grant, training: Training) -> _Copy:
+    def _begin(self, start: Start, grant: Grant, training: EncoderTraining) -> _Copy:
         with self._lock:
             of_version = self._latest.setdefault(grant.version, {})
             of_version.pop(grant.site, None)
@@ -155,7 +155,9 @@ class Trainees:
             if self._latest.get(version, {}).get(site) is copy:
                 copy.finish()
 
-    def _shared(self, part: Part, version: str, training: Training) -> tuple[TrainedTensors, Turns]:
+    def _shared(
+        self, part: Part, version: str, training: EncoderTraining
+    ) -> tuple[TrainedTensors, Turns]:
         # The copy has the tensors of all blocks, for sites of every cut; a session steps those of its own.
         start = trained_at(part, Cut(0, part.backbone.blocks), training.lora)
         agreed = training.model_copy(update={"weight": 1.0, "leave": 0})
@@ -173,7 +175,7 @@ class Trainees:
             )
         return tensors, copy.turns
 
-    def _make(self, start: Start, training: Training) -> _Copy:
+    def _make(self, start: Start, training: EncoderTraining) -> _Copy:
         wanted, held = copy_bytes(start, training), self._held_bytes()
         if held + wanted > self._max_bytes:
             raise OverloadedError(

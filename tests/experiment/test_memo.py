@@ -11,7 +11,7 @@ import pytest
 import fedsplit
 from fedsplit.core import directions
 from fedsplit.core.config import RunConfig
-from fedsplit.core.encoder import Array, Grant, Training
+from fedsplit.core.encoder import Array, EncoderTraining, Grant
 from fedsplit.core.orders import Stream
 from fedsplit.experiment.memo import Memo
 from fedsplit.experiment.near_encoder import NearHost
@@ -39,7 +39,7 @@ def near_host(tiny: dict[str, Path], memo: Memo | None) -> NearHost:
     return host
 
 
-def stream(host: NearHost, training: Training | None) -> Stream:
+def stream(host: NearHost, training: EncoderTraining | None) -> Stream:
     grant = Grant(
         run="run", site="a", task="t", round=1, a=0, b=LAST, version="run/1",
         backbone_sha256=host.host.backbone.sha256, fedsplit_version=fedsplit.__version__, max_batch=8,
@@ -54,7 +54,7 @@ def batch(host: NearHost) -> Array:
 
 
 def trained(
-    host: NearHost, training: Training, *, wants_dh: bool
+    host: NearHost, training: EncoderTraining, *, wants_dh: bool
 ) -> tuple[list[Any], dict[str, Any]]:
     """What two steps on the same samples answer, and what they trained."""
     answers, h = [], batch(host)
@@ -82,7 +82,7 @@ def trained(
 def test_training_behind_the_memo_is_the_same(
     tiny: dict[str, Path], mode: Literal["hosted", "zeroth-order"], wants_dh: bool
 ) -> None:
-    training = Training(mode=mode, learning_rate=0.01, queries=2)
+    training = EncoderTraining(mode=mode, learning_rate=0.01, queries=2)
     memo = Memo()
     wanted, delta = trained(near_host(tiny, None), training, wants_dh=wants_dh)
     got, delta_got = trained(near_host(tiny, memo), training, wants_dh=wants_dh)
@@ -113,7 +113,7 @@ def test_a_trained_module_shares_the_blocks_in_front_of_it_with_a_bare_one(
         assert (memo.hits, memo.misses) == (3, 6)
     np.testing.assert_allclose(first, wanted, rtol=1e-5, atol=1e-6)
     with host.dial(
-        stream(host, Training(mode="hosted", learning_rate=0.01)), RunConfig(), SITE
+        stream(host, EncoderTraining(mode="hosted", learning_rate=0.01)), RunConfig(), SITE
     ) as encoder:
         encoder.encode(1, h, want="gradient")
         assert (memo.hits, memo.misses) == (6, 6)

@@ -11,7 +11,7 @@ import pytest
 import fedsplit
 from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Grant, Training
+from fedsplit.core.encoder import EncoderTraining, Grant
 from fedsplit.core.errors import ProtocolError, RefusedError, UnreachableError
 from fedsplit.core.orders import Stream
 from fedsplit.experiment.memo import Memo
@@ -174,7 +174,7 @@ def test_what_is_remembered_is_the_same_and_counted_as_moved(
 def test_what_leaves_early_is_remembered_no_further(leave: int, tiny: dict[str, Path]) -> None:
     """The module begins at block 2, so the memo has what is in front of it, or less."""
     h = activations(4)
-    training = Training(mode="hosted", learning_rate=0.1, leave=leave)
+    training = EncoderTraining(mode="hosted", learning_rate=0.1, leave=leave)
     backbone = Backbone.find(str(tiny["vit"]))
     spec = ModuleSpec(classes=("a",), kind="full", last_blocks=2)
     tensors, names = module.initial(backbone, spec, seed=0), module.server_names(backbone, spec)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedsplit.core.errors import ConfigError
-from fedsplit.experiment.plan import Plan, make_plan
+from fedsplit.experiment.plan import GridPlan, make_plan
 from fedsplit.experiment.results import folder_of
 from fedsplit.experiment.schedule import Schedule
 from fedsplit.experiment.tuning import settled
@@ -32,11 +32,11 @@ def grid(text: Callable[..., str], tmp_path: Path) -> Path:
     return path
 
 
-def plan_of(grid: Path, *only: str) -> Plan:
+def plan_of(grid: Path, *only: str) -> GridPlan:
     return make_plan(grid, out=grid.parent / "out", only=only)
 
 
-def names(plan: Plan) -> tuple[list[str], list[str]]:
+def names(plan: GridPlan) -> tuple[list[str], list[str]]:
     return [trial.method for trial in plan.trials], [cell.method for cell in plan.cells]
 
 

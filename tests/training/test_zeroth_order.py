@@ -10,7 +10,7 @@ import torch
 
 from fedsplit.core import directions
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Training
+from fedsplit.core.encoder import EncoderTraining
 from fedsplit.core.errors import ConfigError, FederationError, ProtocolError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
@@ -187,7 +187,7 @@ def test_scalars_that_nobody_sends(scalars: Any, factors: Any, fault: str) -> No
 
 
 def device_and_tensors(
-    backbone: Backbone, training: Training, *, frozen_head: bool = True
+    backbone: Backbone, training: EncoderTraining, *, frozen_head: bool = True
 ) -> tuple[SplitModel, Wrapped, TrainedTensors]:
     start = module.initial(backbone, LORA, seed=0)
     device, server = device_part(backbone, PLACE, LORA), server_part(backbone, LORA)
@@ -202,7 +202,9 @@ def device_and_tensors(
 
 
 def test_the_server_learns_from_losses_and_the_tail_from_their_mean(vit: Backbone) -> None:
-    training = Training(mode="zeroth-order", optimizer="sgd", learning_rate=1e-3, queries=2, seed=3)
+    training = EncoderTraining(
+        mode="zeroth-order", optimizer="sgd", learning_rate=1e-3, queries=2, seed=3
+    )
     model, encoder, tensors = device_and_tensors(vit, training)
     chosen = settings(epochs=1, server_mode="zeroth-order", optimizer="sgd", learning_rate=0.3)
     start = module.read(model.part)
@@ -219,7 +221,9 @@ def test_the_server_learns_from_losses_and_the_tail_from_their_mean(vit: Backbon
 
 
 def test_the_tails_gradient_is_that_of_the_mean_loss(vit: Backbone) -> None:
-    training = Training(mode="zeroth-order", optimizer="sgd", learning_rate=1e-3, epsilon=0.5)
+    training = EncoderTraining(
+        mode="zeroth-order", optimizer="sgd", learning_rate=1e-3, epsilon=0.5
+    )
     model, _, tensors = device_and_tensors(vit, training)
     own = {n: p for n, p in module.parameters(model.part).items() if p.requires_grad}
     snapshot, batch = tensors.snapshot(), BATCHES[0]
@@ -247,7 +251,7 @@ def test_the_tails_gradient_is_that_of_the_mean_loss(vit: Backbone) -> None:
 
 
 def test_a_bad_loss_is_never_scored(vit: Backbone) -> None:
-    training = Training(mode="zeroth-order", learning_rate=1e-3)
+    training = EncoderTraining(mode="zeroth-order", learning_rate=1e-3)
     model, _, tensors = device_and_tensors(vit, training)
     pixels = torch.full((2, 3, 16, 16), float("nan"))
     broken = Batch({"pixel_values": pixels}, torch.tensor([0, 1]), None, np.arange(2))
@@ -257,7 +261,7 @@ def test_a_bad_loss_is_never_scored(vit: Backbone) -> None:
 
 
 def test_a_head_cannot_train_by_what_never_comes(vit: Backbone) -> None:
-    training = Training(mode="zeroth-order", learning_rate=1e-3)
+    training = EncoderTraining(mode="zeroth-order", learning_rate=1e-3)
     model, _, _ = device_and_tensors(vit, training, frozen_head=False)
     with pytest.raises(ConfigError, match="use device-training=tail"):
         train(model, every_epoch, settings(server_mode="zeroth-order"))
@@ -269,7 +273,7 @@ def test_a_servers_exact_training_is_the_whole_models(
     mode: str, frozen_head: bool, vit: Backbone
 ) -> None:
     """Device and server together take the steps of a model that trains its middle and tail in one place."""
-    training = Training(mode=mode, optimizer="sgd", learning_rate=0.1)
+    training = EncoderTraining(mode=mode, optimizer="sgd", learning_rate=0.1)
     model, encoder, tensors = device_and_tensors(vit, training, frozen_head=frozen_head)
     chosen = {"optimizer": "sgd", "learning_rate": 0.1}
     loss = train(model, every_epoch, settings(**chosen, server_mode=mode))

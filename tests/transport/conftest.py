@@ -14,11 +14,19 @@ import pytest
 
 import fedsplit
 from fedsplit.core.directions import points
-from fedsplit.core.encoder import Array, Capabilities, Grant, Mask, Training, Want
+from fedsplit.core.encoder import Array, Capabilities, EncoderTraining, Grant, Mask, Want
 from fedsplit.core.errors import ProtocolError, RefusedError
 from fedsplit.transport.client import StreamEncoder
 from fedsplit.transport.codec import CodecId, Dtype, Encoded
-from fedsplit.transport.frames import VERSION, Assembler, Flag, Kind, Message, frames_of, json_frame
+from fedsplit.transport.frames import (
+    VERSION,
+    Assembler,
+    Flag,
+    FrameKind,
+    Message,
+    frames_of,
+    json_frame,
+)
 from fedsplit.transport.messages import ErrorBody, Hello, Welcome, read_body
 from fedsplit.transport.server import EncoderServer, Limits
 from fedsplit.transport.tokens import sign
@@ -127,8 +135,8 @@ def make_grant(**changes: Any) -> Grant:
     return Grant(**fields | changes)
 
 
-HOSTED = Training(mode="hosted", learning_rate=0.1)
-ZEROTH = Training(mode="zeroth-order", learning_rate=0.1, estimator="forward", queries=2)
+HOSTED = EncoderTraining(mode="hosted", learning_rate=0.1)
+ZEROTH = EncoderTraining(mode="zeroth-order", learning_rate=0.1, estimator="forward", queries=2)
 """Three forwards a step."""
 
 
@@ -193,7 +201,7 @@ class RawClient:
             "protocol": VERSION, "fedsplit_version": fedsplit.__version__, "backbone_sha256": DIGEST,
             "a": g.a, "b": g.b, "version": g.version, "codec": "fp32",
         }  # fmt: skip
-        return json_frame(Kind.HELLO, Hello(**body | changes).model_dump_json())
+        return json_frame(FrameKind.HELLO, Hello(**body | changes).model_dump_json())
 
     def greet(self) -> Welcome:
         self.send(self.hello())
@@ -204,14 +212,14 @@ class RawClient:
     def error(self) -> ErrorBody:
         """The ERROR frame that must come next, and then the end with status OK."""
         message = self.receive()
-        assert message.header.kind is Kind.ERROR
+        assert message.header.kind is FrameKind.ERROR
         with pytest.raises(EOFError):
             self.receive()
         assert self._call.code() is grpc.StatusCode.OK
         return read_body(ErrorBody, message)
 
     def tensor(
-        self, kind: Kind, array: Array, step: int = 0, flags: Flag = Flag.NONE, **changes: Any
+        self, kind: FrameKind, array: Array, step: int = 0, flags: Flag = Flag.NONE, **changes: Any
     ) -> list[bytes]:
         data = memoryview(np.ascontiguousarray(array).reshape(-1)).cast("B")
         body = Encoded(changes.pop("dtype", Dtype.FLOAT32), changes.pop("dims", array.shape), data)
@@ -220,7 +228,7 @@ class RawClient:
 
     def mask(self, *dims: int, fill: int = 1, step: int = 0, **changes: Any) -> list[bytes]:
         raw = {"dtype": Dtype.BOOL, "codec": CodecId.RAW}
-        return self.tensor(Kind.MASK, np.full(dims, fill, np.uint8), step, **raw | changes)
+        return self.tensor(FrameKind.MASK, np.full(dims, fill, np.uint8), step, **raw | changes)
 
 
 Sends = Callable[[RawClient], list[bytes]]

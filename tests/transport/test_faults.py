@@ -18,7 +18,7 @@ from fedsplit.cli.flower import free_port
 from fedsplit.core.errors import ConfigError, UnreachableError
 from fedsplit.transport.client import capabilities
 from fedsplit.transport.codec import Dtype
-from fedsplit.transport.frames import Flag, Kind
+from fedsplit.transport.frames import Flag, FrameKind
 from fedsplit.transport.server import EncoderServer, Limits
 from tests.transport.conftest import (
     KEY,
@@ -109,7 +109,7 @@ def test_a_client_that_vanishes_leaves_nothing(
 ) -> None:
     raw = RawClient(server.address)
     raw.greet()
-    raw.send(*raw.tensor(Kind.ENCODE, make_h(), 0, Flag.KEEP))
+    raw.send(*raw.tensor(FrameKind.ENCODE, make_h(), 0, Flag.KEEP))
     raw.receive()
     assert server.stats().kept_steps == 1
     raw.__exit__()
@@ -122,7 +122,7 @@ def test_a_client_that_vanishes_while_the_host_computes(
     host.before_encode = lambda step: time.sleep(0.3)
     with RawClient(server.address) as raw:
         raw.greet()
-        raw.send(*raw.tensor(Kind.ENCODE, make_h(), 0, Flag.KEEP))
+        raw.send(*raw.tensor(FrameKind.ENCODE, make_h(), 0, Flag.KEEP))
         eventually(lambda: server.stats().kept_steps == 1)
     eventually(lambda: server.stats().live_sessions == 0)
 
@@ -161,7 +161,7 @@ def test_a_client_that_does_not_read_is_cancelled() -> None:
     ):
         raw.greet()
         for step in range(4):
-            raw.send(*raw.tensor(Kind.ENCODE, make_h(64, 64, 1024), step))
+            raw.send(*raw.tensor(FrameKind.ENCODE, make_h(64, 64, 1024), step))
         eventually(lambda: server.stats().refused == {"unavailable": 1}, within_s=10)
         eventually(lambda: server.stats().live_sessions == 0)
     assert [encoder.closed for encoder in host.encoders] == [1]
@@ -276,7 +276,7 @@ def test_an_idle_session_outlives_many_pings(server: EncoderServer) -> None:
 def test_damage_on_the_way_is_seen(server: EncoderServer, unharmed: None) -> None:
     with RawClient(server.address) as raw:
         raw.greet()
-        frame = bytearray(raw.tensor(Kind.ENCODE, make_h(), dtype=Dtype.FLOAT32)[0])
+        frame = bytearray(raw.tensor(FrameKind.ENCODE, make_h(), dtype=Dtype.FLOAT32)[0])
         frame[-1] ^= 0x10
         raw.send(bytes(frame))
         assert "damaged" in raw.error().message

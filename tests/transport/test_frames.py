@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedsplit.core.encoder import Training
+from fedsplit.core.encoder import EncoderTraining
 from fedsplit.core.errors import ConfigError, EncoderError, ProtocolError, RefusedError
 from fedsplit.transport.admission import Limits
 from fedsplit.transport.codec import CODECS, CodecId, Dtype, Encoded, check_range, find_codec
@@ -21,8 +21,8 @@ from fedsplit.transport.frames import (
     VERSION,
     Assembler,
     Flag,
+    FrameKind,
     Header,
-    Kind,
     Message,
     frames_of,
     parse,
@@ -42,7 +42,9 @@ def refuse_large(header: Header) -> None:
 def tensor_frames(array: np.ndarray, chunk_bytes: int = 1 << 16) -> list[bytes]:
     body = find_codec("fp32").encode(array)
     return list(
-        frames_of(Kind.ENCODE, body, codec=CodecId.FP32, session=1, step=2, chunk_bytes=chunk_bytes)
+        frames_of(
+            FrameKind.ENCODE, body, codec=CodecId.FP32, session=1, step=2, chunk_bytes=chunk_bytes
+        )
     )
 
 
@@ -64,13 +66,13 @@ def test_what_is_cut_comes_together_again(size: int, chunk: int, session: int, s
     body = Encoded(Dtype.BYTES, (7, 8), data.data)
     options = {"flags": Flag.KEEP, "session": session, "step": step, "chunk_bytes": chunk}
     assembler = Assembler(lambda header: None)
-    messages = [assembler.feed(frame) for frame in frames_of(Kind.GRAD, body, **options)]
+    messages = [assembler.feed(frame) for frame in frames_of(FrameKind.GRAD, body, **options)]
     assembler.finish()
     assert messages[:-1] == [None] * (len(messages) - 1)
     header, payload = messages[-1] or pytest.fail("no message")
     np.testing.assert_array_equal(payload, data)
     assert (header.kind, header.dims, header.session, header.step) == (
-        Kind.GRAD,
+        FrameKind.GRAD,
         (7, 8),
         session,
         step,
@@ -108,11 +110,11 @@ def test_mutated_frames(data: st.DataObject) -> None:
 @given(
     st.lists(st.tuples(st.integers(0, HEADER_BYTES - 5), st.integers(0, 255)), max_size=3),
     st.sampled_from([None, HOSTED, ZEROTH]),
-    st.sampled_from([Kind.ENCODE, Kind.BACKPROP, Kind.PROBE, Kind.SCORE]),
+    st.sampled_from([FrameKind.ENCODE, FrameKind.BACKPROP, FrameKind.PROBE, FrameKind.SCORE]),
     st.booleans(),
 )
 def test_mutated_headers_never_get_past_the_rules(
-    changes: list[tuple[int, int]], training: Training | None, kind: Kind, greeted: bool
+    changes: list[tuple[int, int]], training: EncoderTraining | None, kind: FrameKind, greeted: bool
 ) -> None:
     rules = Rules(Limits(max_message_bytes=CAP))
     if greeted:
@@ -131,7 +133,9 @@ def test_mutated_headers_never_get_past_the_rules(
         )
         rules.keep(2, (2, 3, WIDTH), (2, 3, WIDTH), 1)
         rules.await_losses(2)
-    raw = bytearray(tensor_frames(np.ones(3, np.float32) if kind is Kind.SCORE else make_h())[0])
+    raw = bytearray(
+        tensor_frames(np.ones(3, np.float32) if kind is FrameKind.SCORE else make_h())[0]
+    )
     raw[5] = kind
     for at, value in changes:
         raw[at] = value
@@ -141,13 +145,13 @@ def test_mutated_headers_never_get_past_the_rules(
         return
     if message is not None:
         kind = message.header.kind
-        assert (kind is Kind.HELLO) != greeted
-        assert kind not in (Kind.PROBE, Kind.SCORE) or training is ZEROTH
+        assert (kind is FrameKind.HELLO) != greeted
+        assert kind not in (FrameKind.PROBE, FrameKind.SCORE) or training is ZEROTH
         assert not (message.header.flags & Flag.KEEP and training is ZEROTH)
         assert not (message.header.flags & Flag.QUIET and training is None)
-        assert kind is not Kind.SCORE or message.header.dims == (3,)
+        assert kind is not FrameKind.SCORE or message.header.dims == (3,)
         assert message.payload.nbytes <= CAP
-        assert message.header.total <= 4 * 4 * 6 * WIDTH or message.header.kind is Kind.HELLO
+        assert message.header.total <= 4 * 4 * 6 * WIDTH or message.header.kind is FrameKind.HELLO
 
 
 def test_nothing_is_allocated_for_what_is_refused() -> None:
@@ -165,7 +169,7 @@ def test_nothing_is_allocated_for_what_is_refused() -> None:
 @given(st.binary(max_size=4096) | st.text(max_size=1000).map(str.encode))
 def test_hello_of_anything(data: bytes) -> None:
     header = Header(
-        Kind.HELLO, Dtype.BYTES, CodecId.RAW, Flag.NONE, (), 0, 0, len(data), 0, len(data)
+        FrameKind.HELLO, Dtype.BYTES, CodecId.RAW, Flag.NONE, (), 0, 0, len(data), 0, len(data)
     )
     with pytest.raises(ProtocolError, match="HELLO is malformed"):
         read_body(Hello, Message(header, np.frombuffer(data, np.uint8)))
@@ -194,7 +198,7 @@ def test_hello_of_wrong_values(fields: dict[str, object]) -> None:
 
     data = json.dumps(right | fields).encode()
     header = Header(
-        Kind.HELLO, Dtype.BYTES, CodecId.RAW, Flag.NONE, (), 0, 0, len(data), 0, len(data)
+        FrameKind.HELLO, Dtype.BYTES, CodecId.RAW, Flag.NONE, (), 0, 0, len(data), 0, len(data)
     )
     try:
         hello = read_body(Hello, Message(header, np.frombuffer(data, np.uint8)))
@@ -235,7 +239,7 @@ def test_unknown_codec_and_non_finite_values() -> None:
 def test_what_a_peer_writes_is_shown_on_one_line() -> None:
     text = b'{"\\u001b[2J\\n": 1}'
     header = Header(
-        Kind.HELLO, Dtype.BYTES, CodecId.RAW, Flag.NONE, (), 0, 0, len(text), 0, len(text)
+        FrameKind.HELLO, Dtype.BYTES, CodecId.RAW, Flag.NONE, (), 0, 0, len(text), 0, len(text)
     )
     with pytest.raises(ProtocolError) as caught:
         read_body(Hello, Message(header, np.frombuffer(text, np.uint8)))

@@ -15,7 +15,7 @@ from fedsplit.transport.frames import (
     HEADER_BYTES,
     VERSION,
     Flag,
-    Kind,
+    FrameKind,
     checksum,
     frames_of,
     json_frame,
@@ -65,7 +65,7 @@ HEADERS = {
     "magic": ({"magic": 0}, "begins with"),
     "version": ({"version": 9}, f"protocol version 9, this side {VERSION}"),
     "kind": ({"kind": 77}, "unknown kind"),
-    "kind of the encoder's": ({"kind": Kind.GRAD}, "not a site's to send"),
+    "kind of the encoder's": ({"kind": FrameKind.GRAD}, "not a site's to send"),
     "dtype": ({"dtype": 99}, "unknown kind, dtype"),
     "other dtype": ({"dtype": Dtype.INT8}, "was agreed"),
     "codec": ({"codec": 99}, "unknown kind, dtype"),
@@ -91,7 +91,7 @@ HEADERS = {
 def test_header(server: EncoderServer, fields: dict[str, int], says: str) -> None:
     with RawClient(server.address) as raw:
         raw.greet()
-        (frame,) = raw.tensor(Kind.ENCODE, make_h())
+        (frame,) = raw.tensor(FrameKind.ENCODE, make_h())
         raw.send(patched(frame, **fields))
         error = raw.error()
     assert error.code in ("protocol", "refused")
@@ -108,66 +108,73 @@ def _flip(frame: bytes, at: int) -> bytes:
 def _nan(raw: RawClient, value: float) -> list[bytes]:
     h_BTD = make_h()
     h_BTD[1, 2, 3] = value
-    return raw.tensor(Kind.ENCODE, h_BTD)
+    return raw.tensor(FrameKind.ENCODE, h_BTD)
 
 
 def _masked(raw: RawClient, step: int = 0) -> list[bytes]:
-    return raw.tensor(Kind.ENCODE, make_h(), step, Flag.MASK)
+    return raw.tensor(FrameKind.ENCODE, make_h(), step, Flag.MASK)
 
 
 def _cut_off(raw: RawClient) -> list[bytes]:
-    return [raw.tensor(Kind.ENCODE, make_h())[0][: HEADER_BYTES + 8]]
+    return [raw.tensor(FrameKind.ENCODE, make_h())[0][: HEADER_BYTES + 8]]
 
 
 SESSIONS: dict[str, tuple[Sends, str]] = {
     "no frame at all": (lambda raw: [b"hello"], "truncated"),
     "empty": (lambda raw: [b""], "truncated"),
     "truncated": (_cut_off, "brings 8"),
-    "longer than it says": (lambda raw: [raw.tensor(Kind.ENCODE, make_h())[0] + b"x"], "brings"),
+    "longer than it says": (
+        lambda raw: [raw.tensor(FrameKind.ENCODE, make_h())[0] + b"x"],
+        "brings",
+    ),
     "header damaged": (
-        lambda raw: [_flip(raw.tensor(Kind.ENCODE, make_h())[0], 37)],
+        lambda raw: [_flip(raw.tensor(FrameKind.ENCODE, make_h())[0], 37)],
         "header fails",
     ),
     "payload damaged": (
-        lambda raw: [_flip(raw.tensor(Kind.ENCODE, make_h())[0], 99)],
+        lambda raw: [_flip(raw.tensor(FrameKind.ENCODE, make_h())[0], 99)],
         "payload fails",
     ),
     "tiny chunks": (
-        lambda raw: raw.tensor(Kind.ENCODE, make_h(), chunk_bytes=16),
+        lambda raw: raw.tensor(FrameKind.ENCODE, make_h(), chunk_bytes=16),
         "all but the last",
     ),
     "NaN": (lambda raw: _nan(raw, np.nan), "NaN, infinite or beyond"),
     "3e38": (lambda raw: _nan(raw, 3e38), "NaN, infinite or beyond"),
     "infinite": (lambda raw: _nan(raw, -np.inf), "NaN, infinite or beyond"),
-    "wrong width": (lambda raw: raw.tensor(Kind.ENCODE, make_h(2, 3, WIDTH + 1)), "is wanted"),
-    "two dims": (lambda raw: raw.tensor(Kind.ENCODE, make_h(2, WIDTH)), "is wanted"),
+    "wrong width": (lambda raw: raw.tensor(FrameKind.ENCODE, make_h(2, 3, WIDTH + 1)), "is wanted"),
+    "two dims": (lambda raw: raw.tensor(FrameKind.ENCODE, make_h(2, WIDTH)), "is wanted"),
     "too many samples": (
-        lambda raw: raw.tensor(Kind.ENCODE, make_h(5, 3, WIDTH)),
+        lambda raw: raw.tensor(FrameKind.ENCODE, make_h(5, 3, WIDTH)),
         "the token allows 4",
     ),
-    "too many tokens": (lambda raw: raw.tensor(Kind.ENCODE, make_h(2, 7, WIDTH)), "6 tokens"),
+    "too many tokens": (lambda raw: raw.tensor(FrameKind.ENCODE, make_h(2, 7, WIDTH)), "6 tokens"),
     "another session": (
-        lambda raw: raw.tensor(Kind.ENCODE, make_h(), session=1),
+        lambda raw: raw.tensor(FrameKind.ENCODE, make_h(), session=1),
         "this is another one",
     ),
-    "step twice": (lambda raw: 2 * raw.tensor(Kind.ENCODE, make_h(), 5), "steps increase"),
+    "step twice": (lambda raw: 2 * raw.tensor(FrameKind.ENCODE, make_h(), 5), "steps increase"),
     "step backwards": (
-        lambda raw: raw.tensor(Kind.ENCODE, make_h(), 5) + raw.tensor(Kind.ENCODE, make_h(), 4),
+        lambda raw: (
+            raw.tensor(FrameKind.ENCODE, make_h(), 5) + raw.tensor(FrameKind.ENCODE, make_h(), 4)
+        ),
         "steps increase",
     ),
     "second HELLO": (lambda raw: [raw.hello()], "second HELLO"),
-    "unknown step": (lambda raw: raw.tensor(Kind.BACKPROP, make_h(), 3), "not kept"),
+    "unknown step": (lambda raw: raw.tensor(FrameKind.BACKPROP, make_h(), 3), "not kept"),
     "step that was not kept": (
-        lambda raw: raw.tensor(Kind.ENCODE, make_h(), 3) + raw.tensor(Kind.BACKPROP, make_h(), 3),
+        lambda raw: (
+            raw.tensor(FrameKind.ENCODE, make_h(), 3) + raw.tensor(FrameKind.BACKPROP, make_h(), 3)
+        ),
         "not kept",
     ),
     "mask without its ENCODE": (
-        lambda raw: raw.mask(2, 3) + raw.tensor(Kind.BACKPROP, make_h()),
+        lambda raw: raw.mask(2, 3) + raw.tensor(FrameKind.BACKPROP, make_h()),
         "between MASK",
     ),
     "mask twice": (lambda raw: 2 * raw.mask(2, 3), "between MASK"),
     "mask not announced": (
-        lambda raw: raw.mask(2, 3) + raw.tensor(Kind.ENCODE, make_h()),
+        lambda raw: raw.mask(2, 3) + raw.tensor(FrameKind.ENCODE, make_h()),
         "its mask",
     ),
     "mask missing": (_masked, "its mask"),
@@ -186,7 +193,7 @@ def test_session(server: EncoderServer, sends: Sends, says: str) -> None:
     with RawClient(server.address) as raw:
         raw.greet()
         raw.send(*sends(raw))
-        while (message := raw.receive()).header.kind is not Kind.ERROR:
+        while (message := raw.receive()).header.kind is not FrameKind.ERROR:
             pass
         text = message.payload.tobytes().decode()
     assert says in text
@@ -196,39 +203,39 @@ def test_session(server: EncoderServer, sends: Sends, says: str) -> None:
 def test_backprop_twice(server: EncoderServer) -> None:
     with RawClient(server.address) as raw:
         raw.greet()
-        raw.send(*raw.tensor(Kind.ENCODE, make_h(), 0, Flag.KEEP))
-        assert raw.receive().header.kind is Kind.ENCODED
-        raw.send(*raw.tensor(Kind.BACKPROP, make_h(), 0))
-        assert raw.receive().header.kind is Kind.GRAD
-        raw.send(*raw.tensor(Kind.BACKPROP, make_h(), 0))
+        raw.send(*raw.tensor(FrameKind.ENCODE, make_h(), 0, Flag.KEEP))
+        assert raw.receive().header.kind is FrameKind.ENCODED
+        raw.send(*raw.tensor(FrameKind.BACKPROP, make_h(), 0))
+        assert raw.receive().header.kind is FrameKind.GRAD
+        raw.send(*raw.tensor(FrameKind.BACKPROP, make_h(), 0))
         assert "already taken" in raw.error().message
 
 
 def test_backprop_of_the_wrong_shape(server: EncoderServer) -> None:
     with RawClient(server.address) as raw:
         raw.greet()
-        raw.send(*raw.tensor(Kind.ENCODE, make_h(), 0, Flag.KEEP))
-        assert raw.receive().header.kind is Kind.ENCODED
-        raw.send(*raw.tensor(Kind.BACKPROP, make_h(1, 3, WIDTH), 0))
+        raw.send(*raw.tensor(FrameKind.ENCODE, make_h(), 0, Flag.KEEP))
+        assert raw.receive().header.kind is FrameKind.ENCODED
+        raw.send(*raw.tensor(FrameKind.BACKPROP, make_h(1, 3, WIDTH), 0))
         assert "is wanted" in raw.error().message
 
 
 @pytest.mark.parametrize(
     ("training", "kind", "says"),
     [
-        (None, Kind.PROBE, "zeroth-order is wanted"),
-        (HOSTED, Kind.PROBE, "zeroth-order is wanted"),
-        (None, Kind.BACKPROP, "nothing trains"),
+        (None, FrameKind.PROBE, "zeroth-order is wanted"),
+        (HOSTED, FrameKind.PROBE, "zeroth-order is wanted"),
+        (None, FrameKind.BACKPROP, "nothing trains"),
     ],
 )
 def test_what_the_token_does_not_allow(
-    server: EncoderServer, training: object, kind: Kind, says: str
+    server: EncoderServer, training: object, kind: FrameKind, says: str
 ) -> None:
     with RawClient(server.address, make_grant(training=training)) as raw:
         raw.greet()
-        raw.send(*raw.tensor(Kind.ENCODE, make_h(), 0, Flag.KEEP))
-        assert raw.receive().header.kind is Kind.ENCODED
-        step, flags = (1, Flag.NONE) if kind is Kind.PROBE else (0, Flag.QUIET)
+        raw.send(*raw.tensor(FrameKind.ENCODE, make_h(), 0, Flag.KEEP))
+        assert raw.receive().header.kind is FrameKind.ENCODED
+        step, flags = (1, Flag.NONE) if kind is FrameKind.PROBE else (0, Flag.QUIET)
         raw.send(*raw.tensor(kind, make_h(), step, flags))
         error = raw.error()
     assert error.code == "refused"
@@ -239,10 +246,10 @@ def test_too_many_kept_steps(server: EncoderServer) -> None:
     with RawClient(server.address) as raw:
         raw.greet()
         for step in range(8):
-            raw.send(*raw.tensor(Kind.ENCODE, make_h(), step, Flag.KEEP))
+            raw.send(*raw.tensor(FrameKind.ENCODE, make_h(), step, Flag.KEEP))
             raw.receive()
         assert server.stats().kept_steps == 8
-        raw.send(*raw.tensor(Kind.ENCODE, make_h(), 8, Flag.KEEP))
+        raw.send(*raw.tensor(FrameKind.ENCODE, make_h(), 8, Flag.KEEP))
         error = raw.error()
     assert error.code == "refused"
     assert "8 steps" in error.message
@@ -258,16 +265,16 @@ def test_graphs_of_all_sessions_share_one_bound() -> None:
     ):
         raw.greet()
         for step in range(2):
-            raw.send(*raw.tensor(Kind.ENCODE, make_h(), step, Flag.KEEP))
+            raw.send(*raw.tensor(FrameKind.ENCODE, make_h(), step, Flag.KEEP))
             raw.receive()
         assert server.stats().kept_bytes == 12_000
         other.greet()
-        other.send(*other.tensor(Kind.ENCODE, make_h(), 0, Flag.KEEP))
+        other.send(*other.tensor(FrameKind.ENCODE, make_h(), 0, Flag.KEEP))
         error = other.error()
         assert error.code == "overloaded"
         assert "12000 of 13000 bytes" in error.message
         # Who holds graphs does not wait for room that itself takes up.
-        raw.send(*raw.tensor(Kind.ENCODE, make_h(), 2, Flag.KEEP))
+        raw.send(*raw.tensor(FrameKind.ENCODE, make_h(), 2, Flag.KEEP))
         assert raw.error().code == "overloaded"
     assert server.stats().kept_bytes == 0
 
@@ -297,7 +304,7 @@ def test_a_step_that_never_fits_is_refused() -> None:
         RawClient(server.address) as raw,
     ):
         raw.greet()
-        raw.send(*raw.tensor(Kind.ENCODE, make_h(), 0, Flag.KEEP))
+        raw.send(*raw.tensor(FrameKind.ENCODE, make_h(), 0, Flag.KEEP))
         error = raw.error()
     assert error.code == "refused"
     assert "6000 bytes" in error.message
@@ -314,7 +321,7 @@ def test_chunks_out_of_order_and_a_message_cut_in_two() -> None:
         ):
             with RawClient(server.address, grant) as raw:
                 raw.greet()
-                chunks = raw.tensor(Kind.ENCODE, make_h(4, 64, 1024), chunk_bytes=400_000)
+                chunks = raw.tensor(FrameKind.ENCODE, make_h(4, 64, 1024), chunk_bytes=400_000)
                 assert len(chunks) == 3
                 raw.send(*(chunks[n] for n in order))
                 assert says in raw.error().message
@@ -326,14 +333,14 @@ def test_chunks_out_of_order_and_a_message_cut_in_two() -> None:
         eventually(lambda: server.stats().live_sessions == 0)
         with RawClient(server.address, grant) as raw:
             raw.greet()
-            raw.send(raw.tensor(Kind.ENCODE, make_h(4, 64, 1024), chunk_bytes=400_000)[0])
+            raw.send(raw.tensor(FrameKind.ENCODE, make_h(4, 64, 1024), chunk_bytes=400_000)[0])
             raw.end()
             assert "into a message" in raw.error().message
         eventually(lambda: server.stats().live_sessions == 0)
         with RawClient(server.address, grant) as raw:  # another step's frame between two chunks
             raw.greet()
-            chunks = raw.tensor(Kind.ENCODE, make_h(4, 64, 1024), chunk_bytes=400_000)
-            other = raw.tensor(Kind.ENCODE, make_h(4, 64, 1024), 1, chunk_bytes=400_000)
+            chunks = raw.tensor(FrameKind.ENCODE, make_h(4, 64, 1024), chunk_bytes=400_000)
+            other = raw.tensor(FrameKind.ENCODE, make_h(4, 64, 1024), 1, chunk_bytes=400_000)
             raw.send(chunks[0], other[1])
             assert "out of order" in raw.error().message
         eventually(lambda: server.stats().live_sessions == 0)
@@ -345,27 +352,31 @@ def test_more_bytes_than_the_encoder_takes() -> None:
         grant = make_grant(max_batch=10**6, max_tokens=10**6)
         with RawClient(server.address, grant) as raw:
             raw.greet()
-            (frame,) = raw.tensor(Kind.ENCODE, make_h(8, 8, WIDTH))
+            (frame,) = raw.tensor(FrameKind.ENCODE, make_h(8, 8, WIDTH))
             raw.send(frame)
             assert "1024 are allowed" in raw.error().message
 
 
 HELLOS = {
     "ENCODE first": (
-        lambda raw: raw.tensor(Kind.ENCODE, make_h()),
+        lambda raw: raw.tensor(FrameKind.ENCODE, make_h()),
         "protocol",
         "before the session was opened",
     ),
-    "garbage": (lambda raw: [json_frame(Kind.HELLO, "{]")], "protocol", "HELLO is malformed"),
-    "a list": (lambda raw: [json_frame(Kind.HELLO, "[1]")], "protocol", "HELLO is malformed"),
-    "deep": (lambda raw: [json_frame(Kind.HELLO, "[" * 4000)], "protocol", "HELLO is malformed"),
+    "garbage": (lambda raw: [json_frame(FrameKind.HELLO, "{]")], "protocol", "HELLO is malformed"),
+    "a list": (lambda raw: [json_frame(FrameKind.HELLO, "[1]")], "protocol", "HELLO is malformed"),
+    "deep": (
+        lambda raw: [json_frame(FrameKind.HELLO, "[" * 4000)],
+        "protocol",
+        "HELLO is malformed",
+    ),
     "missing fields": (
-        lambda raw: [json_frame(Kind.HELLO, "{}")],
+        lambda raw: [json_frame(FrameKind.HELLO, "{}")],
         "protocol",
         "codec: Field required",
     ),
     "not UTF-8": (lambda raw: [_raw_hello(b"\xff\xfe")], "protocol", "HELLO is malformed"),
-    "oversize": (lambda raw: [json_frame(Kind.HELLO, " " * 4097)], "protocol", "at most 4096"),
+    "oversize": (lambda raw: [json_frame(FrameKind.HELLO, " " * 4097)], "protocol", "at most 4096"),
     "with dims": (lambda raw: [patched(raw.hello(), ndim=1, dim0=3)], "protocol", "must be JSON"),
     "twice at once": (lambda raw: [raw.hello(), raw.hello()], "protocol", "second HELLO"),
     "protocol version": (
@@ -390,7 +401,7 @@ HELLOS = {
 
 
 def _raw_hello(data: bytes) -> bytes:
-    return next(frames_of(Kind.HELLO, Encoded(Dtype.BYTES, (), memoryview(data))))
+    return next(frames_of(FrameKind.HELLO, Encoded(Dtype.BYTES, (), memoryview(data))))
 
 
 @pytest.mark.parametrize(("sends", "code", "says"), HELLOS.values(), ids=HELLOS.keys())
@@ -398,10 +409,10 @@ def test_hello(server: EncoderServer, sends: Sends, code: str, says: str) -> Non
     with RawClient(server.address) as raw:
         raw.send(*sends(raw))
         message = raw.receive()
-        if message.header.kind is Kind.WELCOME:
+        if message.header.kind is FrameKind.WELCOME:
             message = raw.receive()
         text = message.payload.tobytes().decode()
-    assert message.header.kind is Kind.ERROR
+    assert message.header.kind is FrameKind.ERROR
     assert f'"code":"{code}"' in text
     assert says in text
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedsplit.transport.codec import CodecId, Dtype
-from fedsplit.transport.frames import Flag, Kind
+from fedsplit.transport.frames import Flag, FrameKind
 from fedsplit.transport.server import EncoderServer, Limits
 from tests.transport.conftest import (
     KEY,
@@ -23,28 +23,28 @@ pytestmark = pytest.mark.usefixtures("unharmed")
 
 
 def _losses(raw: RawClient, count: int = 3, step: int = 0, **changes: object) -> list[bytes]:
-    return raw.tensor(Kind.SCORE, np.ones(count, np.float32), step, **changes)
+    return raw.tensor(FrameKind.SCORE, np.ones(count, np.float32), step, **changes)
 
 
 def _probe(raw: RawClient, step: int = 0, **changes: object) -> list[bytes]:
-    return raw.tensor(Kind.PROBE, make_h(), step, **changes)
+    return raw.tensor(FrameKind.PROBE, make_h(), step, **changes)
 
 
 ZEROTH_ORDER: dict[str, tuple[Sends, str]] = {
     "gradient wanted": (
-        lambda raw: raw.tensor(Kind.ENCODE, make_h(), 0, Flag.KEEP),
+        lambda raw: raw.tensor(FrameKind.ENCODE, make_h(), 0, Flag.KEEP),
         "takes no gradient",
     ),
-    "gradient": (lambda raw: _probe(raw) + raw.tensor(Kind.BACKPROP, make_h()), "not kept"),
+    "gradient": (lambda raw: _probe(raw) + raw.tensor(FrameKind.BACKPROP, make_h()), "not kept"),
     "probe with KEEP": (lambda raw: _probe(raw, flags=Flag.KEEP), "not for its kind"),
     "probe with QUIET": (lambda raw: _probe(raw, flags=Flag.QUIET), "not for its kind"),
     "probe twice": (lambda raw: 2 * _probe(raw), "steps increase"),
     "probe of two dims": (
-        lambda raw: raw.tensor(Kind.PROBE, make_h(2, WIDTH)),
+        lambda raw: raw.tensor(FrameKind.PROBE, make_h(2, WIDTH)),
         "is wanted",
     ),
     "probe of too many samples": (
-        lambda raw: raw.tensor(Kind.PROBE, make_h(5, 3, WIDTH)),
+        lambda raw: raw.tensor(FrameKind.PROBE, make_h(5, 3, WIDTH)),
         "the token allows 4",
     ),
     "probe without its mask": (lambda raw: _probe(raw, flags=Flag.MASK), "its mask"),
@@ -54,7 +54,7 @@ ZEROTH_ORDER: dict[str, tuple[Sends, str]] = {
     ),
     "losses of no probe": (_losses, "not probed"),
     "losses of an encode": (
-        lambda raw: raw.tensor(Kind.ENCODE, make_h()) + _losses(raw),
+        lambda raw: raw.tensor(FrameKind.ENCODE, make_h()) + _losses(raw),
         "not probed",
     ),
     "too few losses": (lambda raw: _probe(raw) + _losses(raw, 2), "(3,) is wanted"),
@@ -64,7 +64,7 @@ ZEROTH_ORDER: dict[str, tuple[Sends, str]] = {
         "(3,) is wanted",
     ),
     "a whole h as losses": (
-        lambda raw: _probe(raw) + raw.tensor(Kind.SCORE, make_h()),
+        lambda raw: _probe(raw) + raw.tensor(FrameKind.SCORE, make_h()),
         "(3,) is wanted",
     ),
     "losses with too few bytes": (
@@ -80,16 +80,16 @@ ZEROTH_ORDER: dict[str, tuple[Sends, str]] = {
         "not for its kind",
     ),
     "losses that are not finite": (
-        lambda raw: _probe(raw) + raw.tensor(Kind.SCORE, np.array([1, np.nan, 1], np.float32)),
+        lambda raw: _probe(raw) + raw.tensor(FrameKind.SCORE, np.array([1, np.nan, 1], np.float32)),
         "NaN, infinite or beyond",
     ),
-    "answer of the encoder's": (lambda raw: raw.tensor(Kind.PROBED, make_h()), "not a site's"),
-    "acknowledgement": (lambda raw: raw.tensor(Kind.ACK, make_h()), "not a site's"),
+    "answer of the encoder's": (lambda raw: raw.tensor(FrameKind.PROBED, make_h()), "not a site's"),
+    "acknowledgement": (lambda raw: raw.tensor(FrameKind.ACK, make_h()), "not a site's"),
 }
 
 
 def _last_error(raw: RawClient) -> str:
-    while (message := raw.receive()).header.kind is not Kind.ERROR:
+    while (message := raw.receive()).header.kind is not FrameKind.ERROR:
         pass
     return message.payload.tobytes().decode()
 
@@ -103,8 +103,8 @@ def test_zeroth_order_session(server: EncoderServer, sends: Sends, says: str) ->
         frames = sends(raw)
         for frame in frames[:-1]:
             raw.send(frame)
-            if frame[5] != Kind.MASK:
-                assert raw.receive().header.kind in (Kind.PROBED, Kind.ENCODED)
+            if frame[5] != FrameKind.MASK:
+                assert raw.receive().header.kind in (FrameKind.PROBED, FrameKind.ENCODED)
         raw.send(frames[-1])
         assert says in _last_error(raw)
 
@@ -116,7 +116,7 @@ def test_losses_twice(server: EncoderServer) -> None:
         assert raw.receive().header.dims == (3, 2, 3, WIDTH)
         raw.send(*_losses(raw))
         message = raw.receive()
-        assert (message.header.kind, message.header.total) == (Kind.ACK, 1)
+        assert (message.header.kind, message.header.total) == (FrameKind.ACK, 1)
         raw.send(*_losses(raw))
         assert "already taken" in raw.error().message
 
@@ -126,7 +126,7 @@ def test_too_many_probes_wait_for_their_losses(server: EncoderServer) -> None:
         raw.greet()
         for step in range(8):
             raw.send(*_probe(raw, step))
-            assert raw.receive().header.kind is Kind.PROBED
+            assert raw.receive().header.kind is FrameKind.PROBED
         raw.send(*_probe(raw, 8))
         assert "8 steps wait for their losses" in raw.error().message
 
@@ -138,5 +138,5 @@ def test_a_probe_whose_answer_would_be_too_large() -> None:
         RawClient(server.address, make_grant(training=ZEROTH)) as raw,
     ):
         raw.greet()
-        raw.send(*raw.tensor(Kind.PROBE, make_h(4, 6, WIDTH)))  # of 768 bytes, thrice
+        raw.send(*raw.tensor(FrameKind.PROBE, make_h(4, 6, WIDTH)))  # of 768 bytes, thrice
         assert "lower zo-queries or batch-size" in raw.error().message

@@ -56,7 +56,7 @@ def test_a_device_loads_neither_torch_nor_server_code() -> None:
 
 def test_the_page_and_the_code_agree() -> None:
     page = (ROOT / "docs" / "protocol.md").read_text()
-    for kind in frames.Kind:
+    for kind in frames.FrameKind:
         assert f"| {kind.value} | {kind.name} |" in page
     for dtype in list(frames.Dtype)[1:]:
         assert f"{dtype.value} {dtype.name.lower()}" in page

@@ -8,7 +8,7 @@ import jwt
 import pytest
 from pydantic import ValidationError
 
-from fedsplit.core.encoder import Training
+from fedsplit.core.encoder import EncoderTraining
 from fedsplit.core.errors import ConfigError, RefusedError
 from fedsplit.transport import tokens
 from fedsplit.transport.server import EncoderServer
@@ -21,7 +21,7 @@ def test_round_trip() -> None:
     assert verify_publisher(sign_publisher("run", KEY, 60), KEY) == "run"
 
 
-TRAINING = Training(mode="shared", learning_rate=3e-4, weight=0.125, clip_norm=1.0)
+TRAINING = EncoderTraining(mode="shared", learning_rate=3e-4, weight=0.125, clip_norm=1.0)
 
 
 def test_training_is_signed_and_small() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Training
+from fedsplit.core.encoder import EncoderTraining
 from fedsplit.core.errors import RefusedError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
@@ -21,7 +21,7 @@ from tests.trunk.wire import grant
 
 SPEC = ModuleSpec(classes=("a", "b"), kind="full")
 RATE = 0.1
-SGD = Training(mode="hosted", optimizer="sgd", learning_rate=RATE)
+SGD = EncoderTraining(mode="hosted", optimizer="sgd", learning_rate=RATE)
 
 
 @pytest.fixture(scope="module")

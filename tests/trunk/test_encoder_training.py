@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Training
+from fedsplit.core.encoder import EncoderTraining
 from fedsplit.core.errors import RefusedError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
@@ -24,8 +24,8 @@ from tests.trunk.wire import dial, grant, publisher, serving
 
 FAMILIES = ["vit", "bert"]
 RATE = 0.01
-SGD = Training(mode="hosted", optimizer="sgd", learning_rate=RATE)
-ADAMW = Training(mode="hosted", learning_rate=RATE, weight_decay=0.1)
+SGD = EncoderTraining(mode="hosted", optimizer="sgd", learning_rate=RATE)
+ADAMW = EncoderTraining(mode="hosted", learning_rate=RATE, weight_decay=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def servers(backbones: dict[str, Backbone]) -> Iterator[dict[str, EncoderServer]
         yield {"vit": vit, "bert": bert}
 
 
-def make_optimizer(parameters: Any, training: Training) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Any, training: EncoderTraining) -> torch.optim.Optimizer:
     kind = torch.optim.SGD if training.optimizer == "sgd" else torch.optim.AdamW
     return kind(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
 
@@ -64,7 +64,11 @@ class Trained:
 
 
 def train_whole(
-    backbone: Backbone, folder: Path, training: Training, steps: int, frozen: tuple[str, ...] = ()
+    backbone: Backbone,
+    folder: Path,
+    training: EncoderTraining,
+    steps: int,
+    frozen: tuple[str, ...] = (),
 ) -> Trained:
     """transformers' own model in one process, by the module's names."""
     whole = whole_model(backbone, trained_start(backbone), folder)
@@ -88,7 +92,7 @@ def train_whole(
     return Trained(seen, {n: p.detach().clone() for n, p in trainable.items()})
 
 
-def train_split(model: SplitModel, family: str, training: Training, steps: int) -> Trained:
+def train_split(model: SplitModel, family: str, training: EncoderTraining, steps: int) -> Trained:
     """The device's loop: what round.py does, without its options."""
     trainable = {n: p for n, p in module.parameters(model.part).items() if p.requires_grad}
     optimizer = make_optimizer(trainable.values(), training)
@@ -123,7 +127,7 @@ def assert_equal(split: Trained, whole: Trained, delta: Any, start: Any) -> None
 def test_hosted_equals_whole(
     family: str,
     cut: str,
-    training: Training,
+    training: EncoderTraining,
     backbones: dict[str, Backbone],
     servers: dict[str, EncoderServer],
     tmp_path: Path,

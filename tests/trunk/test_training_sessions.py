@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Training
+from fedsplit.core.encoder import EncoderTraining
 from fedsplit.core.errors import EncoderError, OverloadedError, ProtocolError, RefusedError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
@@ -24,8 +24,8 @@ from tests.model.whole import SPEC
 from tests.trunk.wire import grant, packed
 
 RATE = 0.01
-SGD = Training(mode="hosted", optimizer="sgd", learning_rate=RATE)
-ADAMW = Training(mode="hosted", learning_rate=RATE, weight_decay=0.1)
+SGD = EncoderTraining(mode="hosted", optimizer="sgd", learning_rate=RATE)
+ADAMW = EncoderTraining(mode="hosted", learning_rate=RATE, weight_decay=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +46,16 @@ def make_h(seed: int = 0) -> np.ndarray:
 
 
 def open_site(
-    host: BackboneHost, training: Training | None, site: str = "s", cut: str = "1,3"
+    host: BackboneHost, training: EncoderTraining | None, site: str = "s", cut: str = "1,3"
 ) -> Any:
     return host.open(grant(host.backbone, Cut.parse(cut), site=site, training=training))
 
 
-def shared(weight: float) -> Training:
+def shared(weight: float) -> EncoderTraining:
     return SGD.model_copy(update={"mode": "shared", "weight": weight})
 
 
-def one_model(weight: float) -> Training:
+def one_model(weight: float) -> EncoderTraining:
     """How a copy of one's own takes the steps that a share of `weight` takes on a shared one."""
     return SGD.model_copy(update={"learning_rate": weight * SGD.learning_rate})
 
@@ -321,7 +321,7 @@ def test_what_a_session_may_not_do(host: BackboneHost) -> None:
     ids=["frozen", "hosted", "shared", "text"],
 )
 def test_a_graph_is_counted_with_what_it_really_holds(
-    tiny: dict[str, Path], family: str, training: Training | None
+    tiny: dict[str, Path], family: str, training: EncoderTraining | None
 ) -> None:
     """Against the storages that the kept graph itself refers to, found by walking it."""
     host = BackboneHost(Backbone.find(str(tiny[family])))

@@ -14,7 +14,7 @@ import torch
 
 from fedsplit.core import directions
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Training
+from fedsplit.core.encoder import EncoderTraining
 from fedsplit.core.errors import ProtocolError, RefusedError
 from fedsplit.model import module, seam
 from fedsplit.model.backbone import Backbone
@@ -22,7 +22,7 @@ from fedsplit.model.local_encoder import LocalEncoder
 from fedsplit.model.split import SplitModel, server_part
 from fedsplit.transport import client
 from fedsplit.transport.client import collect
-from fedsplit.transport.frames import HEADER_BYTES, Header, Kind, parse
+from fedsplit.transport.frames import HEADER_BYTES, FrameKind, Header, parse
 from fedsplit.transport.server import EncoderServer
 from fedsplit.trunk.host import BackboneHost
 from tests.model.whole import SPEC, make_batch, split_model, trained_start
@@ -30,7 +30,7 @@ from tests.trunk.wire import dial, grant, packed, publisher, serving
 
 PLACE = Cut(1, 3)
 B, T, D = 5, 17, 24
-ZO = Training(
+ZO = EncoderTraining(
     mode="zeroth-order", optimizer="sgd", learning_rate=0.05, epsilon=1e-2, seed=11, queries=2
 )
 
@@ -135,7 +135,7 @@ def test_the_server_does_what_the_formulas_say(
         )
 
 
-def gradient_of(host: BackboneHost, h_BTD: Any, tail: Any, training: Training) -> np.ndarray:
+def gradient_of(host: BackboneHost, h_BTD: Any, tail: Any, training: EncoderTraining) -> np.ndarray:
     """One SGD step with rate 1: the estimate (or gradient) is minus the delta."""
     session = host.open(grant(host.backbone, PLACE, training=training))
     if training.mode == "hosted":
@@ -154,7 +154,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_the_estimate_nears_the_true_gradient(host: BackboneHost, h_BTD: Any, tail: Any) -> None:
     exact = gradient_of(
-        host, h_BTD, tail, Training(mode="hosted", optimizer="sgd", learning_rate=1.0)
+        host, h_BTD, tail, EncoderTraining(mode="hosted", optimizer="sgd", learning_rate=1.0)
     )
     d, found = len(exact), {}
     for kind in ("gaussian", "sphere"):
@@ -251,16 +251,18 @@ def test_no_gradient_crosses_in_either_direction(
     assert names[0] == ["HELLO", *(["PROBE", "SCORE"] * steps), "ENCODE"]
     assert names[1] == ["WELCOME", *(["PROBED", "ACK"] * steps), "ENCODED"]
 
-    def of(headers: list[Header], *kinds: Kind) -> list[Header]:
+    def of(headers: list[Header], *kinds: FrameKind) -> list[Header]:
         return [h for h in headers if h.kind in kinds]
 
     # Up: h, then K floats. Down: K outputs, then one byte.
-    assert {h.dims for h in of(up, Kind.PROBE, Kind.ENCODE)} == {(B, T, D)}
-    assert {(h.dims, h.total) for h in of(up, Kind.SCORE)} == {((many,), 4 * many)}
-    assert {h.dims for h in of(down, Kind.PROBED)} == {(many, B, T, D)}
-    assert {h.total for h in of(down, Kind.ACK)} == {1}
-    extra = sum(len(f) for f in tap.up) - sum(h.length for h in of(up, Kind.PROBE, Kind.ENCODE))
-    hello = of(up, Kind.HELLO)[0].length
+    assert {h.dims for h in of(up, FrameKind.PROBE, FrameKind.ENCODE)} == {(B, T, D)}
+    assert {(h.dims, h.total) for h in of(up, FrameKind.SCORE)} == {((many,), 4 * many)}
+    assert {h.dims for h in of(down, FrameKind.PROBED)} == {(many, B, T, D)}
+    assert {h.total for h in of(down, FrameKind.ACK)} == {1}
+    extra = sum(len(f) for f in tap.up) - sum(
+        h.length for h in of(up, FrameKind.PROBE, FrameKind.ENCODE)
+    )
+    hello = of(up, FrameKind.HELLO)[0].length
     assert extra - hello == len(tap.up) * HEADER_BYTES + steps * 4 * many
     assert traffic.bytes_up == sum(map(len, tap.up))
     assert traffic.bytes_down == sum(map(len, tap.down))

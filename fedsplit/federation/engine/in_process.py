@@ -25,7 +25,7 @@ from fedsplit.core.closing import Closing
 from fedsplit.federation.engine.in_step import InStep
 
 NodeConfig = Mapping[str, str | int | float | bool]
-Answer = Callable[[Message, Context], Message]
+Handler = Callable[[Message, Context], Message]
 
 # How long a pull waits for a worker before the caller may look at its own deadline.
 _LOOK_S = 0.5
@@ -44,7 +44,7 @@ class InProcessGrid(Closing, Grid):
     def __init__(
         self,
         nodes: Sequence[NodeConfig],
-        answer: Answer,
+        answer: Handler,
         *,
         workers: int = 1,
         torch_threads: int = 0,

@@ -11,7 +11,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedsplit.core.errors import FederationError, FedsplitError
-from fedsplit.core.orders import STATISTICS, Calibration, Kind, LocalOnly
+from fedsplit.core.orders import STATISTICS, Calibration, LocalOnly, OrderKind
 from fedsplit.federation import messages
 from fedsplit.federation.server.orders import Orders, Site
 from fedsplit.federation.server.replies import Replies
@@ -29,7 +29,7 @@ def closed_form(
     start = ClosedFormStart(orders.config, orders.backbone, orders.spec, tensors)
     weights = orders.weights(orders.sites)
 
-    def asked(kind: Kind, module: ModuleTensors) -> Iterator[tuple[Site, Message]]:
+    def asked(kind: OrderKind, module: ModuleTensors) -> Iterator[tuple[Site, Message]]:
         def again(site: Site) -> Iterator[Message]:
             return orders.messages(kind, 0, module, only=site)
 

@@ -14,9 +14,9 @@ from fedsplit import __version__
 from fedsplit.core.aggregation import capped
 from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
-from fedsplit.core.encoder import Grant, Training
+from fedsplit.core.encoder import EncoderTraining, Grant
 from fedsplit.core.lora_rules import Rule
-from fedsplit.core.orders import HISTORY, MODULE, Kind, Order, RollCall
+from fedsplit.core.orders import HISTORY, MODULE, Order, OrderKind, RollCall
 from fedsplit.federation import messages
 from fedsplit.federation.server.books.replay_log import ReplayLog
 from fedsplit.federation.server.endpoint import Endpoint
@@ -44,7 +44,7 @@ LATE_S = 60.0
 # A site may take the steps of so many times the samples that it counts for.
 STEPS_FOR = 10
 # Orders that only test or measure.
-_FORWARD: tuple[Kind, ...] = ("evaluate", "statistics", "calibrate")
+_FORWARD: tuple[OrderKind, ...] = ("evaluate", "statistics", "calibrate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +78,7 @@ class Orders:
         self.repeated.add(round_)
         self.log.forget(round_)
 
-    def deadline_s(self, kind: Kind) -> float:
+    def deadline_s(self, kind: OrderKind) -> float:
         """How long sites have for one order; training alone is the whole run's work at once."""
         return self.config.deadline_s * (self.config.rounds if kind == "local-only" else 1)
 
@@ -103,7 +103,7 @@ class Orders:
 
     def messages(
         self,
-        kind: Kind,
+        kind: OrderKind,
         round_: int,
         tensors: ModuleTensors,
         sites: Sequence[Site] | None = None,
@@ -123,7 +123,7 @@ class Orders:
     def _message(
         self,
         site: Site,
-        kind: Kind,
+        kind: OrderKind,
         round_: int,
         tensors: ModuleTensors,
         encoder_digest: str,
@@ -183,7 +183,7 @@ class Orders:
         """What each of these sites counts for beside the others."""
         return capped({s.name: s.call.samples for s in sites}, self.config.max_site_share)
 
-    def _grant(self, site: Site, kind: Kind, round_: int, weights: Mapping[str, int]) -> Grant:
+    def _grant(self, site: Site, kind: OrderKind, round_: int, weights: Mapping[str, int]) -> Grant:
         epochs = self.config.local_epochs * (self.config.rounds if kind == "local-only" else 1)
         if self.config.personalisation == "ditto":
             epochs *= 2
@@ -222,8 +222,8 @@ class Orders:
         return math.ceil(samples * max(1.0, share / (1 - share)))
 
     def _training(
-        self, site: Site, kind: Kind, round_: int, weights: Mapping[str, int]
-    ) -> Training | None:
+        self, site: Site, kind: OrderKind, round_: int, weights: Mapping[str, int]
+    ) -> EncoderTraining | None:
         """What the encoder trains for a site in a round."""
         c = self.config
         if c.encoder_training == "frozen":
@@ -231,7 +231,7 @@ class Orders:
         # Sites draw directions of their own; sessions of a shared copy must agree on everything.
         zeroth = c.encoder_training == "zeroth-order"
         seed = direction_seed(c, site=site.name, round_=round_) if zeroth else 0
-        return Training(
+        return EncoderTraining(
             # Who trains alone shares no copy.
             mode="hosted"
             if kind == "local-only" and c.encoder_training == "shared"

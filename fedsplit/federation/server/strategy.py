@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.lora_rules import rule_of
-from fedsplit.core.orders import Kind
+from fedsplit.core.orders import OrderKind
 from fedsplit.federation import messages
 from fedsplit.federation.server import before_rounds
 from fedsplit.federation.server.attendance import Attendance
@@ -307,7 +307,7 @@ class SplitStrategy(Strategy):
             on_update=lambda text: self._say(f"round {round_}: {text}"),
         )
 
-    def _once_more(self, kind: Kind, round_: int) -> Callable[[Site], Iterator[Message]]:
+    def _once_more(self, kind: OrderKind, round_: int) -> Callable[[Site], Iterator[Message]]:
         """Makes the order of a round again for a site that is back."""
         selected = self._selected(round_) if kind == "train" else None
         tensors = self.module

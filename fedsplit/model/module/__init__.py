@@ -30,12 +30,12 @@ from fedsplit.model.module.names import (
     trains,
 )
 from fedsplit.model.module.packing import pack, unpack
-from fedsplit.model.module.spec import KINDS, Kind, ModuleSpec, ModuleTensors
+from fedsplit.model.module.spec import KINDS, ModuleKind, ModuleSpec, ModuleTensors
 from fedsplit.model.module.start import initial
 
 __all__ = [
     "KINDS",
-    "Kind",
+    "ModuleKind",
     "ModuleSpec",
     "ModuleTensors",
     "attach",

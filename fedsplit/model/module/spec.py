@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from fedsplit.core.config import RunConfig
 
 ModuleTensors = dict[str, NDArray[np.float32]]
-Kind = Literal["lora", "prompt", "adapter", "classifier", "full"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+ModuleKind = Literal["lora", "prompt", "adapter", "classifier", "full"]
+KINDS: tuple[ModuleKind, ...] = get_args(ModuleKind)
 MAX_RANK, MAX_TOKENS, MAX_WIDTH, MAX_BLOCKS = 1024, 1024, 65_536, 10_000
 # Far above any sane alpha; alpha / rank must stay a float.
 MAX_ALPHA = 2**20
@@ -27,7 +27,7 @@ class ModuleSpec:
     """What the module of a task is made of. Every kind includes the classifier."""
 
     classes: tuple[str, ...]
-    kind: Kind = "lora"
+    kind: ModuleKind = "lora"
     """lora | prompt | adapter | classifier (that alone) | full (every weight of the backbone, or of its last blocks)."""
     rank: int = 8
     """Rank of LoRA's pair: at a site its own, in what the server publishes the largest."""

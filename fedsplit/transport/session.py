@@ -23,7 +23,7 @@ from fedsplit.transport.admission import Admission
 from fedsplit.transport.codec import Codec, Dims, check_range, decode_mask, find_codec
 from fedsplit.transport.frames import Assembler, Flag, FrameKind, Message, frames_of, json_frame
 from fedsplit.transport.messages import Hello, Welcome, code_of, error_frame, read_body
-from fedsplit.transport.rules import KeptStep, Rules, agree
+from fedsplit.transport.rules import Rules, agree
 from fedsplit.transport.shapes import ACK, LOSSES, probed_dims, z_dims
 from fedsplit.transport.tokens import SiteToken
 
@@ -178,12 +178,12 @@ class Session:
                 yield from self._encode(encoder, codec, welcome, message, mask)
                 mask = None
             elif kind is FrameKind.PROBE:
-                yield from self._probe(encoder, codec, welcome, message, mask)
+                yield from self._encode_probes(encoder, codec, welcome, message, mask)
                 mask = None
             elif kind is FrameKind.SCORE:
-                yield from self._score(encoder, message)
+                yield from self._settle_losses(encoder, message)
             else:
-                yield from self._backprop(encoder, codec, message)
+                yield from self._settle(encoder, codec, message)
 
     def _encode(
         self,
@@ -208,29 +208,23 @@ class Session:
         self._admission.count("encoded")
         yield from self._reply(FrameKind.ENCODED, codec, step, z, out_dims)
 
-    def _backprop(self, encoder: Encoder, codec: Codec, message: Message) -> Iterator[bytes]:
+    def _settle(self, encoder: Encoder, codec: Codec, message: Message) -> Iterator[bytes]:
         step = message.header.step
         dz = _tensor_of(codec, message)
         kept = self._rules.release(step)
         self._admission.count("kept", -1)
         try:
-            yield from self._answer_backprop(encoder, codec, message, dz, kept)
+            dh = encoder.settle(step, dz, quiet=bool(message.header.flags & Flag.QUIET))
+            if dh is None:
+                answer = self._ack(step)
+            else:
+                answer = self._reply(FrameKind.GRAD, codec, step, dh, kept.h_dims)
+            self._admission.count("backpropped")
+            yield from answer
         finally:
             self._admission.release(kept.graph_bytes)
 
-    def _answer_backprop(
-        self, encoder: Encoder, codec: Codec, message: Message, dz: Array, kept: KeptStep
-    ) -> Iterator[bytes]:
-        step = message.header.step
-        dh = encoder.settle(step, dz, quiet=bool(message.header.flags & Flag.QUIET))
-        if dh is None:
-            answer = self._ack(step)
-        else:
-            answer = self._reply(FrameKind.GRAD, codec, step, dh, kept.h_dims)
-        self._admission.count("backpropped")
-        yield from answer
-
-    def _probe(
+    def _encode_probes(
         self, encoder: Encoder, codec: Codec, welcome: Welcome, message: Message, mask: Mask | None
     ) -> Iterator[bytes]:
         step, h_dims = message.header.step, message.header.dims
@@ -241,7 +235,7 @@ class Session:
         self._admission.count("probed")
         yield from self._reply(FrameKind.PROBED, codec, step, z, probed_dims(h_dims, welcome))
 
-    def _score(self, encoder: Encoder, message: Message) -> Iterator[bytes]:
+    def _settle_losses(self, encoder: Encoder, message: Message) -> Iterator[bytes]:
         step = message.header.step
         losses_K = _tensor_of(LOSSES, message)
         self._rules.scored(step)

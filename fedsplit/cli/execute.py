@@ -23,14 +23,10 @@ from fedsplit.cli.request import RunRequest, to_toml
 from fedsplit.cli.watch import LocalWatch, RemoteWatch, Watch
 from fedsplit.core.cpus import usable_cpus
 from fedsplit.core.errors import RunDirError
-from fedsplit.core.records import Summary, TasksSummary
+from fedsplit.core.records import SUMMARY_MARK, TASKS_MARK, Summary, TasksSummary
 from fedsplit.federation.server.books.run_dir import RunDir
 from fedsplit.report.read import read_summary, read_tasks
 
-SUMMARY_MARK = "FEDSPLIT_SUMMARY "
-"""Before the summary as one line of JSON in the run's log, for runs whose folder is elsewhere."""
-TASKS_MARK = "FEDSPLIT_TASKS "
-"""The same before those of all tasks."""
 Ended = Summary | TasksSummary
 _Record = TypeVar("_Record", Summary, TasksSummary)
 _TYPED_ERROR = re.compile(r"^(?:\x1b\[\d+m)?fedsplit\.core\.errors\.(\w+): (.*)$", re.MULTILINE)
@@ -154,7 +150,7 @@ def tasks_in_log(log: str) -> TasksSummary | None:
 
 def _in_log(log: str, mark: str, kind: type[_Record]) -> _Record | None:
     for line in reversed(_ANSI.sub("", log).splitlines()):
-        _, found, text = line.partition(mark)
+        _, found, text = line.partition(f"{mark} ")
         if found:
             try:
                 return kind.model_validate_json(text)

@@ -26,6 +26,8 @@ from fedsplit.core.foreign import Name, checked_name
 from fedsplit.core.scores import SCORINGS, Scores, Scoring, Sums, Tally, Target, scoring_of
 
 Outcome = Literal["complete", "partial", "failed"]
+# In the run's log, each before a record as one line of JSON, for runs whose folder is on another machine.
+SUMMARY_MARK, TASKS_MARK = "FEDSPLIT_SUMMARY", "FEDSPLIT_TASKS"
 _WORST_FIRST: tuple[Outcome, ...] = ("failed", "partial", "complete")
 Phase = Literal["starting", "waiting", "training", "evaluating", "done", "failed"]
 

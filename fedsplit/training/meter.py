@@ -1,4 +1,4 @@
-"""How long a site waits for its encoder. Called by federation/site.py and pipeline.py."""
+"""How long a site waits for its encoder. Called by site/work.py and pipeline.py."""
 
 from __future__ import annotations
 

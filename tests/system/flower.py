@@ -15,8 +15,7 @@ from typing import Any
 
 from fedsplit.cli.flower import flower_environment, free_port
 from fedsplit.cli.processes import ProcessTree
-from fedsplit.core.records import Summary
-from fedsplit.federation.server.run import SUMMARY_MARK
+from fedsplit.core.records import SUMMARY_MARK, Summary
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent

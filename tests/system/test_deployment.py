@@ -15,8 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
-from fedsplit.core.records import Summary
-from fedsplit.federation.server.run import SUMMARY_MARK
+from fedsplit.core.records import SUMMARY_MARK, Summary
 from fedsplit.training.data import parse_partition, partition
 from tests.system.flower import CONNECTION, deployment, fedsplit, flwr_log, flwr_run
 

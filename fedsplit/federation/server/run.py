@@ -22,7 +22,7 @@ from fedsplit.core.errors import ConfigError, FedsplitError, RunDirError
 from fedsplit.core.foreign import MAX_CLASSES
 from fedsplit.core.notes import fit
 from fedsplit.core.orders import LocalOnly
-from fedsplit.core.records import Outcome, Status, Summary
+from fedsplit.core.records import SUMMARY_MARK, Outcome, Status, Summary
 from fedsplit.core.versions import installed
 from fedsplit.federation import messages
 from fedsplit.federation.server import known_nodes
@@ -41,7 +41,6 @@ from fedsplit.model.inputs import Inputs
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.probe import check_backbone
 
-SUMMARY_MARK = "FEDSPLIT_SUMMARY"
 # Flower forwards what its own logger says to `flwr log`, and nothing else.
 _log = logging.getLogger(LOGGER_NAME)
 

@@ -18,14 +18,13 @@ from flwr.serverapp import Grid
 
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import FederationError, FedsplitError
-from fedsplit.core.records import Status, Summary, TasksSummary
+from fedsplit.core.records import TASKS_MARK, Status, Summary, TasksSummary
 from fedsplit.federation.server.books.run_dir import RunDir
 from fedsplit.federation.server.endpoint import Endpoint
 from fedsplit.federation.server.run import Run
 from fedsplit.model.backbone import Backbone
 
 TASKS_FILE = "tasks.json"
-TASKS_MARK = "FEDSPLIT_TASKS"
 _log = logging.getLogger(LOGGER_NAME)
 
 

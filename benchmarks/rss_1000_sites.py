@@ -97,7 +97,7 @@ def work(job: Job, pipe: Connection) -> None:
     """The process of one measurement: run, then tell its peak in MiB, or why there is none."""
     torch.set_num_threads(job.threads)
     config = RunConfig.from_flat(settings(job))
-    cell = Cell(method=config.method, problem="", axes=(), seed=0, config=config)
+    cell = Cell(method=config.run.method, problem="", axes=(), seed=0, config=config)
     # No memo: it keeps answers of the encoder for other runs, and there are none.
     row = Bench(memo_bytes=0).run(cell)
     complete = row.outcome == "complete"

@@ -139,7 +139,7 @@ def plain_cells(grid: Grid, runs: Path) -> list[Cell]:
     cells = expand(grid, runs, faults)
     if faults:
         raise ConfigError("\n  - ".join(["the grid has faults:", *faults.lines()]))
-    return [cell for cell in cells if cell.config.lora_aggregation == "plain"]
+    return [cell for cell in cells if cell.config.module.lora_aggregation == "plain"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

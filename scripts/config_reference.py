@@ -1,6 +1,6 @@
 """Write docs/reference/config.md from `RunConfig`: every key with its type, default and meaning.
 
-The meanings are the lines of prose below the fields in fedsplit/core/config.py.
+The meanings are the lines of prose below the fields in the sections of fedsplit/core/config.
 
     python scripts/config_reference.py           write the page
     python scripts/config_reference.py --check   exit 1 when the page is out of date
@@ -16,14 +16,14 @@ import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
-from fedsplit.core.config import RunConfig
+from fedsplit.core.config import SECTIONS, Section
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "reference" / "config.md"
 
 HEAD = """\
 # Settings of a run
 
-Generated from `fedsplit/core/config.py` by `python scripts/config_reference.py`; do not edit this
+Generated from `fedsplit/core/config` by `python scripts/config_reference.py`; do not edit this
 page by hand.
 
 The same flat keys work everywhere: in `[tool.flwr.app.config]` of `pyproject.toml` (the defaults),
@@ -35,9 +35,9 @@ resumed run keeps its settings; [resume](../how-to/resume.md) lists the few that
 """
 
 
-def meanings() -> dict[str, str]:
+def meanings(section: type[Section]) -> dict[str, str]:
     """Field -> the prose below it."""
-    source = textwrap.dedent(inspect.getsource(RunConfig))
+    source = textwrap.dedent(inspect.getsource(section))
     body = ast.parse(source).body[0]
     assert isinstance(body, ast.ClassDef)
     found: dict[str, str] = {}
@@ -82,16 +82,23 @@ def default_of(value: Any) -> str:
 
 def page() -> str:
     """The whole page. Raises KeyError for a field without a meaning."""
-    text = meanings()
-    lines = [HEAD, "| key | type | default | meaning |", "|---|---|---|---|"]
-    for name, field in RunConfig.model_fields.items():
+    return "\n".join(
+        [HEAD, *(part for name, kind in SECTIONS.items() for part in _table(name, kind))]
+    )
+
+
+def _table(name: str, section: type[Section]) -> list[str]:
+    """One section: its table's name in a run file, and a row a key."""
+    text = meanings(section)
+    about = " ".join(str(section.__doc__).split())
+    lines = [f"## {name}", "", about, "", "| key | type | default | meaning |", "|---|---|---|---|"]
+    for field_name, field in section.model_fields.items():
         kind = type_of(field.annotation)
         if limits := bounds_of(field.metadata):
             kind = f"{kind}, {limits}"
-        meaning = text[name].replace("|", "\\|")
-        key = name.replace("_", "-")
-        lines.append(f"| `{key}` | {kind} | {default_of(field.default)} | {meaning} |")
-    return "\n".join(lines) + "\n"
+        meaning = text[field_name].replace("|", "\\|")
+        lines.append(f"| `{field.alias}` | {kind} | {default_of(field.default)} | {meaning} |")
+    return [*lines, ""]
 
 
 if __name__ == "__main__":

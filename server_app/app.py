@@ -43,7 +43,7 @@ def lifespan(context: Context) -> Iterator[None]:
 def main(grid: Grid, context: Context) -> None:
     """Train from roll call to summary, then draw the plots."""
     config, endpoint = _open[context.run_id]
-    kind = TaskRuns if config.tasks else Run
+    kind = TaskRuns if config.task.tasks else Run
     run = kind(grid, config, endpoint, simulated=simulated(grid))
     try:
         with run.dir.sole_writer():
@@ -56,11 +56,11 @@ def main(grid: Grid, context: Context) -> None:
 
 @contextmanager
 def _endpoint(config: RunConfig) -> Iterator[Endpoint]:
-    if config.encoder_address and not config.encoder_bind:
+    if config.link.encoder_address and not config.link.encoder_bind:
         yield external(config)
         return
-    secret = Path(config.encoder_secret_file)
-    key = read_key(secret) if config.encoder_secret_file else None
+    secret = Path(config.link.encoder_secret_file)
+    key = read_key(secret) if config.link.encoder_secret_file else None
     with hosting(config, key) as (server, host, key):
         yield hosted(
             config, address=server.address, key=key, publish=host.publish, collect=host.collect

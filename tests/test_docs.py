@@ -245,7 +245,7 @@ def test_recommended_commands_could_start(
             if option == "--set"
         ]
         request = prepare(parse_set(pairs), app=ROOT)
-        assert request.config.recipe, f"{words}: a recommended command names a recipe"
+        assert request.config.run.recipe, f"{words}: a recommended command names a recipe"
         assert request.told
         # Told before anything starts, on a backbone that has never seen such images, and on no other.
         assert bool(request.warnings) == (backbone == "bundled")

@@ -45,7 +45,7 @@ def chain(
     for task in tasks:
         config = _config(plan, task, way=way, seed=seed, runs=runs, start=before)
         summary = _run(bench, config)
-        folder = runs / config.run_name / summary.module
+        folder = runs / config.run.run_name / summary.module
         done.append(Trained(task, config, *module.load_exported(folder, backbone)))
         if way == "full":
             before = folder
@@ -75,11 +75,17 @@ def _config(
 
 
 def _run(bench: Bench, config: RunConfig) -> Summary:
-    cell = Cell(method=config.method, problem=config.task, axes=(), seed=config.seed, config=config)
+    cell = Cell(
+        method=config.run.method,
+        problem=config.task.name,
+        axes=(),
+        seed=config.run.seed,
+        config=config,
+    )
     row = bench.run(cell)
     if row.outcome != "complete":
-        raise FederationError(f"run {config.run_name} is {row.outcome}: {row.reason}")
-    return read_summary(Path(config.runs_dir) / config.run_name)
+        raise FederationError(f"run {config.run.run_name} is {row.outcome}: {row.reason}")
+    return read_summary(Path(config.run.runs_dir) / config.run.run_name)
 
 
 def _now(backbone: Backbone, earlier: Trained, last: Trained, way: str) -> ModuleTensors:
@@ -95,7 +101,9 @@ def _now(backbone: Backbone, earlier: Trained, last: Trained, way: str) -> Modul
 
 def accuracy(backbone: Backbone, of: Trained, tensors: ModuleTensors) -> float:
     """Share of the test samples of all the task's sites that come out right."""
-    site = SiteSettings.from_node({"partition-id": 0, "num-partitions": of.config.sites}, node_id=1)
+    site = SiteSettings.from_node(
+        {"partition-id": 0, "num-partitions": of.config.server.sites}, node_id=1
+    )
     own = open_site(of.config, site, backbone, of.spec.classes)
     batches = data.batches(own.examples, own.test_everywhere, own.transform, batch_size=_BATCH)
     score = evaluate(whole_model(backbone, of.spec, tensors), batches)

@@ -24,7 +24,7 @@ def check_here(config: RunConfig) -> list[str]:
     for look in (_backbone, _runs_dir, _encoder):
         _try(lambda look=look: look(config), faults)  # type: ignore[misc]
     if not any(isinstance(fault, BackboneError) for fault in faults):
-        for name in config.sources:
+        for name in config.task.sources:
             _try(lambda name=name: warnings.extend(_task(config.of_task(name))), faults)  # type: ignore[misc]
     texts = list(dict.fromkeys(str(fault) for fault in faults))
     if len(texts) > 1:
@@ -48,15 +48,15 @@ def _backbone(config: RunConfig) -> None:
     from fedsplit.model.module import ModuleSpec
     from fedsplit.model.probe import check_backbone
 
-    backbone = Backbone.find(config.backbone)
-    config = config.fitted(backbone.blocks, sites=config.sites)
+    backbone = Backbone.find(config.placement.backbone)
+    config = config.fitted(backbone.blocks, sites=config.server.sites)
     config.check_blocks(backbone.blocks)
-    check_backbone(backbone, image_size=config.image_size)
-    spec = ModuleSpec.of(config, config.class_names or ("a", "b"))
+    check_backbone(backbone, image_size=config.task.image_size)
+    spec = ModuleSpec.of(config, config.task.class_names or ("a", "b"))
     if faults := module.spec_faults(backbone, spec):
         raise ConfigError("\n  - ".join(faults))
-    if config.start_module:
-        module.load_exported(Path(config.start_module), backbone)
+    if config.run.start_module:
+        module.load_exported(Path(config.run.start_module), backbone)
 
 
 def _task(config: RunConfig) -> tuple[str, ...]:
@@ -67,14 +67,14 @@ def _task(config: RunConfig) -> tuple[str, ...]:
     from fedsplit.training.site_data import EVERY_SITE, SiteSources
     from fedsplit.training.site_settings import SiteSettings
 
-    number = min(config.holders.get(config.task, {0}))
-    node = {"partition-id": number, "num-partitions": config.sites}
+    number = min(config.task.holders.get(config.task.name, {0}))
+    node = {"partition-id": number, "num-partitions": config.server.sites}
     site = SiteSettings.from_node(node, node_id=0).for_task(config)
     if site is None:
         return ()
     try:
-        backbone = Backbone.find(config.backbone)
-        own = SiteSources().open(config, site, backbone, config.class_names)
+        backbone = Backbone.find(config.placement.backbone)
+        own = SiteSources().open(config, site, backbone, config.task.class_names)
         classes, odd = own.examples.classes, unfamiliar(backbone, own.examples)
     except (ConfigError, DataError) as err:
         raise of_source(err, site.name, EVERY_SITE) from err
@@ -93,7 +93,7 @@ def of_source(err: FedsplitError, *sites: str) -> FedsplitError:
 
 def _runs_dir(config: RunConfig) -> None:
     """Can the run's folder be made? Looked at from the nearest folder that is there."""
-    runs = Path(config.runs_dir).expanduser().absolute()
+    runs = Path(config.run.runs_dir).expanduser().absolute()
     there = next(p for p in (runs, *runs.parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         why = "cannot be written" if there.is_dir() else "is not a folder"
@@ -102,22 +102,24 @@ def _runs_dir(config: RunConfig) -> None:
 
 def _encoder(config: RunConfig) -> None:
     """The encoder's files, and its port or the encoder elsewhere."""
-    if not any((config.encoder_address, config.encoder_bind, config.encoder_secret_file)):
+    if not any(
+        (config.link.encoder_address, config.link.encoder_bind, config.link.encoder_secret_file)
+    ):
         return
     from fedsplit.transport.keys import read_key
     from fedsplit.transport.wiring import host_of, read_pem
 
-    for file in (config.encoder_tls_cert, config.encoder_tls_key):
+    for file in (config.link.encoder_tls_cert, config.link.encoder_tls_key):
         if file:
             read_pem(Path(file))
-    if config.encoder_secret_file:
-        read_key(Path(config.encoder_secret_file))
-    if config.encoder_address and not config.encoder_bind:
+    if config.link.encoder_secret_file:
+        read_key(Path(config.link.encoder_secret_file))
+    if config.link.encoder_address and not config.link.encoder_bind:
         from fedsplit.federation.server.endpoint import external
 
         external(config)
-    elif config.encoder_bind:
-        _port(config.encoder_bind, host_of(config.encoder_bind))
+    elif config.link.encoder_bind:
+        _port(config.link.encoder_bind, host_of(config.link.encoder_bind))
 
 
 def _port(bind: str, host: str) -> None:

@@ -71,7 +71,7 @@ def _submit_and_follow(
         with held_signals() if simulating is None else contextlib.nullcontext():
             run_id = _submit(request, commands, local=simulating is not None)
         progress.say(
-            f"run {request.config.run_name} is with Flower (id {run_id}); its sites are starting ..."
+            f"run {request.config.run.run_name} is with Flower (id {run_id}); its sites are starting ..."
         )
         if simulating is not None:
             watch = LocalWatch(commands, run_id, simulating)
@@ -100,7 +100,7 @@ def _submit(request: RunRequest, commands: FlowerCommands, *, local: bool) -> st
     if local:
         # One CPU a site, and all CPUs for Ray: as many sites run at once as there are CPUs.
         federation = (
-            f"num-supernodes={request.config.sites} client-resources-num-cpus=1 "
+            f"num-supernodes={request.config.server.sites} client-resources-num-cpus=1 "
             f"init-args-num-cpus={usable_cpus()}"
         )
     with tempfile.TemporaryDirectory(prefix="fs-") as folder:
@@ -116,7 +116,7 @@ def _ending(
     if snapshot.summarised:
         return _read(request)
     log = _ANSI.sub("", commands.log(run_id))
-    summary = tasks_in_log(log) if request.config.tasks else summary_in_log(log)
+    summary = tasks_in_log(log) if request.config.task.tasks else summary_in_log(log)
     if summary is not None:
         return summary
     status = snapshot.status
@@ -135,7 +135,7 @@ def _ending(
 
 
 def _read(request: RunRequest) -> Ended:
-    return (read_tasks if request.config.tasks else read_summary)(request.run_dir)
+    return (read_tasks if request.config.task.tasks else read_summary)(request.run_dir)
 
 
 def summary_in_log(log: str) -> Summary | None:
@@ -220,7 +220,7 @@ def _what_is_left(request: RunRequest, files: RunFiles) -> str:
         return "stopped before the run began; nothing was written"
     folders = [
         request.run_dir / name
-        for name in (request.config.sources if request.config.tasks else [""])
+        for name in (request.config.task.sources if request.config.task.tasks else [""])
     ]
     if not any(any(folder.glob("checkpoints/round-*")) for folder in folders):
         return f"stopped before the first round was through; nothing to go on from in {request.run_dir}"
@@ -232,4 +232,4 @@ def _what_is_left(request: RunRequest, files: RunFiles) -> str:
 
 def _resume_command(request: RunRequest) -> str:
     where = f"--superlink {request.superlink} " if request.superlink is not None else ""
-    return f"fedsplit run {where}--resume {request.config.run_name}"
+    return f"fedsplit run {where}--resume {request.config.run.run_name}"

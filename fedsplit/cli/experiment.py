@@ -177,7 +177,7 @@ def _show_plan(plan: GridPlan, output: Output) -> None:
     done = {cell.run for cell in cells if finished(cell)}
     for cell in cells:
         output.note(f"{cell}{' (done)' if cell.run in done else ''}")
-    runs = len({(cell.config.runs_dir, cell.run) for cell in cells})
+    runs = len({(cell.config.run.runs_dir, cell.run) for cell in cells})
     tuning = sum(plan.runs(trial.method) for trial in plan.trials)
     output.note(f"{runs} runs, {tuning} of them to tune; the grid has no faults that can be seen")
     output.result(

@@ -75,7 +75,7 @@ class Book:
         found: dict[str, dict[str, Any]] = {}
         for cell in cells:
             if cell.seed == self.grid.experiment.seeds[0]:
-                name = f"{cell.config.partition}, {cell.config.sites} sites"
+                name = f"{cell.config.task.partition}, {cell.config.server.sites} sites"
                 counts = found.setdefault(cell.problem, {})
                 if name not in counts:
                     counts[name] = dealt(cell.config)

@@ -41,7 +41,7 @@ class RunRequest:
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.config.runs_dir).expanduser().absolute() / self.config.run_name
+        return Path(self.config.run.runs_dir).expanduser().absolute() / self.config.run.run_name
 
 
 def prepare(
@@ -98,25 +98,27 @@ def _recipe_told(config: RunConfig) -> tuple[str, ...]:
     from fedsplit.core.errors import BackboneError
     from fedsplit.model.backbone import Backbone
 
-    if not config.recipe or config.resume:
+    if not config.run.recipe or config.run.resume:
         return ()
     try:
-        backbone = Backbone.find(config.backbone)
+        backbone = Backbone.find(config.placement.backbone)
     except BackboneError:
-        return (f"the server adapts it to backbone={config.backbone} and logs what it chose",)
-    of = {"sites": config.sites}
+        return (
+            f"the server adapts it to backbone={config.placement.backbone} and logs what it chose",
+        )
+    of = {"sites": config.server.sites}
     return tuple(config.fitted(backbone.blocks, **of).recipe_told(backbone.blocks, **of))
 
 
 def _check_folder(request: RunRequest) -> None:
     """Two runs never write into one folder: neither a fresh one nor one that goes on."""
-    folder, name = request.run_dir, request.config.run_name
+    folder, name = request.run_dir, request.config.run.run_name
     if folder.is_dir() and RunDir(folder).busy:
         raise ConfigError(
             f"run {name} is being written by another process now ({folder}); wait for its end, or choose another "
             f"run-name"
         )
-    if not request.config.resume and folder.exists():
+    if not request.config.run.resume and folder.exists():
         raise ConfigError(
             f"the run folder {folder} exists already; choose another run-name, or go on with that run: "
             f"fedsplit run --resume {name}"

@@ -62,7 +62,7 @@ def run_request(request: Any, out: Output) -> int:
     for warning in request.warnings:
         out.note(f"warning: {warning}")
     if request.told:
-        out.note(f"recipe {request.config.recipe}:")
+        out.note(f"recipe {request.config.run.recipe}:")
         for line in request.told:
             out.note(f"  {line}")
     from fedsplit.cli.execute import execute

@@ -115,20 +115,20 @@ def fitted(
     config: RunConfig, *, blocks: int, sites: int, samples: int
 ) -> dict[str, tuple[Value, str]]:
     """Key -> (value, why) of what the config's recipe adapts, as far as it is known; 0 stands for not known."""
-    recipe, found = RECIPES[config.recipe], dict[str, tuple[Value, str]]()
-    trains = max(config.selected(sites), 1) if sites else 0
-    if config.method_description.placement != "device":
+    recipe, found = RECIPES[config.run.recipe], dict[str, tuple[Value, str]]()
+    trains = max(config.server.selected(sites), 1) if sites else 0
+    if config.run.method_description.placement != "device":
         b = blocks - max(1, round(blocks / recipe.tail_of)) if recipe.tail_of else blocks
         found["cut"] = f"0,{b}", f"{b} of the backbone's {blocks} blocks at the server"
     if recipe.every_block:
         found["module-blocks"] = blocks, "every block, without the embeddings"
-    if config.encoder_training != "shared":
+    if config.placement.encoder_training != "shared":
         return found  # what follows is of one copy that all sites step
     if recipe.step_rate and trains:
         rate = float(f"{recipe.step_rate * trains:.6g}")
         found["lora-learning-rate"] = rate, f"{recipe.step_rate:g} a step, for {trains} sites"
     if recipe.steps and samples:
-        steps = max(1, samples * trains // max(sites, 1) // config.batch_size)
+        steps = max(1, samples * trains // max(sites, 1) // config.train.batch_size)
         rounds = min(max(round(recipe.steps / steps), _FEWEST_ROUNDS), _MOST_ROUNDS)
         found["rounds"] = rounds, f"about {steps} steps a round"
     return found
@@ -142,7 +142,7 @@ def changes(config: RunConfig, found: Mapping[str, tuple[Value, str]]) -> dict[s
 
 def told(config: RunConfig, found: Mapping[str, tuple[Value, str]]) -> list[str]:
     """What the recipe of a fitted config chose and what it left as given, a line each."""
-    recipe, flat = RECIPES[config.recipe], config.flat()
+    recipe, flat = RECIPES[config.run.recipe], config.flat()
     wanted = {key: (value, "") for key, value in recipe.sets.items()} | dict(found)
     lines = []
     for key, (value, why) in wanted.items():
@@ -155,7 +155,9 @@ def told(config: RunConfig, found: Mapping[str, tuple[Value, str]]) -> list[str]
         "rounds": f"{_FEWEST_ROUNDS} to {_MOST_ROUNDS}, by the samples that the sites have",
     }
     defaults = type(config).defaults()
-    for key in sorted(later.keys() - found.keys()) if config.encoder_training == "shared" else ():
+    for key in (
+        sorted(later.keys() - found.keys()) if config.placement.encoder_training == "shared" else ()
+    ):
         as_given = f"={_text(flat[key])}, as given; the recipe has"
         lines.append(f"{key}{':' if _open(flat, defaults, key) else as_given} {later[key]}")
     return lines

@@ -79,7 +79,7 @@ class Bench:
             with hosting(cell.config, None) as (server, host, key):
                 yield _endpoint(server.address, key, host), dial_stream
             return
-        near = self._host(cell.config.backbone)
+        near = self._host(cell.config.placement.backbone)
         dial = (
             functools.partial(near.dial, after_step=in_step.pause)
             if in_step is not None

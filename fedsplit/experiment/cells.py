@@ -64,14 +64,14 @@ class Cell:
     def nodes(self) -> list[dict[str, int]]:
         """The node configs of the run's sites."""
         return [
-            {"partition-id": i, "num-partitions": self.config.sites}
-            for i in range(self.config.sites)
+            {"partition-id": i, "num-partitions": self.config.server.sites}
+            for i in range(self.config.server.sites)
         ]
 
     @property
     def run(self) -> str:
         """Name of the run's folder."""
-        return self.config.run_name
+        return self.config.run.run_name
 
     @property
     def key(self) -> str:
@@ -199,7 +199,7 @@ class CellMaker:
             problem=condition.problem.name,
             axes=condition.axes,
             seed=condition.seed,
-            config=config.model_copy(update={"run_name": name}),
+            config=config.changed(run_name=name),
             way=_way(grid, config),
         )
 
@@ -226,7 +226,7 @@ class CellMaker:
 def _way(grid: Grid, config: RunConfig) -> Way:
     """How the grid has the run go. Turns are for sites that step one copy; to others they make no difference."""
     said = grid.experiment
-    turns_matter = said.wire == "grpc" or config.encoder_training == "shared"
+    turns_matter = said.wire == "grpc" or config.placement.encoder_training == "shared"
     return Way(wire=said.wire, sites_at_once=said.sites_at_once if turns_matter else 1)
 
 
@@ -237,14 +237,14 @@ def _passed_over(config: RunConfig, given: Settings) -> list[str]:
     """
     taken = config.flat()
     faults = [
-        f"{key}={value}: method={config.method} means {key}={taken[key]}; leave {key} out"
+        f"{key}={value}: method={config.run.method} means {key}={taken[key]}; leave {key} out"
         for key, value in given.items()
         if key in taken and taken[key] != value
     ]
-    whole = config.method_description.placement == "device"
-    if whole and "cut" in given and any(cut.a < cut.b for cut in config.cuts):
+    whole = config.run.method_description.placement == "device"
+    if whole and "cut" in given and any(cut.a < cut.b for cut in config.placement.cuts):
         faults.append(
-            f"cut={config.cut}: method={config.method} runs the whole model on the device; leave cut out"
+            f"cut={config.placement.cut}: method={config.run.method} runs the whole model on the device; leave cut out"
         )
     return faults
 

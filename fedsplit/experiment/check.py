@@ -42,35 +42,33 @@ def check_cells(cells: list[Cell], faults: Faults) -> None:
 
 def fits(config: RunConfig) -> list[str]:
     """What keeps a run with these settings from working; empty when nothing is seen."""
-    if not config.sites:
+    if not config.server.sites:
         return ["sites=0: a grid simulates its sites; set sites in [defaults] or [axes]"]
-    if config.tasks or config.task_holders:
+    if config.task.tasks or config.task.task_holders:
         return [
             "tasks and task-holders: a run of a grid has one task; use [[problems]] or fedsplit run"
         ]
     try:
-        config = config.fitted(Backbone.find(config.backbone).blocks)
+        config = config.fitted(Backbone.find(config.placement.backbone).blocks)
     except BackboneError:
         pass  # told by _model_faults
     except ConfigError as err:
         return faults_of(err)
     # Neither decides whether a model fits, so seeds and partitions share one look.
-    shape = config.model_copy(
-        update={"seed": 0, "run_name": "", "runs_dir": "", "partition": "iid", "sites": 1}
-    )
+    shape = config.changed(seed=0, run_name="", runs_dir="", partition="iid", sites=1)
     return [*_model_faults(shape), *_data_faults(config)]
 
 
 @functools.lru_cache(maxsize=1024)
 def _model_faults(config: RunConfig) -> tuple[str, ...]:
     try:
-        backbone = Backbone.find(config.backbone)
-        spec = ModuleSpec.of(config, config.class_names or ("a", "b"))
+        backbone = Backbone.find(config.placement.backbone)
+        spec = ModuleSpec.of(config, config.task.class_names or ("a", "b"))
         faults = module.spec_faults(backbone, spec)
     except (BackboneError, ConfigError) as err:
         return tuple(faults_of(err))
     try:
-        check_backbone(backbone, image_size=config.image_size)
+        check_backbone(backbone, image_size=config.task.image_size)
     except BackboneError as err:
         faults += faults_of(err)
     try:
@@ -83,7 +81,7 @@ def _model_faults(config: RunConfig) -> tuple[str, ...]:
         examples = None  # told by _data_faults
     if examples is not None and examples.kind != backbone.family.kind:
         faults.append(
-            f"data={config.data} holds {examples.kind}s, backbone={config.backbone} reads "
+            f"data={config.task.data} holds {examples.kind}s, backbone={config.placement.backbone} reads "
             f"{backbone.family.kind}s; change data or backbone"
         )
     return tuple(faults)
@@ -101,12 +99,14 @@ def _data_faults(config: RunConfig) -> list[str]:
 
 def one_class(config: RunConfig, name: str) -> str:
     """That there is nothing to tell apart."""
-    return f"data={config.data} has one class, {name!r}; two or more are wanted: one folder a class, or one label a class"
+    return f"data={config.task.data} has one class, {name!r}; two or more are wanted: one folder a class, or one label a class"
 
 
 def dealt(config: RunConfig) -> Dealt:
     """How the run's data falls to its sites. Raises ConfigError and DataError where it cannot be dealt."""
-    counts_or_error = _dealt(_source(config), config.partition, config.sites, config.seed)
+    counts_or_error = _dealt(
+        _source(config), config.task.partition, config.server.sites, config.run.seed
+    )
     if isinstance(counts_or_error, Exception):
         raise counts_or_error
     return counts_or_error
@@ -129,8 +129,8 @@ def _dealt(source: _Source, spec: str, sites: int, seed: int) -> Dealt | ConfigE
 
 def _source(config: RunConfig) -> _Source:
     return (
-        config.data, config.class_names, config.max_samples, config.text_column, config.label_column,
-        config.pixel_max, config.broken_files == "leave-out",
+        config.task.data, config.task.class_names, config.task.max_samples, config.task.text_column, config.task.label_column,
+        config.task.pixel_max, config.task.broken_files == "leave-out",
     )  # fmt: skip
 
 

@@ -82,7 +82,7 @@ class NearHost:
     ) -> NearEncoder:
         """Open a round's encoder. Raises RefusedError as the encoder's port would. `after_step`: see NearEncoder."""
         del site  # its TLS settings are for a wire
-        return NearEncoder(self, how, find_codec(config.codec), after_step)
+        return NearEncoder(self, how, find_codec(config.link.codec), after_step)
 
     def open(self, grant: Grant) -> Encoder:
         """The host's session; what its blocks in front of the module's first one answer is kept, and a frozen one's answers."""

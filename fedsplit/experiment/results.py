@@ -94,7 +94,7 @@ def mark(cell: Cell) -> None:
 
 def folder_of(cell: Cell) -> Path:
     """The run's folder."""
-    return Path(cell.config.runs_dir) / cell.run
+    return Path(cell.config.run.runs_dir) / cell.run
 
 
 def finished(cell: Cell) -> Row | None:

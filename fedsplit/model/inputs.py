@@ -39,7 +39,7 @@ class Inputs:
         found = set(ranges)
         # Of 8 bits and less a file says itself what white is. Where sites differ, no one value is right.
         agreed = max(found) if len(found) == 1 and max(found) > _BYTE else 0.0
-        return cls(config.image_size, config.max_length, config.pixel_max or agreed)
+        return cls(config.task.image_size, config.task.max_length, config.task.pixel_max or agreed)
 
 
 def about_inputs(backbone: Backbone, inputs: Inputs) -> dict[str, Any]:

@@ -89,19 +89,19 @@ def survey(flat: Mapping[str, Any], *, backbone: bool, sheet: Path) -> Survey:
     """
     config = RunConfig.from_flat({"data": "digits", **flat})
     examples = load_source(
-        config.data,
+        config.task.data,
         site=SITE,
-        classes=config.class_names,
-        max_samples=config.max_samples,
-        text_column=config.text_column,
-        label_column=config.label_column,
-        pixel_max=config.pixel_max,
-        leave_out_broken=config.broken_files == "leave-out",
+        classes=config.task.class_names,
+        max_samples=config.task.max_samples,
+        text_column=config.task.text_column,
+        label_column=config.task.label_column,
+        pixel_max=config.task.pixel_max,
+        leave_out_broken=config.task.broken_files == "leave-out",
     )
     notes = list(examples.notes)
     digests = examples.digests()
     train, test = train_test_split(
-        examples.labels, digests, config.test_fraction, site=SITE, groups=examples.groups
+        examples.labels, digests, config.task.test_fraction, site=SITE, groups=examples.groups
     )
     notes += without_test(examples, test)
     within, across, more = _doubles(examples, digests)
@@ -113,7 +113,7 @@ def survey(flat: Mapping[str, Any], *, backbone: bool, sheet: Path) -> Survey:
         notes += write_sheet(sheet, examples)
     lengths = sorted(len(examples.text(i)) for i in range(len(examples))) if not images else []
     return Survey(
-        source=config.data,
+        source=config.task.data,
         kind=examples.kind,
         classes=_count(examples, np.arange(len(examples))),
         train=_count(examples, train),
@@ -167,12 +167,12 @@ def _doubles(examples: Examples, digests: np.ndarray[Any, Any]) -> tuple[int, in
 
 def _seen_by(config: RunConfig, examples: Examples) -> tuple[TextFacts | None, list[str]]:
     """What the backbone makes of the samples. Raises BackboneError where it cannot read them."""
-    found = Backbone.find(config.backbone)
+    found = Backbone.find(config.placement.backbone)
     if found.family.kind != examples.kind:
         return None, [
             f"these are {examples.kind}s, backbone {found.name!r} reads {found.family.kind}s: it cannot train on them"
         ]
     if examples.kind == "image":
         return None, list(found.notes)
-    facts = text_facts(examples, TextTransform.from_backbone(found.path, config.max_length))
+    facts = text_facts(examples, TextTransform.from_backbone(found.path, config.task.max_length))
     return facts, text_notes(facts, len(examples))

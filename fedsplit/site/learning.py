@@ -48,27 +48,27 @@ def learn(work: SiteWork, run: OpenModel, start: ModuleTensors, saved: Saved | N
     """Train for the round's epochs; the model then holds what is the server's share of it."""
     _without_encoder(work, run)
     work = _on_hardest(work, run)
-    run.trained += work.config.local_epochs * len(work.own.train)
+    run.trained += work.config.train.local_epochs * len(work.own.train)
     settings = settings_of(work, [work.order.round])
-    if work.config.gradient == "zeroth-order":
+    if work.config.train.gradient == "zeroth-order":
         zo = zeroth_order(work.config, site=work.site.name, round_=work.order.round)
         loss, scalars = train_zeroth_order(
             run.model, work.epoch, settings, zo, meter=run.meter, cache=run.cache
         )
         return Learnt(loss, work.tested(run, work.own.test), scalars=scalars)
     mine = saved.under(PERSONAL) if saved else {}
-    if work.config.personalisation == "fed-rod":
+    if work.config.train.personalisation == "fed-rod":
         return _fed_rod(work, run, settings, mine)
     loss = train(run.model, work.epoch, settings, **run.training)
-    rank = prune(run.model.part, start, rank=work.order.rank, share=work.config.rank_pruning)
-    if work.config.personalisation == "ditto":
+    rank = prune(run.model.part, start, rank=work.order.rank, share=work.config.module.rank_pruning)
+    if work.config.train.personalisation == "ditto":
         return _ditto(work, run, settings, start, mine, loss)
     return Learnt(loss, work.tested(run, work.own.test), rank=rank)
 
 
 def _without_encoder(work: SiteWork, run: OpenModel) -> None:
     """`local-loss-epochs` of head joined to tail, in which nothing crosses (SFPrompt, arXiv 2407.17533)."""
-    epochs = work.config.local_loss_epochs
+    epochs = work.config.train.local_loss_epochs
     if epochs == 0:
         return
     run.trained += epochs * len(work.own.train)
@@ -88,17 +88,17 @@ def _on_hardest(work: SiteWork, run: OpenModel) -> SiteWork:
     Scored as a test is, in fp32 and without augmentation, by what the model holds now; after local-loss epochs by head
     joined to tail, so that scores cost no traffic.
     """
-    if work.config.keep_hardest == 1:
+    if work.config.train.keep_hardest == 1:
         return work
     train = work.own.train
     # A classifier that has learnt nothing scores all alike, and the stored order may go class by class.
     order = np.random.default_rng(work.seed("hardest")).permutation(len(train))
     run.tested += len(train)
     model, flow = run.model, run.flow
-    if work.config.local_loss_epochs:
+    if work.config.train.local_loss_epochs:
         model, flow = model.shortcut(), Flow()
     scores = sample_errors(model, work.batches(train[order]), flow, work.task)
-    kept = np.sort(order[hardest(scores, work.config.keep_hardest)])
+    kept = np.sort(order[hardest(scores, work.config.train.keep_hardest)])
     return replace(work, own=replace(work.own, train=train[kept]))
 
 
@@ -111,14 +111,14 @@ def _ditto(
     loss: float,
 ) -> Learnt:
     """After the global module's own training: that of the personal copy, which costs as much again."""
-    run.trained += work.config.local_epochs * len(work.own.train)
+    run.trained += work.config.train.local_epochs * len(work.own.train)
     state = train_ditto(
         run.model,
         work.epoch,
         settings,
         received=start,
         saved=mine,
-        ditto_lambda=work.config.ditto_lambda,
+        ditto_lambda=work.config.train.ditto_lambda,
         **run.training,
     )
     with holding(run.model.part, state.tensors):
@@ -130,7 +130,7 @@ def _fed_rod(
 ) -> Learnt:
     # Balanced softmax keeps the generic classifier from the site's mix of classes. A fixed one needs no such care, and
     # a site of one class would teach the blocks in front of it nothing.
-    fixed = work.config.classifier_training == "fixed"
+    fixed = work.config.module.classifier_training == "fixed"
     generic = settings if fixed else replace(settings, loss="balanced-softmax")
     loss, state = train_fed_rod(run.model, work.epoch, generic, saved=mine, **run.training)
     with PersonalClassifier(run.model.part, state.tensors, None) as personal:
@@ -141,26 +141,26 @@ def _fed_rod(
 def settings_of(work: SiteWork, rounds: Sequence[int]) -> TrainSettings:
     """How to train for the local epochs of all these rounds in one go."""
     c = work.config
-    factors = [c.learning_rate_factor(r) for r in rounds]
+    factors = [c.train.learning_rate_factor(r) for r in rounds]
     return TrainSettings(
-        epochs=c.local_epochs * len(rounds),
-        learning_rate=c.learning_rate,
+        epochs=c.train.local_epochs * len(rounds),
+        learning_rate=c.train.learning_rate,
         task=work.task,
-        lora_learning_rate=c.lora_learning_rate,
-        optimizer=c.optimizer,
-        weight_decay=c.weight_decay,
-        in_flight=c.in_flight,
-        schedule=tuple(f for f in factors for _ in range(c.local_epochs)),
-        loss=c.loss_kind,
+        lora_learning_rate=c.train.lora_learning_rate,
+        optimizer=c.train.optimizer,
+        weight_decay=c.train.weight_decay,
+        in_flight=c.link.in_flight,
+        schedule=tuple(f for f in factors for _ in range(c.train.local_epochs)),
+        loss=c.train.loss_kind,
         class_counts=work.class_counts(),
-        label_smoothing=c.label_smoothing,
-        clip_norm=c.clip_norm,
-        accumulate=c.accumulate,
-        proximal_mu=c.proximal_mu,
-        rank_penalty=c.rank_penalty,
-        rank_kept=kept_rank(c.rank_pruning, work.order.rank),
-        precision=c.precision,
-        augmentation=c.augmentation,
-        augmentation_key=f"{c.seed}/{work.site.name}/{work.order.round}",
-        server_mode=c.encoder_training if work.order.stream else "frozen",
+        label_smoothing=c.train.label_smoothing,
+        clip_norm=c.train.clip_norm,
+        accumulate=c.train.accumulate,
+        proximal_mu=c.train.proximal_mu,
+        rank_penalty=c.train.rank_penalty,
+        rank_kept=kept_rank(c.module.rank_pruning, work.order.rank),
+        precision=c.train.precision,
+        augmentation=c.train.augmentation,
+        augmentation_key=f"{c.run.seed}/{work.site.name}/{work.order.round}",
+        server_mode=c.placement.encoder_training if work.order.stream else "frozen",
     )

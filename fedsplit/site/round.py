@@ -82,7 +82,7 @@ class SiteRound(SiteWork):
             kept = {f"{KEPT}/{n}": now[n] for n in self.plan.kept}
             personal = {f"{PERSONAL}/{n}": t for n, t in learnt.personal.items()}
             # By zeroth order a site that has its module needs no other one, only what happened since.
-            held = tensors if self.config.gradient == "zeroth-order" else {}
+            held = tensors if self.config.train.gradient == "zeroth-order" else {}
             whole = {f"{HELD}/{n}": t for n, t in held.items()}
             self.state.save(self.order.round, kept | personal | whole)
         metrics = self._metrics(
@@ -133,7 +133,7 @@ class SiteRound(SiteWork):
     def _held_out(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Training samples to solve from, and those to calibrate on: a fifth, none where nobody calibrates."""
         shuffled = np.random.default_rng(self.seed("held out")).permutation(self.own.train)
-        share = len(shuffled) // HELD_OUT_OF if self.config.calibrate else 0
+        share = len(shuffled) // HELD_OUT_OF if self.config.module.calibrate else 0
         return np.sort(shuffled[share:]), np.sort(shuffled[:share])
 
     def _local_only(self, tensors: ModuleTensors) -> LocalOnly:
@@ -141,9 +141,9 @@ class SiteRound(SiteWork):
         with self.opened(tensors) as run:
             # A start-module has brought a classifier, which stays.
             fresh = not tensors[module.final_linear(self.backbone, self.spec)[0]].any()
-            if fresh and self.config.classifier_init != "zero":
+            if fresh and self.config.module.classifier_init != "zero":
                 module.load(run.model.part, tensors | self._own_start(run, tensors))
-            rounds = range(1, self.config.rounds + 1)
+            rounds = range(1, self.config.train.rounds + 1)
             # Alone there is no average to stay near, and no rank to save traffic by.
             settings = replace(settings_of(self, rounds), proximal_mu=0.0, rank_penalty=0.0)
             train(run.model, self.epoch, settings, **run.training)
@@ -156,7 +156,7 @@ class SiteRound(SiteWork):
         start = ClosedFormStart(self.config, self.backbone, self.spec, tensors)
         samples = len(self.own.train)
         start.add(self.site.name, self._sums(run), samples=samples, weight=samples)
-        if self.config.calibrate:
+        if self.config.module.calibrate:
             module.load(run.model.part, tensors | start.provisional())
             _, held_out = self._held_out()
             start.add_nll(list(calibration(run.model, self.batches(held_out), flow=run.flow)))
@@ -179,7 +179,7 @@ class SiteRound(SiteWork):
             round=self.order.round,
             site=self.site.name,
             cut=self.order.cut,
-            codec=self.config.codec,
+            codec=self.config.link.codec,
             samples=len(self.own.train) if loss is not None else 0,
             test_samples=before.samples,
             sums_global=before.sums,

@@ -60,7 +60,7 @@ class SiteRuntime:
         if site is None:
             return _not_held(whole, order, config)
         limit_threads(site.threads)
-        backbone = Backbone.find(config.backbone)
+        backbone = Backbone.find(config.placement.backbone)
         if order.backbone_sha256 != backbone.sha256:
             raise BackboneError(
                 f"site {site.name!r}: backbone {backbone.path} has digest {backbone.sha256[:12]}, the server's "
@@ -123,10 +123,10 @@ def _not_held(site: SiteSettings, order: Order, config: RunConfig) -> Outgoing:
     """That the task is none of this site's. Raises ConfigError where it is ordered to work on it all the same."""
     if order.kind != "roll-call":
         raise ConfigError(
-            f"site {site.name!r} does not hold task {config.task!r} and was ordered to {order.kind}; it must "
+            f"site {site.name!r} does not hold task {config.task.name!r} and was ordered to {order.kind}; it must "
             f"not lose a task while the run lasts, see tasks in its node config"
         )
-    return Outgoing(NotHeld(site=site.name, task=config.task))
+    return Outgoing(NotHeld(site=site.name, task=config.task.name))
 
 
 def _record(order: Order, site: SiteSettings, run_id: int) -> Record:
@@ -137,10 +137,10 @@ def _record(order: Order, site: SiteSettings, run_id: int) -> Record:
 
 def _proxy_note(config: RunConfig) -> tuple[str, ...]:
     """That a proxy stands before the encoder, which gRPC does not say when it fails there."""
-    variable = proxy_variable(config.encoder_address, os.environ)
+    variable = proxy_variable(config.link.encoder_address, os.environ)
     if not variable:
         return ()
     return (
-        f"{variable} is set where the SuperNode runs, and catches the encoder's address {config.encoder_address}; if the "
+        f"{variable} is set where the SuperNode runs, and catches the encoder's address {config.link.encoder_address}; if the "
         f"encoder is not reached, add its host to no_proxy there",
     )

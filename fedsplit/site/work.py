@@ -130,7 +130,9 @@ class SiteWork:
         kept = saved.under(KEPT)
         # A round that is done again after a resume starts from what the server sends, but for what is the site's.
         again = saved.round >= self.order.round
-        if again or any(self.config.syncs(r) for r in range(saved.round + 1, self.order.round)):
+        if again or any(
+            self.config.train.syncs(r) for r in range(saved.round + 1, self.order.round)
+        ):
             # An average was made without this site: what it had is out of date but for what is its own.
             return {n: t for n, t in kept.items() if n in self.plan.own}
         return {n: t for n, t in kept.items() if n in self.plan.trained}
@@ -147,14 +149,14 @@ class SiteWork:
                 meter = WaitMeter(encoder) if encoder else None
                 model = SplitModel(part, self.cut, meter)
                 yield OpenModel(
-                    model, meter, encoder, self._place(model, tensors), self.config.in_flight
+                    model, meter, encoder, self._place(model, tensors), self.config.link.in_flight
                 )
 
     def _place(self, model: SplitModel, tensors: ModuleTensors) -> Place | None:
         """Where activations of this module version are kept, if they are and can be."""
-        if not self.config.cache_activations or model.head_trains():
+        if not self.config.link.cache_activations or model.head_trains():
             return None
-        if self.config.encoder_training != "frozen":
+        if self.config.placement.encoder_training != "frozen":
             return None
         # By depth, not by what trains: FLoRA's merged deltas of the tail never do, and yet change each round.
         head = version_of(
@@ -176,7 +178,10 @@ class SiteWork:
         """These samples in their order."""
         return self.limit.timed(
             data.batches(
-                self.own.examples, indices, self.own.transform, batch_size=self.config.batch_size
+                self.own.examples,
+                indices,
+                self.own.transform,
+                batch_size=self.config.train.batch_size,
             )
         )
 
@@ -187,7 +192,7 @@ class SiteWork:
                 self.own.examples,
                 self.own.train,
                 self.own.transform,
-                batch_size=self.config.batch_size,
+                batch_size=self.config.train.batch_size,
                 seed=self.seed(epoch),
             )
         )
@@ -200,14 +205,20 @@ class SiteWork:
         if self.order.kind == "evaluate":
             return test
         if self.order.kind == "local-only":
-            return c.rounds * c.local_epochs * train + test + len(self.own.test_everywhere)
-        epochs = c.local_epochs * (2 if c.personalisation == "ditto" else 1) * c.keep_hardest
-        before = c.local_loss_epochs + (1 if c.keep_hardest < 1 else 0)
+            return (
+                c.train.rounds * c.train.local_epochs * train + test + len(self.own.test_everywhere)
+            )
+        epochs = (
+            c.train.local_epochs
+            * (2 if c.train.personalisation == "ditto" else 1)
+            * c.train.keep_hardest
+        )
+        before = c.train.local_loss_epochs + (1 if c.train.keep_hardest < 1 else 0)
         return round((epochs + before) * train) + 2 * test
 
     def seed(self, what: int | str) -> int:
         """A seed that depends on the run's, the site and the round alone: a resumed run draws the same."""
-        key = f"{self.config.seed}/{self.site.name}/{self.order.round}/{what}"
+        key = f"{self.config.run.seed}/{self.site.name}/{self.order.round}/{what}"
         return zlib.crc32(key.encode())
 
     def class_counts(self) -> tuple[int, ...]:
@@ -220,16 +231,16 @@ class SiteWork:
         """What head and tail computed; a sample whose activations were kept cost no head."""
         c = self.config
         batch = next(self.batches(self.own.train[:1]))
-        served = c.encoder_training if run.encoder else "frozen"
+        served = c.placement.encoder_training if run.encoder else "frozen"
         return self.kept.flops.of_round(
             run.model,
             batch,
             train_samples=run.trained,
             eval_samples=run.tested,
             cached_samples=run.cache.hits if run.cache else 0,
-            estimator=c.zo_estimator if c.gradient == "zeroth-order" else None,
-            queries=c.zo_queries,
-            server_probes=len(points(c.zo_estimator, c.zo_queries))
+            estimator=c.train.zo_estimator if c.train.gradient == "zeroth-order" else None,
+            queries=c.train.zo_queries,
+            server_probes=len(points(c.train.zo_estimator, c.train.zo_queries))
             if served == "zeroth-order"
             else 0,
             server_trains=served in ("hosted", "shared"),
@@ -239,8 +250,8 @@ class SiteWork:
     def keeps_state(self) -> bool:
         """Does the site go on from something of its own in its next round?"""
         c = self.config
-        personal = c.personalisation != "none" or c.site_local != "none"
-        return personal or c.sync_every > 1 or c.gradient == "zeroth-order"
+        personal = c.train.personalisation != "none" or c.train.site_local != "none"
+        return personal or c.train.sync_every > 1 or c.train.gradient == "zeroth-order"
 
     @functools.cached_property
     def task(self) -> Task:
@@ -250,8 +261,8 @@ class SiteWork:
     @functools.cached_property
     def source(self) -> str:
         """What kept activations are of."""
-        source = self.site.data or self.config.data
-        return f"{self.order.run}/{source}/{self.config.image_size}/{self.backbone.sha256}"
+        source = self.site.data or self.config.task.data
+        return f"{self.order.run}/{source}/{self.config.task.image_size}/{self.backbone.sha256}"
 
     @functools.cached_property
     def cut(self) -> Cut:

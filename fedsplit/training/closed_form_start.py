@@ -92,8 +92,8 @@ class ClosedFormStart:
             # In the order of the names, so that who answered first changes no bit.
             for site in sorted(part):
                 total += part[site]
-        if self._config.classifier_start == "ridge":
-            return ridge(total, scaled_alpha(total, self._config.ridge_lambda))
+        if self._config.module.classifier_start == "ridge":
+            return ridge(total, scaled_alpha(total, self._config.module.ridge_lambda))
         return class_means(total)
 
     def _tensors(self, found: Linear) -> ModuleTensors:

@@ -50,18 +50,18 @@ def dial_stream(
     """Open the round's gRPC stream; where the encoder is full, come back when it says so."""
     tls = _tls(how, site)
     # Half the round must be left for the work itself.
-    give_up = time.monotonic() + config.deadline_s / 2
+    give_up = time.monotonic() + config.server.deadline_s / 2
     while True:
         try:
             return StreamEncoder(
                 how.address,
                 how.token,
                 how.grant,
-                codec=config.codec,
+                codec=config.link.codec,
                 tls=tls,
-                max_in_flight=config.in_flight,
+                max_in_flight=config.link.in_flight,
                 # A site that asks for TLS has it, whatever the run's settings allow.
-                allow_insecure=config.encoder_insecure and tls is None,
+                allow_insecure=config.link.encoder_insecure and tls is None,
             )
         except OverloadedError as err:
             if time.monotonic() + err.retry_after_s > give_up:

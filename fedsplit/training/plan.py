@@ -35,21 +35,21 @@ def plan(config: RunConfig, backbone: Backbone, spec: ModuleSpec, cut: Cut, roun
         backbone,
         spec,
         cut,
-        head=config.trains_head(cut),
-        classifier=config.classifier_training == "trained",
+        head=config.placement.trains_head(cut),
+        classifier=config.module.classifier_training == "trained",
     )
-    rule = RULES[config.lora_aggregation]
+    rule = RULES[config.module.lora_aggregation]
     trained = frozenset(name for name in names if rule.trains(name, round_))
     own = _site_local(config, backbone, trained)
-    syncs = config.syncs(round_)
+    syncs = config.train.syncs(round_)
     sent = trained - own if syncs else frozenset()
     # After a round without an average the site goes on from where it is.
     return Plan(trained, sent, own if syncs else trained, own)
 
 
 def _site_local(config: RunConfig, backbone: Backbone, trained: frozenset[str]) -> frozenset[str]:
-    if config.site_local == "none":
+    if config.train.site_local == "none":
         return frozenset()
-    if config.site_local == "all":
+    if config.train.site_local == "all":
         return trained
     return frozenset(n for n in trained if n.split(".", 1)[0] in backbone.family.classifier)

@@ -29,22 +29,24 @@ def zeroth_order(config: RunConfig, *, site: str, round_: int) -> ZerothOrder:
     """How a site estimates its gradients in a round."""
     return ZerothOrder(
         seed=direction_seed(config, site=site, round_=round_),
-        estimator=config.zo_estimator,
-        queries=config.zo_queries,
-        epsilon=config.zo_epsilon,
-        directions=config.zo_directions,
+        estimator=config.train.zo_estimator,
+        queries=config.train.zo_queries,
+        epsilon=config.train.zo_epsilon,
+        directions=config.train.zo_directions,
     )
 
 
 def direction_seed(config: RunConfig, *, site: str, round_: int) -> int:
     """63 bits of the run's seed, the site and the round: no two of them share directions."""
-    key = f"{config.seed}/{site}/{round_}/directions"
+    key = f"{config.run.seed}/{site}/{round_}/directions"
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big") >> 1
 
 
 def scalars_shape(config: RunConfig, samples: int) -> Shape:
     """(steps, queries) of a site's round."""
-    return config.local_epochs * -(-samples // config.batch_size), config.zo_queries
+    return config.train.local_epochs * -(
+        -samples // config.train.batch_size
+    ), config.train.zo_queries
 
 
 def replayed(
@@ -61,16 +63,18 @@ def replayed(
     Raises UpdateError for scalars that its training cannot have given.
     """
     classifier = backbone.family.classifier
-    other = config.lora_learning_rate or config.learning_rate
-    rates = {n: config.learning_rate if n.split(".", 1)[0] in classifier else other for n in start}
+    other = config.train.lora_learning_rate or config.train.learning_rate
+    rates = {
+        n: config.train.learning_rate if n.split(".", 1)[0] in classifier else other for n in start
+    }
     try:
         now = replay(
             start,
             scalars,
             zeroth_order(config, site=site, round_=round_),
             rates,
-            factors=[config.learning_rate_factor(round_)] * len(scalars),
-            weight_decay=config.weight_decay,
+            factors=[config.train.learning_rate_factor(round_)] * len(scalars),
+            weight_decay=config.train.weight_decay,
         )
     except ProtocolError as err:
         raise UpdateError(f"update of site {site!r} refused: {err}") from err

@@ -124,10 +124,12 @@ class SiteSources:
             notes = (*examples.notes, *without)
         if examples.kind != backbone.family.kind:
             raise DataError(
-                f"site {site.name!r}: {site.data or config.data} holds {examples.kind}s, backbone "
+                f"site {site.name!r}: {site.data or config.task.data} holds {examples.kind}s, backbone "
                 f"{backbone.name!r} reads {backbone.family.kind}s; change data or backbone"
             )
-        transform = self.transforms(backbone, config.image_size, config.max_length, config.data)
+        transform = self.transforms(
+            backbone, config.task.image_size, config.task.max_length, config.task.data
+        )
         named = replace(examples, site=site.name)
         notes = (*unfamiliar(backbone, named), *notes, *backbone.notes)
         return SiteData(named, train, test, everywhere, transform, notes=notes)
@@ -136,19 +138,19 @@ class SiteSources:
         self, config: RunConfig, site: SiteSettings, classes: tuple[str, ...] | None
     ) -> Examples:
         rest = (
-            config.max_samples,
-            config.text_column,
-            config.label_column,
-            site.pixel_max or config.pixel_max,
-            config.broken_files == "leave-out",
+            config.task.max_samples,
+            config.task.text_column,
+            config.task.label_column,
+            site.pixel_max or config.task.pixel_max,
+            config.task.broken_files == "leave-out",
         )
         if site.partition is None or site.data is not None:
             examples = self.loaded(
-                site.data or config.data, site.name, site.classes or classes, *rest
+                site.data or config.task.data, site.name, site.classes or classes, *rest
             )
             return examples.with_classes(classes) if classes and site.classes else examples
         try:
-            return self.loaded(config.data, EVERY_SITE, classes, *rest)
+            return self.loaded(config.task.data, EVERY_SITE, classes, *rest)
         except DataError as err:
             # Loaded once for all; the fault is told by the site that met it, as with data of its own.
             raise DataError(str(err).replace(repr(EVERY_SITE), repr(site.name), 1)) from err
@@ -162,7 +164,7 @@ class SiteSources:
             train, test = train_test_split(
                 examples.labels,
                 examples.digests(),
-                config.test_fraction,
+                config.task.test_fraction,
                 site=site.name,
                 groups=examples.groups,
             )
@@ -171,12 +173,12 @@ class SiteSources:
         shares = self.dealt(
             examples,
             of,
-            config.partition,
-            config.test_fraction,
-            config.seed,
-            config.max_site_samples,
+            config.task.partition,
+            config.task.test_fraction,
+            config.run.seed,
+            config.task.max_site_samples,
         )
-        if str(config.method) == CENTRALISED:
+        if str(config.run.method) == CENTRALISED:
             return shares.train, shares.everywhere, shares.everywhere, shares.notes
         return (*shares.splits[number], shares.everywhere, shares.notes)
 
@@ -199,21 +201,21 @@ def _open_own(
             site=site.name,
             # What is on the list was of these classes; what has come since is not looked at.
             classes=(site.classes or classes) if listed is None else None,
-            max_samples=config.max_samples if listed is None else 0,
-            text_column=config.text_column,
-            label_column=config.label_column,
-            pixel_max=pixel_max or site.pixel_max or config.pixel_max,
-            leave_out_broken=config.broken_files == "leave-out",
+            max_samples=config.task.max_samples if listed is None else 0,
+            text_column=config.task.text_column,
+            label_column=config.task.label_column,
+            pixel_max=pixel_max or site.pixel_max or config.task.pixel_max,
+            leave_out_broken=config.task.broken_files == "leave-out",
             listed=listed,
         )
 
     return open_own(
         read,
         record,
-        source=f"{config.task}\n{data}\n{config.text_column}\n{config.label_column}",
-        fraction=config.test_fraction,
+        source=f"{config.task.name}\n{data}\n{config.task.text_column}\n{config.task.label_column}",
+        fraction=config.task.test_fraction,
         classes=classes,
-        declared=config.class_names is not None,
+        declared=config.task.class_names is not None,
     )
 
 

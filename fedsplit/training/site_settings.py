@@ -136,21 +136,21 @@ class SiteSettings:
         settings say.
         """
         held = dict(self.tasks)
-        if held and config.task not in held:
+        if held and config.task.name not in held:
             return None
-        data = held.get(config.task) or self.data
-        if len(config.sources) > 1 and data and not held.get(config.task):
+        data = held.get(config.task.name) or self.data
+        if len(config.task.sources) > 1 and data and not held.get(config.task.name):
             raise ConfigError(
                 f"site {self.name!r}: data={data} is one source and the run has several tasks; name the source of "
-                f"each in the site's node config, e.g. tasks={config.task}={data}"
+                f"each in the site's node config, e.g. tasks={config.task.name}={data}"
             )
         share = self.partition
-        holders = sorted(config.holders.get(config.task, ()))
+        holders = sorted(config.task.holders.get(config.task.name, ()))
         if share is not None and holders:
             number, of = share
             if holders[-1] >= of:
                 raise ConfigError(
-                    f"task-holders gives {config.task} to site {holders[-1]}, the simulation's sites are numbered "
+                    f"task-holders gives {config.task.name} to site {holders[-1]}, the simulation's sites are numbered "
                     f"from 0 to {of - 1}; correct it, or simulate more sites"
                 )
             if number not in holders:
@@ -160,9 +160,9 @@ class SiteSettings:
         if data:
             self._check_own(config)
         elif share is None:
-            example = f"tasks={config.task}=" if config.tasks else "data="
+            example = f"tasks={config.task.name}=" if config.task.tasks else "data="
             raise ConfigError(
-                f"site {self.name!r}: its node config names no data for task {config.task!r}, and a site reads nothing "
+                f"site {self.name!r}: its node config names no data for task {config.task.name!r}, and a site reads nothing "
                 f"that only a run names; put {example}folder:/PATH into its node config"
             )
         return replace(self, data=data, partition=share)
@@ -173,12 +173,12 @@ class SiteSettings:
             f"the run reads {key}={asked[:100]!r}, this site's node config says {key}={own!r}; start the run with "
             f"{key}={own}, or change the node config"
             for key, asked, own in (
-                ("text-column", config.text_column, self.text_column),
-                ("label-column", config.label_column, self.label_column),
+                ("text-column", config.task.text_column, self.text_column),
+                ("label-column", config.task.label_column, self.label_column),
             )
             if asked != own
         ]
-        declared = config.class_names
+        declared = config.task.class_names
         if self.classes and declared and set(declared) != set(self.classes):
             faults.append(
                 f"the run declares classes={','.join(declared)[:200]}, this site's node config says "

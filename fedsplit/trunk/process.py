@@ -25,14 +25,16 @@ def hosting(
 
     Raises ConfigError when the port is taken, BackboneError when the model cannot be read.
     """
-    host = BackboneHost(Backbone.find(config.backbone))
+    host = BackboneHost(Backbone.find(config.placement.backbone))
     key = key or secrets.token_bytes(32)
     tls = None
-    if config.encoder_tls_cert:
-        tls = ServerTls(cert=Path(config.encoder_tls_cert), key=Path(config.encoder_tls_key))
-    bind = config.encoder_bind or "127.0.0.1:0"
+    if config.link.encoder_tls_cert:
+        tls = ServerTls(
+            cert=Path(config.link.encoder_tls_cert), key=Path(config.link.encoder_tls_key)
+        )
+    bind = config.link.encoder_bind or "127.0.0.1:0"
     with EncoderServer(
-        host, bind=bind, key=key, tls=tls, allow_insecure=config.encoder_insecure
+        host, bind=bind, key=key, tls=tls, allow_insecure=config.link.encoder_insecure
     ) as server:
         yield server, host, key
 

@@ -117,7 +117,7 @@ def test_good_settings_pass(
     echo_app: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    names = {prepare({"task": "検査"}, app=echo_app).config.run_name for _ in range(2)}
+    names = {prepare({"task": "検査"}, app=echo_app).config.run.run_name for _ in range(2)}
     assert len(names) == 2
     assert all(name.startswith("検査-2") for name in names)
 

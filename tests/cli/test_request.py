@@ -25,22 +25,22 @@ def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_simulation_fills_in_sites_name_and_absolute_folder(echo_app: Path, tmp_path: Path) -> None:
     request = prepare({"rounds": 3}, app=echo_app)
-    assert request.config.sites == SIMULATED_SITES
+    assert request.config.server.sites == SIMULATED_SITES
     assert request.run_dir.parent == tmp_path / "runs"
-    assert request.config.run_name.startswith("digits-")
+    assert request.config.run.run_name.startswith("digits-")
     assert set(request.overrides) == {"rounds", "sites", "runs-dir", "run-name"}
 
 
 def test_own_superlink_keeps_folder_and_sites(echo_app: Path) -> None:
     request = prepare({}, app=echo_app, superlink="prod")
     assert set(request.overrides) == {"run-name"}
-    assert request.config.sites == 0
+    assert request.config.server.sites == 0
 
 
 def test_app_settings_are_the_base(echo_app: Path) -> None:
     file = echo_app / "pyproject.toml"
     file.write_text(file.read_text().replace("rounds = 5", "rounds = 7"))
-    assert prepare({}, app=echo_app).config.rounds == 7
+    assert prepare({}, app=echo_app).config.train.rounds == 7
 
 
 def test_key_that_the_app_does_not_declare(echo_app: Path) -> None:
@@ -60,8 +60,8 @@ def write_earlier_run(tmp_path: Path) -> None:
     """A run named `mine` with 9 rounds."""
     folder = tmp_path / "runs" / "mine"
     folder.mkdir(parents=True)
-    config = RunConfig(
-        **{"rounds": 9, "sites": 3, "run-name": "mine", "runs-dir": str(tmp_path / "runs")}
+    config = RunConfig.from_flat(
+        {"rounds": 9, "sites": 3, "run-name": "mine", "runs-dir": str(tmp_path / "runs")}
     )
     (folder / "config.json").write_text(json.dumps({"config": config.flat(), "versions": {}}))
 
@@ -69,8 +69,12 @@ def write_earlier_run(tmp_path: Path) -> None:
 def test_resumed_run_keeps_its_settings(echo_app: Path, tmp_path: Path) -> None:
     write_earlier_run(tmp_path)
     request = prepare({"deadline-s": 5.0}, app=echo_app, resume="mine")
-    assert (request.config.rounds, request.config.sites, request.config.deadline_s) == (9, 3, 5.0)
-    assert request.config.resume == request.config.run_name == "mine"
+    assert (
+        request.config.train.rounds,
+        request.config.server.sites,
+        request.config.server.deadline_s,
+    ) == (9, 3, 5.0)
+    assert request.config.run.resume == request.config.run.run_name == "mine"
     assert request.run_dir == tmp_path / "runs" / "mine"
 
 

@@ -79,7 +79,7 @@ def test_settings_that_contradict_each_other_are_all_named() -> None:
     assert "min-sites=3 is more than sites=2" in text
     assert "encoder-tls-cert and encoder-tls-key go together" in text
     assert text.count("\n  - ") == 2
-    assert RunConfig.from_flat({"sites": 0, "min-sites": 3}).min_sites == 3
+    assert RunConfig.from_flat({"sites": 0, "min-sites": 3}).server.min_sites == 3
 
 
 def test_a_long_value_is_not_repeated_in_full() -> None:
@@ -123,7 +123,7 @@ def test_a_run_name_is_a_folder_of_its_own(name: str) -> None:
 
 @pytest.mark.parametrize("good", ["iid", "dirichlet:0.3", "quantity:1e-1", "pathological:2"])
 def test_known_partitions(good: str) -> None:
-    assert RunConfig.from_flat({"partition": good}).partition == good
+    assert RunConfig.from_flat({"partition": good}).task.partition == good
 
 
 @pytest.mark.parametrize(
@@ -153,14 +153,14 @@ def test_other_partitions_list_the_known_ones(bad: str) -> None:
 
 def test_derived_values() -> None:
     config = RunConfig.from_flat({"cut": "0,4; 2,2", "classes": " ok, scratch ,,dent"})
-    assert config.cuts == (Cut(0, 4), Cut(2, 2))
-    assert config.class_names == ("ok", "scratch", "dent")
-    assert RunConfig().class_names is None
+    assert config.placement.cuts == (Cut(0, 4), Cut(2, 2))
+    assert config.task.class_names == ("ok", "scratch", "dent")
+    assert RunConfig().task.class_names is None
 
 
 def test_it_is_frozen() -> None:
     with pytest.raises(ValidationError, match="frozen"):
-        RunConfig().rounds = 3  # type: ignore[misc]
+        RunConfig().train.rounds = 3  # type: ignore[misc]
 
 
 def test_set_pairs_are_typed_by_their_key() -> None:
@@ -187,7 +187,7 @@ def test_set_pairs_are_typed_by_their_key() -> None:
         "encoder-insecure": False,
     }
     assert type(flat["deadline-s"]) is float
-    assert RunConfig.from_flat(flat).compare_local_only
+    assert RunConfig.from_flat(flat).server.compare_local_only
 
 
 def test_set_faults_come_together() -> None:
@@ -229,7 +229,7 @@ def test_arbitrary_flat_dicts_raise_config_errors_alone(flat: dict[str, Any]) ->
     except ConfigError:
         return
     assert RunConfig.from_flat(config.flat()) == config
-    assert config.cuts
+    assert config.placement.cuts
 
 
 @settings(max_examples=200, deadline=None)

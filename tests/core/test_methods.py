@@ -91,16 +91,16 @@ def test_faults_of_the_method_and_of_the_fields_come_together() -> None:
 
 def test_the_learning_rate_rises_then_falls() -> None:
     config = RunConfig.from_flat({"rounds": 6, "warmup-rounds": 2})
-    factors = [config.learning_rate_factor(r) for r in range(1, 7)]
+    factors = [config.train.learning_rate_factor(r) for r in range(1, 7)]
     assert factors[:3] == [1 / 3, 2 / 3, 1.0]
     assert factors[2:] == sorted(factors[2:], reverse=True)
     assert factors[-1] > 0
-    assert RunConfig(rounds=4).learning_rate_factor(1) == 1.0
+    assert RunConfig.of(rounds=4).train.learning_rate_factor(1) == 1.0
 
 
 def test_the_last_round_always_syncs() -> None:
     config = RunConfig.from_flat({"rounds": 5, "sync-every": 2})
-    assert [config.syncs(r) for r in range(1, 6)] == [False, True, False, True, True]
+    assert [config.train.syncs(r) for r in range(1, 6)] == [False, True, False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -122,20 +122,20 @@ def test_a_run_starts_from_ridge_unless_something_else_brings_a_classifier(
     flat: dict[str, Any], start: str
 ) -> None:
     config = RunConfig.from_flat(flat)
-    assert config.classifier_init == start
+    assert config.module.classifier_init == start
     # Nobody named start or loss: then what ridge found is guarded while the classifier learns.
     guarded = start == "ridge" and "classifier-init" not in {
         *flat,
-        *config.method_description.prefers,
+        *config.run.method_description.prefers,
     }
-    assert config.loss == ("balanced-softmax" if guarded else "softmax")
-    assert config.learning_rate == (0.003 if guarded else 0.01)
-    assert RunConfig.from_flat(flat | {"learning-rate": 0.01}).learning_rate == 0.01
-    assert RunConfig.from_flat(flat | {"loss": "softmax"}).loss == "softmax"
+    assert config.train.loss == ("balanced-softmax" if guarded else "softmax")
+    assert config.train.learning_rate == (0.003 if guarded else 0.01)
+    assert RunConfig.from_flat(flat | {"learning-rate": 0.01}).train.learning_rate == 0.01
+    assert RunConfig.from_flat(flat | {"loss": "softmax"}).train.loss == "softmax"
     assert (
         RunConfig.from_flat(
             flat | {"classifier-training": "fixed", "classifier-init": "ridge"}
-        ).loss
+        ).train.loss
         == "softmax"
     )
     assert RunConfig.from_flat(config.flat()) == config

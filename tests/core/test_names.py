@@ -18,13 +18,13 @@ from fedsplit.core.names import MAX_RUN_CHARS, is_name, normalised
 )
 def test_a_name_in_any_script_is_a_name(name: str, tmp_path: Path) -> None:
     config = RunConfig.from_flat({"task": name, "run-name": name})
-    assert config.task == config.run_name == normalised(name)
-    (tmp_path / config.task).mkdir()
+    assert config.task.name == config.run.run_name == normalised(name)
+    (tmp_path / config.task.name).mkdir()
     assert RunConfig.from_flat(config.flat()) == config
 
 
 def test_one_word_typed_on_two_systems_is_one_name() -> None:
-    assert RunConfig(task="か\u3099").task == RunConfig(task="が").task
+    assert RunConfig.of(task="か\u3099").task == RunConfig.of(task="が").task
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_what_is_no_name(name: str) -> None:
 
 
 def test_a_task_needs_a_name_and_a_run_does_not() -> None:
-    assert RunConfig(**{"run-name": ""}).run_name == ""
+    assert RunConfig.of(run_name="").run.run_name == ""
     with pytest.raises(ConfigError, match="task=''"):
         RunConfig.from_flat({"task": ""})
 

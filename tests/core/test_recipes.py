@@ -33,37 +33,49 @@ def test_a_recipe_fits_every_backbone_and_any_sites(
     # What a run keeps in config.json, and what sites are sent, is read back as it is.
     assert RunConfig.from_flat(config.flat()) == config
     assert config.fitted(blocks, sites=sites, samples=samples) == config
-    assert config.method == RECIPES[recipe].sets["method"]
-    assert config.classifier_init == "ridge"
+    assert config.run.method == RECIPES[recipe].sets["method"]
+    assert config.module.classifier_init == "ridge"
     told = config.recipe_told(blocks, sites=sites, samples=samples)
     assert not any("as given" in line for line in told)
 
 
 def test_what_is_kept_need_not_be_written_again() -> None:
     config = RunConfig.from_flat({"recipe": "tail", "recipe-keeps": "method,cut"})
-    assert (config.method, config.loss) == ("fedv", "balanced-softmax")
+    assert (config.run.method, config.train.loss) == ("fedv", "balanced-softmax")
 
 
 def test_what_a_recipe_adapts() -> None:
     boards = settled("shared", 12, 20, 480)
-    assert (boards.cut, boards.lora_learning_rate, boards.rounds) == ("0,12", 0.03, 8)
-    assert settled("shared", 6, 4, 480).lora_learning_rate == 0.006
-    assert settled("shared", 6, 4, 1437).rounds == 4
-    assert settled("shared", 6, 4, 60).rounds == 16
+    assert (boards.placement.cut, boards.train.lora_learning_rate, boards.train.rounds) == (
+        "0,12",
+        0.03,
+        8,
+    )
+    assert settled("shared", 6, 4, 480).train.lora_learning_rate == 0.006
+    assert settled("shared", 6, 4, 1437).train.rounds == 4
+    assert settled("shared", 6, 4, 60).train.rounds == 16
     # Only those who train in a round share its steps.
-    assert settled("shared", 6, 20, 480, participation=0.5).lora_learning_rate == 0.015
+    assert settled("shared", 6, 20, 480, participation=0.5).train.lora_learning_rate == 0.015
     full = settled("shared-full", 12, 20, 480)
-    assert (full.module, full.module_blocks, full.lora_learning_rate) == ("full", 12, 0.003)
-    assert [settled("tail", blocks, 4, 99).cut for blocks in (1, 4, 6, 12, 24)] == [
+    assert (full.module.kind, full.module.module_blocks, full.train.lora_learning_rate) == (
+        "full",
+        12,
+        0.003,
+    )
+    assert [settled("tail", blocks, 4, 99).placement.cut for blocks in (1, 4, 6, 12, 24)] == [
         "0,0", "0,3", "0,5", "0,10", "0,20",
     ]  # fmt: skip
-    assert settled("closed-form", 12, 4, 99).rounds == 0
-    assert settled("personal", 12, 20, 480).personalisation == "fed-rod"
+    assert settled("closed-form", 12, 4, 99).train.rounds == 0
+    assert settled("personal", 12, 20, 480).train.personalisation == "fed-rod"
 
 
 def test_what_was_given_wins_and_is_told() -> None:
     config = settled("shared", 12, 20, 480, cut="2,10", lora_learning_rate=0.01, batch_size=4)
-    assert (config.cut, config.lora_learning_rate, config.batch_size) == ("2,10", 0.01, 4)
+    assert (config.placement.cut, config.train.lora_learning_rate, config.train.batch_size) == (
+        "2,10",
+        0.01,
+        4,
+    )
     told = config.recipe_told(12, sites=20, samples=480)
     assert "cut=2,10, as given; the recipe has 0,12" in told
     assert "lora-learning-rate=0.01, as given; the recipe has 0.03" in told
@@ -73,9 +85,9 @@ def test_what_was_given_wins_and_is_told() -> None:
 def test_a_default_that_was_given_is_named_to_be_kept() -> None:
     keeps = recipes.given("shared", {"rounds": 5, "cut": "0,12", "seed": 0}, FLOWER)
     assert keeps == "rounds"
-    assert settled("shared", 12, 20, 480).rounds == 8
+    assert settled("shared", 12, 20, 480).train.rounds == 8
     config = settled("shared", 12, 20, 480, recipe_keeps=keeps)
-    assert config.rounds == 5
+    assert config.train.rounds == 5
     assert "rounds=5, as given; the recipe has 8" in config.recipe_told(12, sites=20, samples=480)
     assert recipes.given("", {"rounds": 5}, FLOWER) == ""
 
@@ -83,15 +95,17 @@ def test_a_default_that_was_given_is_named_to_be_kept() -> None:
 def test_a_method_that_was_given_is_taken_as_it_is() -> None:
     """The rate of a copy that all sites step would break copies of which each has its own."""
     config = settled("shared", 12, 20, 480, method="fedyolo")
-    assert (config.method, config.encoder_training) == ("fedyolo", "frozen")
-    assert config.lora_learning_rate == FLOWER["lora-learning-rate"]
-    assert settled("shared", 12, 20, 480, encoder_training="hosted").lora_learning_rate == 0.0005
+    assert (config.run.method, config.placement.encoder_training) == ("fedyolo", "frozen")
+    assert config.train.lora_learning_rate == FLOWER["lora-learning-rate"]
+    assert (
+        settled("shared", 12, 20, 480, encoder_training="hosted").train.lora_learning_rate == 0.0005
+    )
 
 
 def test_before_the_roll_call_the_rate_is_open() -> None:
     config = RunConfig.from_flat({"recipe": "shared"}).fitted(12)
-    assert config.cut == "0,12"
-    assert config.lora_learning_rate == FLOWER["lora-learning-rate"]
+    assert config.placement.cut == "0,12"
+    assert config.train.lora_learning_rate == FLOWER["lora-learning-rate"]
     assert "rounds: 4 to 16, by the samples that the sites have" in config.recipe_told(12, sites=20)
 
 

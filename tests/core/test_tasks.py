@@ -118,12 +118,16 @@ def test_what_does_not_go_with_several_tasks(other: dict[str, Any], words: str) 
 def test_the_settings_of_one_task() -> None:
     config = RunConfig.from_flat(TWO | {"task-holders": "shapes:2-5"})
     assert RunConfig.from_flat(config.flat()) == config
-    assert config.sources == {"digits": "digits", "shapes": "npz:shapes.npz"}
-    assert config.holders == {"shapes": frozenset({2, 3, 4, 5})}
+    assert config.task.sources == {"digits": "digits", "shapes": "npz:shapes.npz"}
+    assert config.task.holders == {"shapes": frozenset({2, 3, 4, 5})}
     one = config.of_task("shapes")
-    assert (one.task, one.data, one.sources) == ("shapes", "npz:shapes.npz", config.sources)
+    assert (one.task.name, one.task.data, one.task.sources) == (
+        "shapes",
+        "npz:shapes.npz",
+        config.task.sources,
+    )
     assert RunConfig.from_flat(one.flat_for_sites()) == one
-    assert RunConfig(task="a", data="csv:a.csv").sources == {"a": "csv:a.csv"}
+    assert RunConfig.of(task="a", data="csv:a.csv").task.sources == {"a": "csv:a.csv"}
 
 
 def test_sites_listed_over_and_over_are_refused() -> None:

@@ -32,12 +32,16 @@ def test_later_tables_win(parse: Parse, tmp_path: Path) -> None:
     cells = cells_of(grid, tmp_path)
     assert len(cells) == 2 * 2 * 2 * 2
     first = cells[0]
-    assert (first.config.rounds, first.config.batch_size, first.config.seed) == (5, 8, 7)
-    assert first.config.task == "p-q"
-    assert first.config.deadline_s >= 1e6
-    assert cells[1].config.rounds == 3
-    assert (first.config.max_samples, cells[1].config.max_samples) == (80, 0)
-    assert Path(first.config.runs_dir) == tmp_path / "runs"
+    assert (first.config.train.rounds, first.config.train.batch_size, first.config.run.seed) == (
+        5,
+        8,
+        7,
+    )
+    assert first.config.task.name == "p-q"
+    assert first.config.server.deadline_s >= 1e6
+    assert cells[1].config.train.rounds == 3
+    assert (first.config.task.max_samples, cells[1].config.task.max_samples) == (80, 0)
+    assert Path(first.config.run.runs_dir) == tmp_path / "runs"
     # a's rounds are 5 wherever the axis stands: one run is enough for both places.
     assert len({c.run for c in cells if c.method == "a"}) == 4
     assert len({c.run for c in cells if c.method == "b"}) == 8
@@ -69,7 +73,7 @@ def test_names_of_runs_are_names_of_folders(parse: Parse, tmp_path: Path) -> Non
     assert len(set(names)) == 8
     assert names[0] == "Fed-V-ours-iid-seed0"
     assert names[1].startswith("Fed-V-ours-iid-seed0-")
-    assert all(c.config.run_name == c.run for c in cells)
+    assert all(c.config.run.run_name == c.run for c in cells)
 
 
 def test_the_key_is_what_decides_the_result(parse: Parse, tmp_path: Path) -> None:
@@ -148,8 +152,8 @@ def test_all_faults_of_a_grid_at_once(parse: Parse, tiny: dict[str, Path], tmp_p
 def test_what_cannot_be_dealt(parse: Parse, tmp_path: Path) -> None:
     cell = cells_of(parse(), tmp_path)[0]
     assert fits(cell.config) == []
-    assert "set sites" in fits(cell.config.model_copy(update={"sites": 0}))[0]
-    assert "too few" in fits(cell.config.model_copy(update={"sites": 60}))[0]
+    assert "set sites" in fits(cell.config.changed(sites=0))[0]
+    assert "too few" in fits(cell.config.changed(sites=60))[0]
     counts = dealt(cell.config).counts
     assert len(counts) == 2
     assert sum(map(sum, counts)) == 80
@@ -181,9 +185,10 @@ def test_trials_and_what_they_choose(parse: Parse, tmp_path: Path) -> None:
         ("a", {"learning-rate": 0.1}), ("a", {"learning-rate": 0.01}),
         ("b", {"lora-rank": 1, "learning-rate": 0.5}), ("b", {"lora-rank": 2, "learning-rate": 0.5}),
     ]  # fmt: skip
-    assert {(t.cell.config.partition, t.cell.config.rounds, t.cell.config.seed) for t in found} == {
-        ("dirichlet:1", 2, 99)
-    }
+    assert {
+        (t.cell.config.task.partition, t.cell.config.train.rounds, t.cell.config.run.seed)
+        for t in found
+    } == {("dirichlet:1", 2, 99)}
     assert len({t.cell.run for t in found}) == 4
     assert first_candidates(grid)["a", ""] == {"learning-rate": 0.1}
 
@@ -202,8 +207,8 @@ def test_trials_and_what_they_choose(parse: Parse, tmp_path: Path) -> None:
         ("b", ""): {"lora-rank": 1, "learning-rate": 0.5},
     }
     cells = cells_of(grid, tmp_path, tuned=chosen)
-    assert {c.config.learning_rate for c in cells if c.method == "a"} == {0.01}
-    assert {c.config.rounds for c in cells} == {1}
+    assert {c.config.train.learning_rate for c in cells if c.method == "a"} == {0.01}
+    assert {c.config.train.rounds for c in cells} == {1}
 
 
 def test_names_of_any_script(parse: Parse, tmp_path: Path) -> None:
@@ -220,5 +225,5 @@ def test_names_of_any_script(parse: Parse, tmp_path: Path) -> None:
     )
     first, second = cells_of(grid, tmp_path)
     assert first.run.startswith("検査-ひび割れ-")
-    assert first.config.task == "ひび割れ"
+    assert first.config.task.name == "ひび割れ"
     assert len(second.run.encode()) < 240

@@ -62,7 +62,7 @@ def near(
 ) -> NearEncoder:
     near_host = NearHost(host, memo)
     near_host.publish("run/1", packed(host.backbone, trained=True))
-    return near_host.dial(stream(host, **other), RunConfig(codec=codec), SITE)
+    return near_host.dial(stream(host, **other), RunConfig.of(codec=codec), SITE)
 
 
 def activations(samples: int = 5, tokens: int = 7) -> np.ndarray:

@@ -61,14 +61,14 @@ def test_other_methods_are_told_of_as_far_as_they_are_done(grid: Path) -> None:
 
 def test_a_search_that_has_ended_settles_the_runs(grid: Path) -> None:
     plan = plan_of(grid)
-    assert plan.cells[1].config.learning_rate == 0.01
+    assert plan.cells[1].config.train.learning_rate == 0.01
     with Schedule() as schedule:
         schedule.go([trial.cell for trial in plan.trials], lambda *_: None)
     # A backbone this small learns nothing in a round, so the better candidate is made so by hand.
     summary = folder_of(plan.trials[1].cell) / "summary.json"
     told = json.loads(summary.read_text(encoding="utf-8")) | {"accuracy_global": 0.99}
     summary.write_text(json.dumps(told), encoding="utf-8")
-    assert plan_of(grid).cells[1].config.learning_rate == 0.1
+    assert plan_of(grid).cells[1].config.train.learning_rate == 0.1
 
 
 def test_only_the_faults_of_what_is_to_be_run_count(grid: Path) -> None:

@@ -65,7 +65,7 @@ def test_fesvibs_leaves_the_encoder_after_a_drawn_block(tmp_path: Path) -> None:
     of = [r._strategy.module for r in (first, second, third)]
     assert any(not np.array_equal(of[0][n], of[1][n]) for n in of[0])
     # Who may leave after the last block alone does not leave early.
-    assert third.config.block_sampling == 6
+    assert third.config.placement.block_sampling == 6
     assert festa.accuracy_by_round[0] == early.accuracy_by_round[0] == last.accuracy_by_round[0]
     assert abs(festa.bytes_activation - early.bytes_activation) < 16
     draws = [

@@ -119,7 +119,7 @@ def test_a_site_learns_from_the_hardest_alone(cut: str, tmp_path: Path) -> None:
 
 def test_sfprompt_prunes_unless_told_otherwise(tmp_path: Path) -> None:
     _, run = trained(tmp_path / "a", **SMALL, method="sfprompt")
-    assert (run.config.keep_hardest, run.config.local_loss_epochs) == (0.8, 1)
+    assert (run.config.train.keep_hardest, run.config.train.local_loss_epochs) == (0.8, 1)
     for metrics, own in zip(of_round(run), sites_of(run), strict=True):
         n, tests = len(own.train), 2 * batches(len(own.test))
         # Neither the local-loss epoch nor the scoring after it is at the encoder.

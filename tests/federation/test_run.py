@@ -122,7 +122,7 @@ def test_resumed_run_equals_the_undisturbed_one(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "broken" / "summary.json").read_text())["rounds_done"] == 1
 
     resumed = settle(settings(tmp_path, run_name="", rounds=9, resume="broken"))
-    assert resumed.rounds == 3
+    assert resumed.train.rounds == 3
     with prepared(resumed, simulated(2)) as (run, _):
         summary = run.go()
     assert summary.rounds_done == 3
@@ -174,7 +174,7 @@ def test_bad_update_is_refused_by_name_and_the_round_goes_on(kind: str, tmp_path
     # The module is what the good site alone made of it.
     alone = settings(tmp_path, run_name="alone", rounds=1, min_sites=1, cut="0,6", max_samples=80)
     silent = {"silent": lambda node, m: node == 1 and m.metadata.group_id == "1"}
-    with prepared(alone.model_copy(update={"deadline_s": 3.0}), simulated(2), **silent) as (
+    with prepared(alone.changed(deadline_s=3.0), simulated(2), **silent) as (
         other,
         _,
     ):
@@ -329,7 +329,7 @@ def test_frozen_head_sends_no_gradient(training: str, tmp_path: Path) -> None:
     head = {n for n in lora_b if ".layers.0." in n or ".layers.1." in n}
     assert bool(head) == (training == "head+tail")
     expected = module.trained_names(
-        run.backbone, run._strategy.spec, config.cuts[0], head=training == "head+tail"
+        run.backbone, run._strategy.spec, config.placement.cuts[0], head=training == "head+tail"
     )
     assert {n.removeprefix("base_model.model.") for n in lora_b} == {
         n for n in expected if ".lora_B." in n

@@ -126,7 +126,7 @@ def test_every_kind_of_classifier_keeps_its_rows(tiny: dict[str, Path], tmp_path
                 n: draw.normal(size=s).astype(np.float32)
                 for n, s in module.shapes(backbone, known).items()
             }
-            module.export(Path(config.start_module), backbone, known, tensors)
+            module.export(Path(config.run.start_module), backbone, known, tensors)
             start = StartModule.read(config, backbone)
             assert start is not None
             spec = module.ModuleSpec.of(config, start.classes(["a", "c"]))

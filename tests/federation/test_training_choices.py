@@ -68,7 +68,7 @@ def test_a_closed_form_classifier_is_the_centralised_one(tmp_path: Path, partiti
     model = whole_model(backbone, spec, module.initial(backbone, spec, seed=0))
     batches = data.batches(own[0].examples, everyone, own[0].transform, batch_size=64)
     total = collect(model, batches)
-    central = ridge(total, scaled_alpha(total, run.config.ridge_lambda))
+    central = ridge(total, scaled_alpha(total, run.config.module.ridge_lambda))
     np.testing.assert_allclose(tensors["classifier.weight"], central.weight, atol=1e-3)
     np.testing.assert_allclose(tensors["classifier.bias"], central.bias, atol=1e-3)
 
@@ -128,7 +128,7 @@ def test_a_site_local_classifier_never_leaves_its_site(tmp_path: Path) -> None:
     )
     assert np.abs(after["classifier.weight"]).max() == 0
     assert summary.accuracy_personal > summary.accuracy_global + 0.2
-    assert run.ledger.config.site_local == "classifier"
+    assert run.ledger.config.train.site_local == "classifier"
 
 
 @pytest.mark.parametrize("method", ["ditto", "fed-rod"])
@@ -354,5 +354,5 @@ def test_a_recipe_is_settled_at_roll_call_and_kept(tmp_path: Path) -> None:
     assert (saved["rounds"], summary.rounds) == (2, 2)
     # As it was settled it goes on, whoever answers then.
     again = settle(settings(tmp_path, run_name="", resume="run"))
-    assert again.lora_learning_rate == 0.0045
-    assert again.cut == "0,6"
+    assert again.train.lora_learning_rate == 0.0045
+    assert again.placement.cut == "0,6"

@@ -160,7 +160,7 @@ def test_encoder_with_another_secret(fails: Callable[..., str], secret: Path) ->
 def test_encoder_with_another_backbone(
     fails: Callable[..., str], secret: Path, model: Path
 ) -> None:
-    with hosting(RunConfig(backbone=str(model)), secret.read_bytes().strip()) as (server, _, _):
+    with hosting(RunConfig.of(backbone=str(model)), secret.read_bytes().strip()) as (server, _, _):
         message = fails(encoder_address=server.address, encoder_secret_file=str(secret))
     for words in (
         server.address,

@@ -41,7 +41,7 @@ def run_once(tmp_path: Path, pki: Path, nodes: list[dict[str, Any]]) -> Summary:
     config = settings(tmp_path, rounds=1, cut="2,5", max_samples=80)
     tls = ServerTls(cert=pki / "encoder.pem", key=pki / "encoder-key.pem", client_ca=pki / "ca.pem")
     key = secrets.token_bytes(32)
-    host = BackboneHost(Backbone.find(config.backbone))
+    host = BackboneHost(Backbone.find(config.placement.backbone))
     with EncoderServer(host, key=key, tls=tls) as server:
         ca = str(pki / "ca.pem")
         endpoint = Endpoint(

@@ -236,7 +236,7 @@ def test_what_was_opened_is_kept(vit: Backbone) -> None:
 
 def centralised() -> RunConfig:
     """The same settings, whether or not the run's own door knows the method by now."""
-    return config().model_copy(update={"method": "centralised"})
+    return config().changed(method="centralised")
 
 
 def test_a_centralised_node_has_what_all_sites_have(vit: Backbone) -> None:

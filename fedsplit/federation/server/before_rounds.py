@@ -48,7 +48,7 @@ def closed_form(
             continue
         replies.account(answer.metrics)
     replies.check_enough(0, start.sites, done=0)
-    if orders.config.calibrate:
+    if orders.config.module.calibrate:
         tensors = tensors | start.provisional()
         for site, reply in asked("calibrate", tensors):
             try:

@@ -72,14 +72,14 @@ def hosted(
     config: RunConfig, *, address: str, key: bytes, publish: Publish, collect: Collect
 ) -> Endpoint:
     """The endpoint of the app's own encoder, which listens on `address`. Raises ConfigError."""
-    dialled = config.encoder_address or address
+    dialled = config.link.encoder_address or address
     if dialled.rpartition(":")[0] in EVERYWHERE:
         raise ConfigError(
-            f"encoder-bind={config.encoder_bind} listens on all of this machine's addresses, and sites cannot "
+            f"encoder-bind={config.link.encoder_bind} listens on all of this machine's addresses, and sites cannot "
             f"dial that; set encoder-address to the HOST:PORT at which they reach it"
         )
-    tls = bool(config.encoder_tls_cert)
-    return Endpoint(dialled, key, tls, config.encoder_tls_ca, publish, collect)
+    tls = bool(config.link.encoder_tls_cert)
+    return Endpoint(dialled, key, tls, config.link.encoder_tls_ca, publish, collect)
 
 
 def external(config: RunConfig) -> Endpoint:
@@ -87,42 +87,44 @@ def external(config: RunConfig) -> Endpoint:
 
     Raises ConfigError and EncoderError: now, not after a roll call of minutes.
     """
-    address = config.encoder_address
-    if not config.encoder_secret_file:
+    address = config.link.encoder_address
+    if not config.link.encoder_secret_file:
         raise ConfigError(
             f"encoder-address={address} is an encoder of its own, so "
             f"encoder-secret-file is wanted: the file that it was started with"
         )
-    key = read_key(Path(config.encoder_secret_file))
+    key = read_key(Path(config.link.encoder_secret_file))
     # Beside an encoder elsewhere, certificate and key are what the app itself shows to it.
-    tls = ClientTls.of(config.encoder_tls_ca, config.encoder_tls_cert, config.encoder_tls_key)
+    tls = ClientTls.of(
+        config.link.encoder_tls_ca, config.link.encoder_tls_cert, config.link.encoder_tls_key
+    )
 
     def token() -> str:
-        return tokens.sign_publisher(config.task, key, TOKEN_MARGIN_S)
+        return tokens.sign_publisher(config.task.name, key, TOKEN_MARGIN_S)
 
     def send(version: str, packed: bytes) -> None:
-        publish(address, token(), version, packed, tls, allow_insecure=config.encoder_insecure)
+        publish(address, token(), version, packed, tls, allow_insecure=config.link.encoder_insecure)
 
     def fetch(version: str) -> dict[str, dict[str, Array]]:
-        return collect(address, token(), version, tls, allow_insecure=config.encoder_insecure)
+        return collect(address, token(), version, tls, allow_insecure=config.link.encoder_insecure)
 
-    offered = capabilities(address, token(), tls, allow_insecure=config.encoder_insecure)
+    offered = capabilities(address, token(), tls, allow_insecure=config.link.encoder_insecure)
     _check_fits(config, offered)
-    return Endpoint(address, key, tls is not None, config.encoder_tls_ca, send, fetch)
+    return Endpoint(address, key, tls is not None, config.link.encoder_tls_ca, send, fetch)
 
 
 def _check_fits(config: RunConfig, offered: Capabilities) -> None:
     """Raise ConfigError unless the encoder runs the same fedsplit over the same model files."""
     if offered.fedsplit_version != __version__:
         raise ConfigError(
-            f"the encoder at {config.encoder_address} runs fedsplit {offered.fedsplit_version}, the "
+            f"the encoder at {config.link.encoder_address} runs fedsplit {offered.fedsplit_version}, the "
             f"ServerApp {__version__}; install the same version on both"
         )
-    backbone = Backbone.find(config.backbone)
+    backbone = Backbone.find(config.placement.backbone)
     if offered.backbone_sha256 != backbone.sha256:
         raise ConfigError(
-            f"the encoder at {config.encoder_address} hosts {offered.backbone!r} with digest "
-            f"{offered.backbone_sha256[:12]}, backbone={config.backbone} of the run has {backbone.sha256[:12]} "
+            f"the encoder at {config.link.encoder_address} hosts {offered.backbone!r} with digest "
+            f"{offered.backbone_sha256[:12]}, backbone={config.placement.backbone} of the run has {backbone.sha256[:12]} "
             f"({backbone.differs(offered.backbone_sha256)}); "
             f"start the encoder with --backbone {backbone.path}, or set backbone to what it hosts"
         )

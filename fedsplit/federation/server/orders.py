@@ -80,7 +80,9 @@ class Orders:
 
     def deadline_s(self, kind: OrderKind) -> float:
         """How long sites have for one order; training alone is the whole run's work at once."""
-        return self.config.deadline_s * (self.config.rounds if kind == "local-only" else 1)
+        return self.config.server.deadline_s * (
+            self.config.train.rounds if kind == "local-only" else 1
+        )
 
     def received(self, site: Site, tensors: ModuleTensors) -> ModuleTensors:
         """What a site receives of the module: the tensors of its device, at its rank."""
@@ -181,35 +183,39 @@ class Orders:
 
     def weights(self, sites: Sequence[Site]) -> dict[str, int]:
         """What each of these sites counts for beside the others."""
-        return capped({s.name: s.call.samples for s in sites}, self.config.max_site_share)
+        return capped({s.name: s.call.samples for s in sites}, self.config.server.max_site_share)
 
     def _grant(self, site: Site, kind: OrderKind, round_: int, weights: Mapping[str, int]) -> Grant:
-        epochs = self.config.local_epochs * (self.config.rounds if kind == "local-only" else 1)
-        if self.config.personalisation == "ditto":
+        epochs = self.config.train.local_epochs * (
+            self.config.train.rounds if kind == "local-only" else 1
+        )
+        if self.config.train.personalisation == "ditto":
             epochs *= 2
         # With a trained head each perturbed forward of the device is a step of its own.
-        forwards = 2 * self.config.zo_queries + 1 if self.config.gradient != "exact" else 1
-        size = self.config.batch_size
+        forwards = (
+            2 * self.config.train.zo_queries + 1 if self.config.train.gradient != "exact" else 1
+        )
+        size = self.config.train.batch_size
         # What sites say of themselves is no ground to let them ask for anything.
         most = {name: STEPS_FOR * weight for name, weight in self.weights(self.sites).items()}
         epoch = math.ceil(min(site.call.samples, most[site.name]) / size)
         tests = sum(min(s.call.test_samples, self._most_tests(most[s.name])) for s in self.sites)
         steps = forwards * epochs * epoch + math.ceil(3 * tests / size)
-        if self.config.keep_hardest < 1:
+        if self.config.train.keep_hardest < 1:
             steps += epoch
         return Grant(
             run=self.run,
             site=site.name,
-            task=self.config.task,
+            task=self.config.task.name,
             round=round_,
             a=site.cut.a,
             b=site.cut.b,
             version=self.version(round_),
             backbone_sha256=self.backbone.sha256,
             fedsplit_version=__version__,
-            max_batch=self.config.batch_size,
+            max_batch=self.config.train.batch_size,
             max_tokens=self.backbone.max_tokens(
-                self.config.image_size, self.config.max_length, self.spec.prompts
+                self.config.task.image_size, self.config.task.max_length, self.spec.prompts
             ),
             # Twice what the round needs: a retry must not run dry.
             max_steps=2 * steps + 64,
@@ -218,7 +224,7 @@ class Orders:
 
     def _most_tests(self, samples: int) -> int:
         """The most test samples that go with so many training samples, or more of each."""
-        share = self.config.test_fraction
+        share = self.config.task.test_fraction
         return math.ceil(samples * max(1.0, share / (1 - share)))
 
     def _training(
@@ -226,38 +232,38 @@ class Orders:
     ) -> EncoderTraining | None:
         """What the encoder trains for a site in a round."""
         c = self.config
-        if c.encoder_training == "frozen":
+        if c.placement.encoder_training == "frozen":
             return None
         # Sites draw directions of their own; sessions of a shared copy must agree on everything.
-        zeroth = c.encoder_training == "zeroth-order"
+        zeroth = c.placement.encoder_training == "zeroth-order"
         seed = direction_seed(c, site=site.name, round_=round_) if zeroth else 0
         return EncoderTraining(
             # Who trains alone shares no copy.
             mode="hosted"
-            if kind == "local-only" and c.encoder_training == "shared"
-            else c.encoder_training,
-            optimizer=c.optimizer,
-            learning_rate=(c.lora_learning_rate or c.learning_rate)
-            * c.learning_rate_factor(max(round_, 1)),
-            weight_decay=c.weight_decay,
-            clip_norm=c.clip_norm,
-            lora="B" if c.lora_aggregation == "ffa" else "both",
+            if kind == "local-only" and c.placement.encoder_training == "shared"
+            else c.placement.encoder_training,
+            optimizer=c.train.optimizer,
+            learning_rate=(c.train.lora_learning_rate or c.train.learning_rate)
+            * c.train.learning_rate_factor(max(round_, 1)),
+            weight_decay=c.train.weight_decay,
+            clip_norm=c.train.clip_norm,
+            lora="B" if c.module.lora_aggregation == "ffa" else "both",
             weight=weights[site.name] / sum(weights.values()),
             leave=sampled_block(c, site=site.name, cut=site.cut, round_=round_)
             if kind == "train"
             else 0,
-            estimator=c.zo_estimator,
-            queries=c.zo_queries,
-            epsilon=c.zo_epsilon,
-            directions=c.zo_directions,
+            estimator=c.train.zo_estimator,
+            queries=c.train.zo_queries,
+            epsilon=c.train.zo_epsilon,
+            directions=c.train.zo_directions,
             seed=seed,
         )
 
 
 def sampled_block(config: RunConfig, *, site: str, cut: Cut, round_: int) -> int:
     """The block after which a site's steps of a round leave the encoder; 0 where blocks are not sampled."""
-    if not config.block_sampling:
+    if not config.placement.block_sampling:
         return 0
-    key = zlib.crc32(f"{config.seed}/{site}/{round_}/block".encode())
-    first = max(config.block_sampling, cut.a + 1)
+    key = zlib.crc32(f"{config.run.seed}/{site}/{round_}/block".encode())
+    first = max(config.placement.block_sampling, cut.a + 1)
     return int(np.random.default_rng(key).integers(first, cut.b, endpoint=True))

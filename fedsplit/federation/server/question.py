@@ -40,7 +40,7 @@ class Question:
             told = messages.read(reply.content, messages.NOT_HELD, NotHeld)
         except FedsplitError:
             return None  # An answer like any other that cannot be read.
-        return told.site if told.task == self.config.task else None
+        return told.site if told.task == self.config.task.name else None
 
     def call_of(self, reply: Message) -> RollCall:
         """What a site says of itself. Raises FedsplitError when it cannot take part."""
@@ -54,9 +54,9 @@ class Question:
             )
         if call.cut:
             self._check_cut(Cut.parse(call.cut))
-        if call.rank > self.config.lora_rank:
+        if call.rank > self.config.module.lora_rank:
             raise FederationError(
-                f"its lora-rank={call.rank} is above the run's lora-rank={self.config.lora_rank}, the largest; "
+                f"its lora-rank={call.rank} is above the run's lora-rank={self.config.module.lora_rank}, the largest; "
                 f"lower it in the site's node config"
             )
         others = differences(call.versions, installed())
@@ -73,28 +73,28 @@ class Question:
 
     def _check_cut(self, cut: Cut) -> None:
         """Raise FederationError unless a site's own cut fits backbone and method."""
-        placement = self.config.method_description.placement
+        placement = self.config.run.method_description.placement
         local = cut.local(self.backbone.blocks)
         if placement != "any" and local != (placement == "device"):
             wanted = "runs the whole model on the device" if placement == "device" else "is a split"
             raise FederationError(
-                f"its cut={cut} does not fit method={self.config.method}, which {wanted}; leave cut out of the "
+                f"its cut={cut} does not fit method={self.config.run.method}, which {wanted}; leave cut out of the "
                 f"site's node config"
             )
 
     def order(self, node: int) -> Message:
         """What a node is asked."""
         # A simulation's sites wait for one another, and that is no lateness of theirs.
-        deadline_s = self.config.deadline_s
+        deadline_s = self.config.server.deadline_s
         order = Order(
             kind="roll-call",
             run=self.run,
             round=0,
             fedsplit_version=__version__,
             config=self.config.flat_for_sites(),
-            classes=self.classes or self.config.class_names,
+            classes=self.classes or self.config.task.class_names,
             cut="",
-            rank=self.config.lora_rank,
+            rank=self.config.module.lora_rank,
             backbone_sha256=self.backbone.sha256,
             stream=None,
             deadline_s=0 if self.simulated else deadline_s,

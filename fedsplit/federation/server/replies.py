@@ -99,7 +99,7 @@ class Replies:
 
         `again` makes the order once more for a site that is back, as another node, before it has answered.
         """
-        wait_s = deadline_s or self._config.deadline_s
+        wait_s = deadline_s or self._config.server.deadline_s
         self._attendance.look()
         sites = {site.node_id: site for site in self._orders.sites}
         asked: list[str] = []
@@ -203,7 +203,7 @@ class Replies:
         received = self._orders.received(site, module)
         names = self._orders.plan(site, round_)
         try:
-            if self._config.gradient == "zeroth-order":
+            if self._config.train.gradient == "zeroth-order":
                 samples = min(answer.metrics.samples, site.call.samples)
                 scalars = self._scalars(site, reply, samples)
                 delta = replayed(
@@ -220,7 +220,7 @@ class Replies:
             update = Update(site=site.name, samples=answer.metrics.samples, delta=delta)
             check_update(update, module=received, trained=names.sent, samples=site.call.samples)
             self._note_rank(site, answer.rank)
-            if self._config.gradient == "zeroth-order":
+            if self._config.train.gradient == "zeroth-order":
                 self._orders.log.add(round_, site.name, update.samples, scalars)
         except (UpdateError, FederationError) as err:
             self.left_out(round_, site.name, str(err))
@@ -232,11 +232,11 @@ class Replies:
         if not rank:
             return
         now = self._orders.rank(site)
-        wanted = kept_rank(self._config.rank_pruning, now)
+        wanted = kept_rank(self._config.module.rank_pruning, now)
         if rank != wanted or wanted == now:
             raise UpdateError(
                 f"update of site {site.name!r} refused: it pruned its rank {now} to {rank}, rank-pruning="
-                f"{self._config.rank_pruning:g} leaves {wanted}"
+                f"{self._config.module.rank_pruning:g} leaves {wanted}"
             )
         self.pruned[site.name] = rank
 
@@ -255,7 +255,7 @@ class Replies:
 
         RoundLostError where another try may help.
         """
-        if useful >= self._config.min_sites:
+        if useful >= self._config.server.min_sites:
             return
         lost = "; ".join(f"{s}: {why}" for r, s, why in self._ledger.absences if r == round_)
         kept = (
@@ -265,7 +265,7 @@ class Replies:
             else f"no round was finished, resume={self._run_dir.name} starts it again"
         )
         text = (
-            f"round {round_} got {useful} useful updates, min-sites={self._config.min_sites} are wanted "
+            f"round {round_} got {useful} useful updates, min-sites={self._config.server.min_sites} are wanted "
             f"({lost}); {kept}"
         )
         raise RoundLostError(text, why=lost) if self._may_pass else FederationError(text)
@@ -309,7 +309,7 @@ class Replies:
             Status(
                 phase=phase,
                 round=round_,
-                rounds=self._config.rounds,
+                rounds=self._config.train.rounds,
                 sites=tuple(sorted(s.name for s in self._orders.sites)),
                 replied=tuple(self._replied),
             )

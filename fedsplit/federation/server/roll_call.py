@@ -91,20 +91,20 @@ class RollCaller:
         heard = self._gather()
         self.asked.update(heard.asked)
         nodes = heard.asked - heard.gone
-        if len(nodes) < self.config.min_sites:
+        if len(nodes) < self.config.server.min_sites:
             raise FederationError(
-                f"{len(nodes)} sites are connected after {self.config.deadline_s:g} s, "
-                f"min-sites={self.config.min_sites} are wanted; start flower-supernode on the missing ones"
+                f"{len(nodes)} sites are connected after {self.config.server.deadline_s:g} s, "
+                f"min-sites={self.config.server.min_sites} are wanted; start flower-supernode on the missing ones"
             )
         calls = self._named(heard)
         self._note_absences(heard)
         self._check_enough(heard, len(calls))
         ordered = sorted(calls.items(), key=lambda item: (item[1].number, item[1].site))
         # Centralised training is one site's, which in simulation holds everybody's samples.
-        most = 1 if self.config.method == "centralised" else len(ordered)
-        if self.config.sites and not self.config.roster_names:
-            most = min(most, self.config.sites)
-        if self.config.method != "centralised":
+        most = 1 if self.config.run.method == "centralised" else len(ordered)
+        if self.config.server.sites and not self.config.server.roster_names:
+            most = min(most, self.config.server.sites)
+        if self.config.run.method != "centralised":
             for _, call in ordered[most:]:
                 self._absent(
                     call.site,
@@ -123,7 +123,7 @@ class RollCaller:
                     part[i] = node, call.model_copy(update={"notes": fit([text, *call.notes])})
 
     def _check_simulation(self, nodes: int) -> None:
-        wanted = self.config.wanted_sites
+        wanted = self.config.server.wanted_sites
         if nodes < wanted:
             raise FederationError(
                 f"sites={wanted} are wanted, the simulation has {nodes}; start it with "
@@ -133,7 +133,7 @@ class RollCaller:
     def _gather(self) -> Heard:
         """Ask every node as it comes, until all that are wanted have answered or the time is over."""
         post, heard = Post[int](self.grid), Heard()
-        deadline_s = self.config.deadline_s
+        deadline_s = self.config.server.deadline_s
         end = time.monotonic() + (0.0 if self.question.simulated else deadline_s)
         complete_at: float | None = None
         shown = ""
@@ -152,7 +152,7 @@ class RollCaller:
             if self._complete(heard):
                 complete_at = now if complete_at is None else complete_at
                 # Where all that are connected are wanted, all of them are waited for.
-                grace = GRACE_S if self.config.expected_sites else deadline_s
+                grace = GRACE_S if self.config.server.expected_sites else deadline_s
                 if not awaited or now - complete_at > grace:
                     break
             elif now >= end and not awaited:
@@ -164,14 +164,14 @@ class RollCaller:
 
     def _complete(self, heard: Heard) -> bool:
         """Have all the sites that are wanted answered, well or not?"""
-        if roster := self.config.roster_names:
+        if roster := self.config.server.roster_names:
             nameless = sum(1 for name, _ in heard.faults.values() if not name)
             return len(set(roster) - heard.names) <= nameless
-        return heard.answers >= self.config.wanted_sites
+        return heard.answers >= self.config.server.wanted_sites
 
     def _show(self, nodes: int, shown: str) -> str:
         """Tell how many are connected, once a change."""
-        wanted = self.config.wanted_sites
+        wanted = self.config.server.wanted_sites
         of = f" of {wanted}" if nodes <= wanted else ""
         if (text := f"{nodes}{of} sites are connected") != shown:
             self.on_waiting(text)
@@ -194,7 +194,7 @@ class RollCaller:
         """One node a name: who has it is who had it in the run before, else who said it first. All others are told."""
         calls: dict[int, RollCall] = {}
         for name in dict.fromkeys(call.site for call in heard.calls.values()):
-            if self.config.roster_names and name not in self.config.roster_names:
+            if self.config.server.roster_names and name not in self.config.server.roster_names:
                 _log.info("%s passed over: roster does not name it", printable(name))
                 continue
             claims = [node for node, call in heard.calls.items() if call.site == name]
@@ -220,7 +220,7 @@ class RollCaller:
         return calls
 
     def _note_absences(self, heard: Heard) -> None:
-        roster = self.config.roster_names
+        roster = self.config.server.roster_names
         for node, (name, reason) in heard.faults.items():
             if not roster or not name or name in roster:
                 self._absent(name or f"node {node}", reason)
@@ -230,7 +230,7 @@ class RollCaller:
         else:
             for node in sorted(heard.silent):
                 self._absent(f"node {node}", "no answer to the roll call")
-        nodes, wanted = len(heard.asked - heard.gone), self.config.wanted_sites
+        nodes, wanted = len(heard.asked - heard.gone), self.config.server.wanted_sites
         if roster:
             for name in roster:
                 if name not in heard.names:
@@ -243,17 +243,17 @@ class RollCaller:
         nodes, without = len(heard.asked - heard.gone), len(heard.without)
         if without and without == nodes:
             raise FederationError(
-                f"none of the {nodes} sites holds task {self.config.task!r}; name it in task-holders, or in "
+                f"none of the {nodes} sites holds task {self.config.task.name!r}; name it in task-holders, or in "
                 f"tasks of a site's node config"
             )
-        if useful >= self.config.min_sites:
+        if useful >= self.config.server.min_sites:
             return
         told = by_reason((site, reason) for _, site, reason in self.ledger.absences)
         why = "; ".join(f"{', '.join(sorted(sites))}: {reason}" for reason, sites in told.items())
-        others = f" ({without} more do not hold task {self.config.task!r})" if without else ""
+        others = f" ({without} more do not hold task {self.config.task.name!r})" if without else ""
         raise FederationError(
             f"{useful} of {nodes - without} sites can take part, "
-            f"min-sites={self.config.min_sites} are wanted{others}{': ' if why else ''}{why}"
+            f"min-sites={self.config.server.min_sites} are wanted{others}{': ' if why else ''}{why}"
         )
 
     def _absent(self, who: str, reason: str) -> None:
@@ -265,7 +265,7 @@ class RollCaller:
         _log.warning("%s", note)
 
     def _site(self, node: int, call: RollCall, place: int) -> Site:
-        cuts, ranks = self.config.cuts_on(self.question.backbone.blocks), self.config.ranks
+        cuts, ranks = self.config.cuts_on(self.question.backbone.blocks), self.config.module.ranks
         cut = Cut.parse(call.cut) if call.cut else cuts[place % len(cuts)]
         self.ledger.calls[call.site] = call
         for note in call.notes:

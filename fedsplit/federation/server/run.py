@@ -47,9 +47,9 @@ _log = logging.getLogger(LOGGER_NAME)
 
 def settle(config: RunConfig) -> RunConfig:
     """The settings to run by: a resumed run keeps those it was started with."""
-    if not config.resume:
+    if not config.run.resume:
         return config
-    saved = RunDir.reopen(Path(config.runs_dir), config.resume).read_config()["config"]
+    saved = RunDir.reopen(Path(config.run.runs_dir), config.run.resume).read_config()["config"]
     new = config.flat()
     return RunConfig.from_flat(saved | {key: new[key] for key in ("resume", *RESUME_KEYS)})
 
@@ -71,17 +71,17 @@ class Run:
         self.config = config
         self.endpoint = endpoint
         self.simulated = simulated
-        self.backbone = Backbone.find(config.backbone)
+        self.backbone = Backbone.find(config.placement.backbone)
         config = self.config = config.fitted(self.backbone.blocks)
         config.check_blocks(self.backbone.blocks)
-        check_backbone(self.backbone, image_size=config.image_size)
-        runs = Path(config.runs_dir)
+        check_backbone(self.backbone, image_size=config.task.image_size)
+        runs = Path(config.run.runs_dir)
         if run_dir is not None:
             self.dir = run_dir
-        elif config.resume:
-            self.dir = RunDir.reopen(runs, config.resume)
+        elif config.run.resume:
+            self.dir = RunDir.reopen(runs, config.run.resume)
         else:
-            self.dir = RunDir.create(runs, config.run_name, task=config.task)
+            self.dir = RunDir.create(runs, config.run.run_name, task=config.task.name)
         self.ledger = Ledger(config, self.backbone, self.dir.label)
         self.summary: Summary | None = None
         """How it ended, once it has."""
@@ -107,7 +107,7 @@ class Run:
         # Other runs may have had their turns since this one was made.
         self.ledger.started = time.monotonic()
         try:
-            if not self.config.resume:
+            if not self.config.run.resume:
                 # At once, so that a run that ends before its first round can be gone on with too.
                 self._write_config((), [])
             for _ in self._train():
@@ -123,7 +123,7 @@ class Run:
             raise
 
     def _train(self) -> Iterator[None]:
-        goes_on = bool(self.config.resume) and self.dir.has_checkpoint
+        goes_on = bool(self.config.run.resume) and self.dir.has_checkpoint
         # Before anybody is asked: what does not fit is known at once.
         start = None if goes_on else StartModule.read(self.config, self.backbone)
         question = Question(
@@ -154,29 +154,31 @@ class Run:
             on_update=_log.info,
         )
         yield
-        first, tensors = 1, module.initial(self.backbone, spec, seed=self.config.seed)
+        first, tensors = 1, module.initial(self.backbone, spec, seed=self.config.run.seed)
         if start is not None:
             tensors = start.onto(tensors, spec)
         if goes_on:
             first, tensors = self._restore(strategy)
-        elif self.config.resume:
+        elif self.config.run.resume:
             # What an unfinished first round left behind would be counted twice.
             self.dir.forget_after(-1)
         arrays = messages.to_arrays(tensors)
-        if self.config.compare_local_only and first == 1:
+        if self.config.server.compare_local_only and first == 1:
             # From the module as it is before the sites' sums are in it: who is alone has none but its own.
             strategy.compare_local_only(self.grid, arrays)
         if first == 1 and self._solves(start, classes):
             arrays = strategy.closed_form_start(self.grid, arrays)
             # Without rounds solving the classifier is all the training there is.
-            if start is not None and self.config.rounds:
+            if start is not None and self.config.train.rounds:
                 arrays = messages.to_arrays(start.onto(strategy.module, spec))
-        if self.config.method != "local-only":
-            yield from strategy.turns(self.grid, arrays, self.config.rounds, first_round=first)
+        if self.config.run.method != "local-only":
+            yield from strategy.turns(
+                self.grid, arrays, self.config.train.rounds, first_round=first
+            )
             self._save_module(strategy)
 
     def _roll_call(self, question: Question) -> Attendance:
-        runs = Path(self.config.runs_dir)
+        runs = Path(self.config.run.runs_dir)
         caller = RollCaller(
             question=question,
             grid=self.grid,
@@ -202,13 +204,13 @@ class Run:
         self.config = self.config.fitted(blocks, sites=len(sites), samples=samples)
         self.ledger.config = self.config
         for line in self.config.recipe_told(blocks, sites=len(sites), samples=samples):
-            _log.info("recipe %s: %s", self.config.recipe, line)
+            _log.info("recipe %s: %s", self.config.run.recipe, line)
 
     def _solves(self, start: StartModule | None, classes: tuple[str, ...]) -> bool:
         """Is there a row of the classifier to find in closed form? A start-module's own rows are kept."""
-        if self.config.classifier_start == "zero":
+        if self.config.module.classifier_start == "zero":
             return False
-        return start is None or not self.config.rounds or bool(start.added(classes))
+        return start is None or not self.config.train.rounds or bool(start.added(classes))
 
     def _saved_classes(self) -> tuple[str, ...] | None:
         """The classes that the run had before it was resumed: what came or went at the sites does not change them."""
@@ -218,14 +220,19 @@ class Run:
 
     def _say_waiting(self, text: str) -> None:
         status = Status(
-            phase="waiting", round=0, rounds=self.config.rounds, sites=(), replied=(), message=text
+            phase="waiting",
+            round=0,
+            rounds=self.config.train.rounds,
+            sites=(),
+            replied=(),
+            message=text,
         )
         self.dir.set_status(status)
 
     def _classes(self, sites: Sequence[Site], start: StartModule | None) -> tuple[str, ...]:
         """The run's classes, and into its notes what that makes of a start-module's."""
         held = {name for site in sites for name in site.call.classes}
-        classes = self.config.class_names or (
+        classes = self.config.task.class_names or (
             start.classes(held) if start is not None else tuple(sorted(held))
         )
         if start is not None:
@@ -249,11 +256,11 @@ class Run:
     def _note_caps(self, sites: Sequence[Site]) -> None:
         """Say whose samples count for less than the site says."""
         samples = {site.name: site.call.samples for site in sites}
-        for name, weight in capped(samples, self.config.max_site_share).items():
+        for name, weight in capped(samples, self.config.server.max_site_share).items():
             if weight < samples[name]:
                 note = (
                     f"{name} says {samples[name]} samples and counts for {weight}: max-site-share="
-                    f"{self.config.max_site_share:g}, or three times the median's"
+                    f"{self.config.server.max_site_share:g}, or three times the median's"
                 )
                 self.ledger.note(note)
                 _log.warning("%s", note)
@@ -288,7 +295,7 @@ class Run:
         }
         self.ledger.notes = fit([*map(str, saved.state.get("notes", [])), *self.ledger.notes])
         self.ledger.wall_before_s = float(saved.state["wall_s"])
-        _log.info("going on after round %d of %d", saved.round, self.config.rounds)
+        _log.info("going on after round %d of %d", saved.round, self.config.train.rounds)
         return saved.round + 1, saved.module
 
     def _save_module(self, strategy: SplitStrategy) -> None:
@@ -309,14 +316,14 @@ class Run:
         )
         if outcome == "failed" and self._strategy is not None and done:
             self._save_module(self._strategy)
-        if self._strategy is not None or not self.config.resume:
+        if self._strategy is not None or not self.config.run.resume:
             # A resumed run that fails before it has its account must not overwrite the earlier one.
             self.dir.finish(summary)
         self.dir.set_status(
             Status(
                 phase="failed" if outcome == "failed" else "done",
                 round=done,
-                rounds=self.config.rounds,
+                rounds=self.config.train.rounds,
                 sites=tuple(s.name for s in summary.sites),
                 replied=(),
                 message=summary.reason,

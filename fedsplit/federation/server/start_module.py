@@ -32,13 +32,13 @@ class StartModule:
     @classmethod
     def read(cls, config: RunConfig, backbone: Backbone) -> StartModule | None:
         """The module of `start-module`, or None. Raises BackboneError and ConfigError where it does not fit the run."""
-        if not config.start_module:
+        if not config.run.start_module:
             return None
-        folder = Path(config.start_module)
+        folder = Path(config.run.start_module)
         spec, tensors = module.load_exported(folder, backbone)
-        if spec.kind != config.module:
+        if spec.kind != config.module.kind:
             raise ConfigError(
-                f"start-module={folder} holds module={spec.kind}, the run trains module={config.module}; use the "
+                f"start-module={folder} holds module={spec.kind}, the run trains module={config.module.kind}; use the "
                 f"same kind"
             )
         return cls(folder, backbone, spec, tensors)

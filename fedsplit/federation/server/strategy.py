@@ -64,9 +64,11 @@ class SplitStrategy(Strategy):
         self.module: ModuleTensors = {}
         self.rounds_done = 0
         self._say = on_update
-        self._best = Best(ledger.scoring, patience=config.early_stop_rounds)
+        self._best = Best(ledger.scoring, patience=config.server.early_stop_rounds)
         rule = rule_of(
-            config.lora_aggregation, scale=config.lora_alpha / config.lora_rank, seed=config.seed
+            config.module.lora_aggregation,
+            scale=config.module.lora_alpha / config.module.lora_rank,
+            seed=config.run.seed,
         )
         self._orders = Orders(
             log=ReplayLog(
@@ -110,7 +112,7 @@ class SplitStrategy(Strategy):
     def summary(self) -> None:
         """Log the set-up."""
         cuts = ", ".join(f"{s.name} at {s.cut}" for s in self.sites)
-        self._say(f"{self.config.method} on {self.backbone.name}: {cuts}")
+        self._say(f"{self.config.run.method} on {self.backbone.name}: {cuts}")
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -194,7 +196,7 @@ class SplitStrategy(Strategy):
             self.rounds_done = round_
             if self._best.over:
                 self._say(
-                    f"round {round_}: no better {self.ledger.scoring.main} in {self.config.early_stop_rounds} rounds; the best "
+                    f"round {round_}: no better {self.ledger.scoring.main} in {self.config.server.early_stop_rounds} rounds; the best "
                     f"module is kept"
                 )
                 self.module = self._best.module
@@ -303,7 +305,7 @@ class SplitStrategy(Strategy):
         self.endpoint.deliver(
             self._orders.version(round_),
             packed,
-            wait_s=self.config.deadline_s,
+            wait_s=self.config.server.deadline_s,
             on_update=lambda text: self._say(f"round {round_}: {text}"),
         )
 
@@ -316,12 +318,12 @@ class SplitStrategy(Strategy):
     def _selected(self, round_: int) -> list[Site]:
         """The sites that train in a round: all, or a draw by seed and round."""
         sites = self.sites
-        count = self.config.selected(len(sites))
+        count = self.config.server.selected(len(sites))
         if count < 1:
             raise ConfigError(
-                f"participation={self.config.participation:g} of {len(sites)} sites selects nobody; raise it"
+                f"participation={self.config.server.participation:g} of {len(sites)} sites selects nobody; raise it"
             )
-        draw = np.random.default_rng([self.config.seed, round_]).choice(
+        draw = np.random.default_rng([self.config.run.seed, round_]).choice(
             len(sites), size=count, replace=False
         )
         return [sites[i] for i in sorted(draw)]

@@ -47,17 +47,17 @@ class TaskRuns:
     ) -> None:
         """Raises FedsplitError for what would fail every task: the backbone, the run's folder."""
         self.config = config
-        backbone = Backbone.find(config.backbone)
+        backbone = Backbone.find(config.placement.backbone)
         # Before the folder is made: then the run's name is not taken by what could never begin.
         config.fitted(backbone.blocks).check_blocks(backbone.blocks)
-        runs = Path(config.runs_dir)
-        if config.resume:
-            self.dir = RunDir.reopen(runs, config.resume)
+        runs = Path(config.run.runs_dir)
+        if config.run.resume:
+            self.dir = RunDir.reopen(runs, config.run.resume)
             self.dir.forget(TASKS_FILE)
         else:
-            self.dir = RunDir.create(runs, config.run_name, task="tasks")
+            self.dir = RunDir.create(runs, config.run.run_name, task="tasks")
             self.dir.write_json("config.json", {"config": config.flat()})
-        self._tasks = [self._task(name, grid, endpoint, simulated) for name in config.sources]
+        self._tasks = [self._task(name, grid, endpoint, simulated) for name in config.task.sources]
 
     def go(self) -> TasksSummary:
         """Train all tasks. Raises FederationError at the end, with everything kept, when one of them failed."""
@@ -80,12 +80,12 @@ class TaskRuns:
 
     def _task(self, name: str, grid: Grid, endpoint: Endpoint, simulated: bool) -> _Task:
         config, folder = self.config.of_task(name), self.dir.of_task(name)
-        if config.resume:
+        if config.run.resume:
             summary = folder.read_summary()
             if summary is not None and summary.outcome != "failed":
                 return _Task(name, None, iter(()), summary)
             if not folder.begun:
-                config = config.model_copy(update={"resume": ""})
+                config = config.changed(resume="")
         folder.on_status = lambda status: self._show(status, name)
         run = Run(grid, config, endpoint, simulated=simulated, run_dir=folder)
         return _Task(name, run, run.turns())
@@ -114,7 +114,7 @@ class TaskRuns:
             Status(
                 phase="failed" if summary.outcome == "failed" else "done",
                 round=max((task.rounds_done for task in summary.tasks), default=0),
-                rounds=self.config.rounds,
+                rounds=self.config.train.rounds,
                 sites=tuple(sorted({site.name for task in summary.tasks for site in task.sites})),
                 replied=(),
                 message=summary.reason,

@@ -60,5 +60,5 @@ class Twice:
         self._run_dir.forget_after(round_ - 1)
         self._orders.begin_again(round_)
         config = self._orders.config
-        self._attendance.wait_for(config.min_sites, timeout_s=config.deadline_s)
+        self._attendance.wait_for(config.server.min_sites, timeout_s=config.server.deadline_s)
         return absences

@@ -71,16 +71,16 @@ class ModuleSpec:
         """The module that a run's settings ask for; `rank` is a site's own where it is not the run's."""
         return cls(
             classes=classes,
-            kind=config.module,
-            rank=rank or config.lora_rank,
-            max_rank=config.lora_rank,
-            alpha=config.lora_alpha,
-            targets=tuple(t.strip() for t in config.lora_targets.split(",") if t.strip()),
-            merged=config.module == "lora" and config.lora_aggregation == "flora",
-            prompt_tokens=config.prompt_tokens,
-            deep_prompt=config.prompt_depth == "all",
-            adapter_width=config.adapter_width,
-            last_blocks=config.module_blocks,
+            kind=config.module.kind,
+            rank=rank or config.module.lora_rank,
+            max_rank=config.module.lora_rank,
+            alpha=config.module.lora_alpha,
+            targets=tuple(t.strip() for t in config.module.lora_targets.split(",") if t.strip()),
+            merged=config.module.kind == "lora" and config.module.lora_aggregation == "flora",
+            prompt_tokens=config.module.prompt_tokens,
+            deep_prompt=config.module.prompt_depth == "all",
+            adapter_width=config.module.adapter_width,
+            last_blocks=config.module.module_blocks,
         )
 
 

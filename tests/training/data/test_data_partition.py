@@ -23,7 +23,7 @@ def test_parsing() -> None:
     assert parse_partition("pathological:2") == Partition("pathological", 2)
     assert [str(parse_partition(text)) for text in GOOD] == GOOD
     for text in GOOD:
-        assert RunConfig(partition=text).partition == text
+        assert RunConfig.of(partition=text).task.partition == text
 
 
 @pytest.mark.parametrize(

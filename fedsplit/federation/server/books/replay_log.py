@@ -26,12 +26,12 @@ Scalars = NDArray[np.float32]
 def replayable(config: RunConfig, cuts: Sequence[Cut], ranks: Sequence[int]) -> bool:
     """Can a site make every other site's update again?"""
     return (
-        config.gradient == "zeroth-order"
+        config.train.gradient == "zeroth-order"
         and len(set(cuts)) == 1
         and len(set(ranks)) == 1
-        and config.lora_aggregation in ("plain", "ffa")
-        and (config.server_optimizer, config.robust_rule) == ("mean", "mean")
-        and config.server_learning_rate == 1
+        and config.module.lora_aggregation in ("plain", "ffa")
+        and (config.server.server_optimizer, config.server.robust_rule) == ("mean", "mean")
+        and config.server.server_learning_rate == 1
     )
 
 

@@ -28,23 +28,27 @@ class Combiner:
         self.orders = orders
         self.rule = ServerRule(
             rule,
-            optimizer=config.server_optimizer,
-            learning_rate=config.server_learning_rate,
-            momentum=config.server_momentum,
-            robust_rule=config.robust_rule,
-            byzantine_sites=config.byzantine_sites,
+            optimizer=config.server.server_optimizer,
+            learning_rate=config.server.server_learning_rate,
+            momentum=config.server.server_momentum,
+            robust_rule=config.server.robust_rule,
+            byzantine_sites=config.server.byzantine_sites,
         )
         self._say = on_update
 
     def check(self) -> None:
         """Raise ConfigError now where a setting could never work with these sites and their cuts."""
-        if self.config.encoder_training == "shared" and len({s.cut for s in self.orders.sites}) > 1:
+        if (
+            self.config.placement.encoder_training == "shared"
+            and len({s.cut for s in self.orders.sites}) > 1
+        ):
             raise ConfigError(
                 "encoder-training=shared wants one cut for all sites; change the sites' own cuts, or use "
                 "encoder-training=hosted"
             )
         names = {
-            site.name: self.orders.plan(site, self.config.rounds).sent for site in self.orders.sites
+            site.name: self.orders.plan(site, self.config.train.rounds).sent
+            for site in self.orders.sites
         }
         self.rule.check(names)
 
@@ -66,13 +70,13 @@ class Combiner:
         if self.rule.held_back:
             self._say(
                 f"round {round_}: {len(self.rule.held_back)} tensors stay as they were, too few sites "
-                f"trained them for robust-rule={self.config.robust_rule}"
+                f"trained them for robust-rule={self.config.server.robust_rule}"
             )
         return combined
 
     def _hosted(self, round_: int) -> dict[str, ModuleTensors]:
         """What the encoder trained in a round: site -> deltas, under "" those of a shared copy."""
-        if self.config.encoder_training == "frozen" or self.orders.all_local:
+        if self.config.placement.encoder_training == "frozen" or self.orders.all_local:
             return {}
         try:
             return self.orders.endpoint.collect(self.orders.version(round_))

@@ -72,10 +72,10 @@ class Guard:
         norms = {u.site: self._norms(round_, u) for u in updates}
         if self._bounds:
             for site, (ratio, part) in self._ratios(norms).items():
-                if ratio > self._config.max_update_ratio:
+                if ratio > self._config.server.max_update_ratio:
                     reasons[site] = reasons[site] or (
                         f"its {part} moves {ratio:.3g} times as far as is usual in this run (the median of its sites), "
-                        f"max-update-ratio={self._config.max_update_ratio:g}; look at that site's data and learning "
+                        f"max-update-ratio={self._config.server.max_update_ratio:g}; look at that site's data and learning "
                         f"rate"
                     )
         for site, why in sorted(reasons.items()):
@@ -84,7 +84,7 @@ class Guard:
         good = [u for u in updates if not reasons[u.site]]
         self._accepted = [a for a in self._accepted if round_ - MEMORY < a[0] < round_]
         self._accepted += [(round_, u.site, norms[u.site]) for u in good]
-        weights = capped({u.site: u.samples for u in good}, self._config.max_site_share)
+        weights = capped({u.site: u.samples for u in good}, self._config.server.max_site_share)
         return [
             u if weights[u.site] == u.samples else replace(u, samples=weights[u.site]) for u in good
         ]
@@ -99,7 +99,7 @@ class Guard:
         tested.tests = {row.site: row.tested for row in rows}
         harm = (
             ""
-            if self._good is None or not self._config.step_back
+            if self._good is None or not self._config.server.step_back
             else self._harm(self._good, tested, stuck, asked)
         )
         if harm and not self._undone:
@@ -153,12 +153,21 @@ class Guard:
     def _too_far(self, round_: int, update: Update) -> str:
         """Why no training by the run's settings gives this update; empty where one may."""
         c = self._config
-        if c.optimizer != "adamw" or c.weight_decay or c.gradient != "exact" or self._prunes:
+        if (
+            c.train.optimizer != "adamw"
+            or c.train.weight_decay
+            or c.train.gradient != "exact"
+            or self._prunes
+        ):
             return ""
-        batches = math.ceil(update.samples / c.batch_size)
-        steps = math.ceil(batches / c.accumulate) * (c.local_epochs + c.local_loss_epochs)
+        batches = math.ceil(update.samples / c.train.batch_size)
+        steps = math.ceil(batches / c.train.accumulate) * (
+            c.train.local_epochs + c.train.local_loss_epochs
+        )
         # What a site kept for itself between two averages comes in one.
-        factor = c.learning_rate_factor(round_) if c.sync_every == 1 else c.sync_every
+        factor = (
+            c.train.learning_rate_factor(round_) if c.train.sync_every == 1 else c.train.sync_every
+        )
         for name, delta in update.delta.items():
             most = ADAMW_STEP * self._rate(name) * factor * steps
             moved = float(np.abs(delta).max()) if delta.size else 0.0
@@ -172,19 +181,21 @@ class Guard:
     @property
     def _bounds(self) -> bool:
         """A robust rule stands updates of any length, and wants all that came: it is counted on how many there are."""
-        return self._config.max_update_ratio > 0 and self._config.robust_rule == "mean"
+        return (
+            self._config.server.max_update_ratio > 0 and self._config.server.robust_rule == "mean"
+        )
 
     @property
     def _prunes(self) -> bool:
         """Components that a site prunes go to zero at once, however long they were: no step of an optimiser."""
-        return self._config.rank_pruning < 1
+        return self._config.module.rank_pruning < 1
 
     def _rate(self, name: str) -> float:
         c = self._config
         return (
-            c.learning_rate
+            c.train.learning_rate
             if self._part(name) == "classifier"
-            else c.lora_learning_rate or c.learning_rate
+            else c.train.lora_learning_rate or c.train.learning_rate
         )
 
     def _part(self, name: str) -> str:
@@ -197,7 +208,7 @@ class Guard:
             total, size = squares.get(self._part(name), (0.0, 0))
             wide = delta.astype(np.float64)
             squares[self._part(name)] = (total + float(np.vdot(wide, wide)), size + delta.size)
-        factor = self._config.learning_rate_factor(round_) or 1.0
+        factor = self._config.train.learning_rate_factor(round_) or 1.0
         return {
             part: math.sqrt(total / max(size, 1)) / factor
             for part, (total, size) in squares.items()

@@ -1,4 +1,4 @@
-"""Reading flat kebab-case keys: the command line's `KEY=VALUE` pairs, and errors in words. Called by config.py."""
+"""Reading flat kebab-case keys: the command line's `KEY=VALUE` pairs, and errors in words. Called by run_config.py."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ def _half_width(text: str, before: str = "") -> str:
 
 def fault(error: Any) -> str:
     """One of pydantic's errors as key=value: what is wrong."""
-    where = ".".join(str(part) for part in error["loc"])
+    # The first part is the section, which no key names.
+    where = ".".join(str(part) for part in error["loc"][1:])
     message = str(error["msg"]).removeprefix("Value error, ")
     if where and not message.startswith(where):
         shown = repr(error["input"])

@@ -1,0 +1,50 @@
+"""The run itself: the method or recipe that it follows, its seed, its names and folders, and what it starts from."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator
+
+from fedsplit.core.config.flat import suggestion
+from fedsplit.core.config.section import ANEW, SERVERS_OWN, Section, a_name
+from fedsplit.core.methods import METHODS, Method
+from fedsplit.core.names import MAX_RUN_CHARS
+
+
+class RunSection(Section):
+    """The run itself."""
+
+    recipe: Literal["", "closed-form", "shared", "shared-full", "tail", "personal"] = ""
+    """Recommended settings, adapted to the backbone and the sites (docs/how-to/choose-a-method.md). Other settings that you give win."""
+    recipe_keeps: str = ""
+    """Comma-separated keys that were given at their default values; a recipe leaves them. `fedsplit run` writes this key."""
+    method: str = "fedv"
+    """A name for several of the keys below (docs/reference/methods.md)."""
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    """Sets the module's start, the order of the batches and, in simulation, partition and test split."""
+    start_module: Annotated[str, SERVERS_OWN] = ""
+    """Folder of a trained module to start from, on the ServerApp's machine. Its classes stay, new ones are added. Empty: a new module."""
+    runs_dir: Annotated[str, ANEW, SERVERS_OWN] = "runs"
+    """Where runs are written, on the ServerApp's machine."""
+    run_name: Annotated[str, SERVERS_OWN, a_name(MAX_RUN_CHARS, or_empty=True)] = ""
+    """Folder of this run; empty: task and date."""
+    resume: Annotated[str, SERVERS_OWN, a_name(MAX_RUN_CHARS, or_empty=True)] = ""
+    """Name of a run in runs-dir to continue from its last checkpoint."""
+
+    @field_validator("method")
+    @classmethod
+    def _check_method(cls, value: str) -> str:
+        if value not in METHODS:
+            raise ValueError(unknown_method(value))
+        return value
+
+    @property
+    def method_description(self) -> Method:
+        """What the method's name stands for."""
+        return METHODS[self.method]
+
+
+def unknown_method(value: str) -> str:
+    """That a method is not known, with the nearest ones that are."""
+    return f"method {value[:100]!r} is not known; {suggestion(value, METHODS, 'there are')}"

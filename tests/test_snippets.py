@@ -28,14 +28,17 @@ from fedsplit.training.data import load_source
 from fedsplit.training.trained import load_trained
 from tests.federation.conftest import prepared, settings, simulated
 from tests.model.copies import add_tokenizer, change_tensors, copy_of
-from tests.model.kinds import away_from_zero
+from tests.model.kinds import SPECS, away_from_zero
+from tests.model.test_split_equals_whole import Compared
+from tests.model.whole import make_batch
 from tests.test_docs import FENCE, PAGES, ROOT
+from tests.tiny import CONFIGS, save
 
 LORA = ModuleSpec(classes=tuple("0123456789"), rank=3, alpha=6)
 USE = "docs/how-to/use-the-module.md"
 BLOCKS = {
     "docs/explanation/costs.md": 1,
-    "docs/how-to/new-family.md": 3,
+    "docs/how-to/new-family.md": 4,
     "docs/how-to/own-data.md": 2,
     USE: 3,
     "docs/tutorials/first-run.md": 1,
@@ -236,16 +239,33 @@ def test_a_description_of_inputs_that_is_none(said: str, tmp_path: Path) -> None
 
 
 def test_the_families_entries_are_those_in_the_code(tmp_path: Path) -> None:
-    vit, _, modernbert = snippets("docs/how-to/new-family.md")
+    vit, _, modernbert, _ = snippets("docs/how-to/new-family.md")
     for entry, name in ((vit, "vit"), (modernbert, "modernbert")):
         found = run(f"found = {entry}", tmp_path, **vars(families))["found"]
         assert found == families.FAMILIES[name]
 
 
+@pytest.mark.parametrize("left", [False, True])
+def test_a_decoder_of_the_same_form_is_one_entry(
+    left: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Qwen2, whose every second block sees three tokens back."""
+    *_, entry = snippets("docs/how-to/new-family.md")
+    known = families.FAMILIES
+    qwen2 = run(f"found = {entry}", tmp_path, **vars(families))["found"]
+    monkeypatch.setitem(known, "qwen2", qwen2)
+    _, _, like_llama = CONFIGS["llama"]
+    monkeypatch.setitem(CONFIGS, "qwen2", ("Qwen2Config", "Qwen2Model", like_llama))
+    types = [families.FULL, families.SLIDING] * 2
+    path = save(tmp_path, "qwen2", use_sliding_window=True, sliding_window=3, layer_types=types)
+    compared = Compared(Backbone.find(str(path)), SPECS["lora"], tmp_path / "peft")
+    compared.check(make_batch("qwen2", left=left), ("0,4", "1,3"))
+
+
 def test_the_names_of_a_family(
     tiny: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _, names, _ = snippets("docs/how-to/new-family.md")
+    _, names, *_ = snippets("docs/how-to/new-family.md")
     run(names.replace('"DIR"', repr(str(tiny["vit"]))), tmp_path)
     assert "vit.layers.0.attention.q_proj.weight" in capsys.readouterr().out.split()
 

@@ -40,6 +40,7 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
         # Blocks 1 and 2 see two tokens to each side; 0 and 3 all.
         _TEXT | {"local_attention": 4, "pad_token_id": 1, "norm_bias": True},
     ),
+    "llama": ("LlamaConfig", "LlamaModel", _TEXT | {"num_key_value_heads": 1, "pad_token_id": 1}),
 }
 
 

@@ -47,11 +47,13 @@ def _backbone(config: RunConfig) -> None:
     from fedsplit.model.backbone import Backbone
     from fedsplit.model.module import ModuleSpec
     from fedsplit.model.probe import check_backbone
+    from fedsplit.training.closed_form_start import check_start
 
     backbone = Backbone.find(config.placement.backbone)
     config = config.fitted(backbone.blocks, sites=config.server.sites)
     config.check_blocks(backbone.blocks)
     check_backbone(backbone, image_size=config.task.image_size)
+    check_start(config, backbone)
     spec = ModuleSpec.of(config, config.task.class_names or ("a", "b"))
     if faults := module.spec_faults(backbone, spec):
         raise ConfigError("\n  - ".join(faults))

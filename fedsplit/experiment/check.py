@@ -18,6 +18,7 @@ from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.probe import check_backbone
+from fedsplit.training.closed_form_start import check_start
 from fedsplit.training.data import Examples, load_source, partition
 
 _Source = tuple[str, tuple[str, ...] | None, int, str, str, float, bool]
@@ -69,7 +70,8 @@ def _model_faults(config: RunConfig) -> tuple[str, ...]:
         return tuple(faults_of(err))
     try:
         check_backbone(backbone, image_size=config.task.image_size)
-    except BackboneError as err:
+        check_start(config, backbone)
+    except (BackboneError, ConfigError) as err:
         faults += faults_of(err)
     try:
         config.check_blocks(backbone.blocks)

@@ -19,6 +19,7 @@ from fedsplit.model.checkpoint import find_backbone, refuse_pointers, weight_fil
 from fedsplit.model.digest import difference, digest
 from fedsplit.model.families import LAYER_TYPES, Family, family_of
 from fedsplit.model.preprocess import read_preprocess
+from fedsplit.model.tokenizer import padding_notes
 
 # What transformers raises for a config.json that is not what it expects.
 _BAD_CONFIG = (ValueError, KeyError, TypeError)
@@ -80,7 +81,9 @@ class Backbone:
     @property
     def notes(self) -> tuple[str, ...]:
         """What was guessed of its input or is not followed, a sentence each. Raises BackboneError."""
-        return read_preprocess(self.path).notes if self.family.kind == "image" else ()
+        if self.family.kind == "image":
+            return read_preprocess(self.path).notes
+        return padding_notes(self.path, self.config.pad_token_id) if self.family.causal else ()
 
     def max_tokens(self, image_size: int, max_length: int, prompt_tokens: int = 0) -> int:
         """Most tokens of a sample: patches and special tokens of an image, `max_length` of a text; a prompt's too.

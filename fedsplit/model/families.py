@@ -97,6 +97,16 @@ def _norm_first_or_mean(backbone: Any, h_BTD: Tensor, mask_BT: Tensor | None) ->
     return (h_BTD * mask_BT.unsqueeze(-1)).sum(dim=1) / mask_BT.sum(dim=1, keepdim=True)
 
 
+def _norm_last(backbone: Any, h_BTD: Tensor, mask_BT: Tensor | None) -> Tensor:
+    """The last token that is no padding, wherever the padding is: the one that has seen all others."""
+    h_BTD = backbone.norm(h_BTD)
+    if mask_BT is None:
+        return h_BTD[:, -1]
+    batch, tokens = mask_BT.shape
+    last_B = (torch.arange(tokens, device=h_BTD.device) * mask_BT).argmax(dim=1)
+    return h_BTD[torch.arange(batch, device=h_BTD.device), last_B]
+
+
 # Dropout, which these classifiers have as well, never acts here.
 def _dense_tanh(model: Any, pooled_BP: Tensor) -> Tensor:
     return torch.tanh(model.classifier.dense(pooled_BP))
@@ -205,6 +215,23 @@ FAMILIES: dict[str, Family] = {
             classifier=("head", "classifier"),
             stored=("head",),
             features=_head,
+        ),
+        Family(
+            model_type="llama",
+            kind="text",
+            model_class="LlamaForSequenceClassification",
+            base="model",
+            embeddings="embed_tokens",
+            blocks="layers",
+            causal=True,
+            rotary="rotary_emb",
+            # Nothing is generated, so nothing is kept for later tokens.
+            block_kwargs=(("use_cache", False),),
+            lora_targets=("q_proj", "v_proj"),
+            pool=_norm_last,
+            pool_modules=("norm",),
+            classifier=("score",),
+            final_linear="score",
         ),
     )
 }

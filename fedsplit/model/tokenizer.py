@@ -8,6 +8,26 @@ from typing import Any
 from fedsplit.core.errors import BackboneError
 
 
+def padding_notes(directory: Path, pad_token_id: int | None) -> tuple[str, ...]:
+    """What a model that reads a text's last token makes otherwise than transformers' class, a sentence each.
+
+    That class takes the last id that is not config.json's `pad_token_id`; fedsplit goes by the mask. Raises BackboneError.
+    """
+    tokenizer = read_tokenizer(directory)
+    notes = []
+    if pad_token_id != tokenizer.pad_token_id:
+        notes.append(
+            f"config.json has pad_token_id {pad_token_id}, the tokenizer pads with {tokenizer.pad_token_id}: set "
+            f"pad_token_id to {tokenizer.pad_token_id} before transformers' own class reads batches"
+        )
+    if tokenizer("a")["input_ids"][-1:] == [tokenizer.pad_token_id]:
+        notes.append(
+            "the tokenizer ends each text with its padding token: fedsplit classifies by that token, transformers' own "
+            "class by the one before it; give the tokenizer a pad_token that is nothing else"
+        )
+    return tuple(notes)
+
+
 def read_tokenizer(directory: Path) -> Any:
     """Load the directory's tokenizer; code that lies there is never run. Raises BackboneError."""
     from transformers import AutoTokenizer

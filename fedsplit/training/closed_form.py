@@ -146,15 +146,17 @@ class Linear:
         return Linear(self.weight * scale, self.bias * scale)
 
 
-def ridge(statistics: FeatureStatistics, alpha: float) -> Linear:
-    """Least squares to one-hot labels with alpha |weight|^2: scikit-learn's `Ridge(alpha)`.
+def ridge(statistics: FeatureStatistics, alpha: float, *, bias: bool = True) -> Linear:
+    """Least squares to one-hot labels with alpha |weight|^2: scikit-learn's `Ridge(alpha, fit_intercept=bias)`.
 
-    The bias is not regularised: features and labels are centred, which the sums allow afterwards. Raises
-    FederationError without a sample, ConfigError where alpha is 0 and the samples do not settle the solution.
+    The bias is not regularised: features and labels are centred, which the sums allow afterwards. Without `bias` it is
+    zero. Raises FederationError without a sample, ConfigError where alpha is 0 and the samples do not settle the solution.
     """
     n = _samples(statistics)
     mean_F, frequency_C = statistics.gram[-1, :-1] / n, statistics.counts / n
     gram, moment = _centred(statistics)
+    if not bias:
+        gram, moment = statistics.gram[:-1, :-1], statistics.moment[:-1]
     try:
         # The gram is positive definite with any alpha > 0; the jump to lstsq would hide that it is not.
         factor = np.linalg.cholesky(gram + alpha * np.eye(len(gram)))
@@ -164,7 +166,7 @@ def ridge(statistics: FeatureStatistics, alpha: float) -> Linear:
             f"without one solution; raise it"
         ) from err
     weight_FC = np.linalg.solve(factor.T, np.linalg.solve(factor, moment))
-    bias_C = frequency_C - mean_F @ weight_FC
+    bias_C = frequency_C - mean_F @ weight_FC if bias else np.zeros(statistics.classes)
     return Linear(weight_FC.T.astype(np.float32), bias_C.astype(np.float32))
 
 

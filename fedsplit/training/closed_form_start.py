@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsplit.core.config import RunConfig
-from fedsplit.core.errors import UpdateError
+from fedsplit.core.errors import ConfigError, UpdateError
 from fedsplit.core.orders import FIT, HELD_OUT
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec, ModuleTensors, final_linear
@@ -28,6 +28,18 @@ from fedsplit.training.closed_form import (
 )
 
 
+def check_start(config: RunConfig, backbone: Backbone) -> None:
+    """Raise ConfigError where the backbone's classifier cannot hold the start that the run asks for."""
+    if config.module.classifier_start != "class-means":
+        return
+    last = backbone.skeleton(1).get_submodule(backbone.family.final_linear)
+    if last.bias is None:
+        raise ConfigError(
+            f"classifier-init=class-means needs a classifier with a bias; that of family "
+            f"{backbone.family.model_type!r} has none: use classifier-init=ridge"
+        )
+
+
 class ClosedFormStart:
     """Sums of the sites that answered, and what they make."""
 
@@ -37,6 +49,7 @@ class ClosedFormStart:
         """`module` is what the sites were sent. Raises BackboneError where it has no last linear layer."""
         self._config = config
         self._weight, self._bias = final_linear(backbone, spec)
+        self._has_bias = self._bias in module
         self._features = module[self._weight].shape[1]
         self._classes = len(spec.classes)
         self._fit: dict[str, FeatureStatistics] = {}
@@ -93,11 +106,13 @@ class ClosedFormStart:
             for site in sorted(part):
                 total += part[site]
         if self._config.module.classifier_start == "ridge":
-            return ridge(total, scaled_alpha(total, self._config.module.ridge_lambda))
+            alpha = scaled_alpha(total, self._config.module.ridge_lambda)
+            return ridge(total, alpha, bias=self._has_bias)
         return class_means(total)
 
     def _tensors(self, found: Linear) -> ModuleTensors:
-        return {self._weight: found.weight, self._bias: found.bias}
+        own = {self._weight: found.weight}
+        return own | {self._bias: found.bias} if self._has_bias else own
 
     def add_nll(self, nll: Sequence[float]) -> None:
         """Take in one site's losses over the temperatures. Raises UpdateError when they cannot be right."""

@@ -115,7 +115,7 @@ class PersonalClassifier:
     def __init__(self, part: Part, saved: Arrays, settings: TrainSettings | None) -> None:
         """It starts at `saved`, at zeros without. Without settings it does not learn."""
         generic = last_linear(part)
-        shapes = {ROD_WEIGHT: generic.weight.shape, ROD_BIAS: generic.bias.shape}
+        shapes = {ROD_WEIGHT: generic.weight.shape, ROD_BIAS: (generic.out_features,)}
         start = {n: np.zeros(tuple(shape), dtype=np.float32) for n, shape in shapes.items()}
         _check_shapes(saved, start)
         self._own = {

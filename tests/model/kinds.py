@@ -20,7 +20,8 @@ from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec, ModuleTensors
 
-CLASSES = ("a", "b", "c")
+# Four: with fewer columns a processor sums many rows otherwise than few (see the decoder of three classes).
+CLASSES = ("a", "b", "c", "d")
 LORA = ModuleSpec(classes=CLASSES, rank=3, alpha=6)
 SPECS = {
     "lora": LORA,
@@ -111,10 +112,11 @@ def _hook_prompt(backbone: Backbone, base: Any, prompt_PD: Tensor) -> None:
         return torch.cat([h_BTD[:, :1], prompt_BPD, h_BTD[:, 1:]], dim=1)
 
     getattr(base, backbone.family.embeddings).register_forward_hook(insert)
-    if backbone.family.model_type == "dinov2":
-        # It averages all tokens but the first; the prompt's are none of the image's, of however many patches.
+    last_norm = {"dinov2": "layernorm", "llama": "norm"}.get(backbone.family.model_type)
+    if last_norm:
+        # DINOv2 averages all tokens but the first, Llama counts the ids: the prompt's are not among them.
         tokens = len(prompt_PD)
-        base.layernorm.register_forward_hook(
+        base.get_submodule(last_norm).register_forward_hook(
             lambda _, __, h_BTD: torch.cat([h_BTD[:, :1], h_BTD[:, 1 + tokens :]], dim=1)
         )
 

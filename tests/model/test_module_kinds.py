@@ -270,16 +270,15 @@ def test_the_last_linear_makes_the_logits_of_the_features(
     with torch.no_grad():
         pooled_BP = model.pooled(model.head(inputs, mask), mask)
         features_BF = model.part.ends.features(pooled_BP)
-        by_hand = features_BF @ torch.from_numpy(tensors[weight]).T + torch.from_numpy(
-            tensors[bias]
-        )
+        by_hand = features_BF @ torch.from_numpy(tensors[weight]).T
+        if family != "llama":
+            by_hand += torch.from_numpy(tensors[bias])
         torch.testing.assert_close(model.part.ends.classify(pooled_BP), by_hand)
         assert torch.equal(model(inputs, mask), model.part.ends.classify(pooled_BP))
     layers = {n.rpartition(".")[0] for n in tensors}
     assert torch.equal(features_BF, pooled_BP) == (layers == {weight.removesuffix(".weight")})
     start = module.initial(backbone, spec, seed=0)
-    assert not start[weight].any()
-    assert not start[bias].any()
+    assert not any(start[n].any() for n in (weight, bias) if n in start)
 
 
 def test_a_prompt_trains_where_gradients_come_back(vit: Backbone) -> None:

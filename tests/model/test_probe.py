@@ -59,6 +59,7 @@ def test_real_ones_pass(vit_tiny: Path, minilm: Path) -> None:
     [
         ("vit", {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}, "quantization_config"),
         ("bert", {"is_decoder": True}, "is_decoder .*only as encoders with attention to both sides"),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, r"rope_type is 'dynamic'"),
         ("modernbert", {"add_cross_attention": True}, "add_cross_attention"),
         ("modernbert", {"rope_parameters": {"full_attention": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}}, r"rope_type is 'dynamic'.*such as default"),
         ("modernbert", {"layer_types": ["full_attention", "chunked_attention"] * 2}, r"layer_types include 'chunked_attention'; fedsplit runs"),
@@ -134,6 +135,18 @@ def test_git_lfs_pointers(name: str, copy: Callable[..., Path]) -> None:
 def test_a_text_backbone_without_tokenizer(tiny: dict[str, Path]) -> None:
     with pytest.raises(BackboneError, match=r"beside config\.json"):
         check(tiny["bert"])
+
+
+def test_what_padding_means_to_a_decoder_is_told(copy: Callable[..., Path]) -> None:
+    """The tokenizer here pads with 0."""
+    (note,) = Backbone.find(str(copy("llama"))).notes
+    assert "has pad_token_id 1, the tokenizer pads with 0: set pad_token_id to 0" in note
+    folder = copy("llama", pad_token_id=0)
+    assert Backbone.find(str(folder)).notes == ()
+    add_tokenizer(folder, pad_token="[SEP]")
+    _, note = Backbone.find(str(folder)).notes
+    assert "ends each text with its padding token" in note
+    assert Backbone.find(str(copy("bert"))).notes == ()
 
 
 def test_type_ids_that_a_family_has_not(copy: Callable[..., Path]) -> None:

@@ -7,7 +7,7 @@ rest of a row in another order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,13 @@ def test_split_equals_whole_to_the_last_bit_at_a_width_of_24(
     cuts = CUTS if kind == "lora" else ("0,4", "1,3", "2,2")
     compared = Compared(Backbone.find(str(tiny[family])), SPECS[kind], tmp_path)
     compared.check(make_batch(family), cuts)
+
+
+def test_a_decoder_scores_its_last_token_alone(tiny: dict[str, Path], tmp_path: Path) -> None:
+    """transformers scores all tokens; a processor's kernels sum these few columns otherwise for many rows than for one."""
+    spec = replace(SPECS["lora"], classes=("a", "b", "c"))
+    compared = Compared(Backbone.find(str(tiny["llama"])), spec, tmp_path)
+    compared.check(make_batch("llama"), ("0,4", "1,3"), tolerance=1e-5)
 
 
 @pytest.mark.parametrize("family", ["vit", "bert"])

@@ -18,7 +18,7 @@ from fedsplit.model.module import ModuleSpec
 from fedsplit.model.split import SplitModel, device_part
 
 CUTS = ["0,4", "1,3", "2,2", "0,0", "4,4", "0,2", "2,4", "3,4"]
-SPEC = ModuleSpec(classes=("a", "b", "c"), rank=3, alpha=6)
+SPEC = ModuleSpec(classes=("a", "b", "c", "d"), rank=3, alpha=6)
 
 
 def make_batch(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from scipy.special import log_softmax
 from sklearn.linear_model import Ridge
 from sklearn.neighbors import NearestCentroid
 
+from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import ConfigError, FederationError, UpdateError
 from fedsplit.model import module
@@ -32,6 +35,7 @@ from fedsplit.training.closed_form import (
     ridge,
     scaled_alpha,
 )
+from fedsplit.training.closed_form_start import check_start
 from fedsplit.training.last_linear import last_linear
 from fedsplit.training.round import evaluate
 from tests.training.small import BARE, BATCHES, local, text_batches
@@ -75,13 +79,16 @@ def test_any_partition_is_the_centralised_solution(
         )
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("alpha", [0.1, 1.0, 50.0])
 @pytest.mark.parametrize("count", [5, 200])
-def test_ridge_is_scikit_learns(alpha: float, count: int) -> None:
+def test_ridge_is_scikit_learns(alpha: float, count: int, *, bias: bool) -> None:
     """With fewer samples than features too."""
     features, labels = samples(count)
-    found = ridge(summed(features, labels), alpha)
-    known = Ridge(alpha=alpha).fit(features.astype("f8"), np.eye(CLASSES)[labels])
+    found = ridge(summed(features, labels), alpha, bias=bias)
+    known = Ridge(alpha=alpha, fit_intercept=bias).fit(
+        features.astype("f8"), np.eye(CLASSES)[labels]
+    )
     np.testing.assert_allclose(found.weight, known.coef_, atol=1e-5)
     np.testing.assert_allclose(found.bias, known.intercept_, atol=1e-5)
     assert (found.weight.dtype, found.bias.dtype) == (np.float32, np.float32)
@@ -270,14 +277,24 @@ def test_features_are_what_enters_the_last_linear_layer(
     start = module.initial(backbone, spec, seed=0)
     weight, bias = module.final_linear(backbone, spec)
     rng = np.random.default_rng(0)
-    start |= {n: rng.normal(size=start[n].shape).astype("f4") for n in (weight, bias)}
+    last = [n for n in (weight, bias) if n in start]
+    start |= {n: rng.normal(size=start[n].shape).astype("f4") for n in last}
     module.load(model.part, start)
     assert tuple(last_linear(model.part).weight.shape) == start[weight].shape
     batches = BATCHES[:2] if FAMILIES[family].kind == "image" else text_batches((4, 3))
     with torch.no_grad():
         logits = torch.cat([model(b.inputs, b.mask) for b in batches]).numpy()
-    got = [f @ start[weight].T + start[bias] for f, _, _ in _passes(model, batches)]
+    got = [f @ start[weight].T + start.get(bias, 0) for f, _, _ in _passes(model, batches)]
     np.testing.assert_allclose(np.concatenate(got), logits, rtol=1e-4, atol=1e-4)
+
+
+def test_class_means_need_a_bias(tiny: dict[str, Path]) -> None:
+    config = RunConfig.from_flat({"classifier-init": "class-means"})
+    check_start(config, Backbone.find(str(tiny["bert"])))
+    llama = Backbone.find(str(tiny["llama"]))
+    check_start(RunConfig(), llama)
+    with pytest.raises(ConfigError, match="needs a classifier with a bias; that of family 'llama'"):
+        check_start(config, llama)
 
 
 def _passes(model: object, batches: object) -> object:

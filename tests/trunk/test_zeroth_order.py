@@ -186,7 +186,7 @@ def test_the_estimate_nears_the_true_gradient(host: BackboneHost, h_BTD: Any, ta
 def test_the_loss_falls(host: BackboneHost, h_BTD: Any, tail: Any) -> None:
     training = ZO.model_copy(update={"queries": 8, "optimizer": "adamw", "learning_rate": 0.02})
     session = host.open(grant(host.backbone, PLACE, training=training))
-    losses = [float(one_step(session, i, h_BTD, tail).mean()) for i in range(15)]
+    losses = [float(one_step(session, i, h_BTD, tail).mean()) for i in range(30)]
     session.close()
     assert losses[-1] < losses[0] - 0.02
     assert host.collect("v").keys() == {"s"}

@@ -40,6 +40,7 @@ from fedsplit.model.backbone import Backbone
 from fedsplit.model.inputs import Inputs
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.probe import check_backbone
+from fedsplit.training.closed_form_start import check_start
 
 # Flower forwards what its own logger says to `flwr log`, and nothing else.
 _log = logging.getLogger(LOGGER_NAME)
@@ -75,6 +76,7 @@ class Run:
         config = self.config = config.fitted(self.backbone.blocks)
         config.check_blocks(self.backbone.blocks)
         check_backbone(self.backbone, image_size=config.task.image_size)
+        check_start(config, self.backbone)
         runs = Path(config.run.runs_dir)
         if run_dir is not None:
             self.dir = run_dir

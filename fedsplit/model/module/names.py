@@ -218,8 +218,9 @@ def _lora_faults(backbone: Backbone, spec: ModuleSpec, skeleton: nn.Module) -> l
             f"raise lora-rank"
         )
     widths = {n: min(m.in_features, m.out_features) for n, m in linear.items()}
-    if widths and spec.rank > min(widths.values()):
-        name = min(widths, key=lambda n: widths[n])
+    # Layers may differ in width (grouped keys and values): a pair that is larger than some of them does no harm.
+    if widths and spec.rank > max(widths.values()):
+        name = max(widths, key=lambda n: widths[n])
         faults.append(
             f"lora-rank={spec.rank} is above the width of {name}, {widths[name]}; a rank of at most that is "
             f"wanted: lower lora-rank"
@@ -241,6 +242,9 @@ def _prompt_faults(family: Family, spec: ModuleSpec) -> list[str]:
 
 
 def final_linear(backbone: Backbone, spec: ModuleSpec) -> tuple[str, str]:  # noqa: ARG001
-    """(weight [C, F], bias [C]): names of the linear layer that makes the logits of `Ends.features`."""
+    """(weight [C, F], bias [C]): names of the linear layer that makes the logits of `Ends.features`.
+
+    Some families have no such bias; then no module has a tensor of the second name.
+    """
     last = backbone.family.final_linear
     return f"{last}.weight", f"{last}.bias"

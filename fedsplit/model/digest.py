@@ -15,7 +15,7 @@ from typing import Any
 
 from fedsplit.core.errors import BackboneError
 from fedsplit.model.checkpoint import weight_files
-from fedsplit.model.families import Kind
+from fedsplit.model.families import InputKind
 from fedsplit.model.preprocess import Preprocess, read_positions, read_preprocess
 from fedsplit.model.tokenizer import read_tokenizer
 
@@ -33,7 +33,7 @@ _WORDS = 512
 
 
 @functools.lru_cache(maxsize=8)
-def digest(path: Path, kind: Kind) -> str:
+def digest(path: Path, kind: InputKind) -> str:
     """The digest of a model directory for inputs of this kind. Raises BackboneError where its files cannot be read."""
     model = hashlib.sha256()
     for file in (path / "config.json", *weight_files(path)):
@@ -43,7 +43,7 @@ def digest(path: Path, kind: Kind) -> str:
     return model.hexdigest()[:_HALF] + hashlib.sha256(said.encode()).hexdigest()[:_HALF]
 
 
-def difference(mine: str, other: str, kind: Kind) -> str:
+def difference(mine: str, other: str, kind: InputKind) -> str:
     """What two digests say differs, in words; empty where nothing does."""
     inputs = "image preprocessing" if kind == "image" else "tokenizer"
     parts = ("config.json or weights", inputs)
@@ -52,7 +52,7 @@ def difference(mine: str, other: str, kind: Kind) -> str:
     return " and ".join(differ) + " differ" if differ else ""
 
 
-def _inputs(path: Path, kind: Kind) -> Any:
+def _inputs(path: Path, kind: InputKind) -> Any:
     # Who prepares inputs says why files are unusable; an encoder needs none of them.
     try:
         if kind == "image":

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fedsplit.core.errors import BackboneError
 
-Kind = Literal["image", "text"]
+InputKind = Literal["image", "text"]
 LAYER_TYPES = FULL, SLIDING = "full_attention", "sliding_attention"
 """The types of blocks that transformers' `layer_types` may name here: a token sees all others, or those near it."""
 
@@ -26,7 +26,7 @@ class Family:
     """How one `model_type` of transformers is laid out."""
 
     model_type: str
-    kind: Kind
+    kind: InputKind
     model_class: str
     """The whole model: transformers' classification class."""
     base: str

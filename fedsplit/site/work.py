@@ -30,7 +30,7 @@ from fedsplit.site.kept import Kept
 from fedsplit.site.state import DEFAULT_FOLDER, Saved, SiteState
 from fedsplit.site.time_limit import TimeLimit
 from fedsplit.training import data
-from fedsplit.training.activation_cache import Place, version_of
+from fedsplit.training.activation_cache import CacheView, version_of
 from fedsplit.training.dial import CountingEncoder, Dial
 from fedsplit.training.pipeline import Flow
 from fedsplit.training.plan import Plan, plan
@@ -48,7 +48,7 @@ class Training(TypedDict):
     """What training calls take beside the model."""
 
     meter: WaitMeter | None
-    cache: Place | None
+    cache: CacheView | None
 
 
 class Testing(Training):
@@ -64,7 +64,7 @@ class OpenModel:
     model: SplitModel
     meter: WaitMeter | None
     encoder: CountingEncoder | None
-    cache: Place | None
+    cache: CacheView | None
     in_flight: int
     trained: int = 0
     """Sample passes forward and back."""
@@ -149,10 +149,10 @@ class SiteWork:
                 meter = WaitMeter(encoder) if encoder else None
                 model = SplitModel(part, self.cut, meter)
                 yield OpenModel(
-                    model, meter, encoder, self._place(model, tensors), self.config.link.in_flight
+                    model, meter, encoder, self._cache(model, tensors), self.config.link.in_flight
                 )
 
-    def _place(self, model: SplitModel, tensors: ModuleTensors) -> Place | None:
+    def _cache(self, model: SplitModel, tensors: ModuleTensors) -> CacheView | None:
         """Where activations of this module version are kept, if they are and can be."""
         if not self.config.link.cache_activations or model.head_trains():
             return None

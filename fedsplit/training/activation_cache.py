@@ -43,12 +43,12 @@ class ActivationCache:
         self.hits = self.misses = 0
         """Rows asked for that were there, and that were not."""
 
-    def at(self, cut: Cut, version: str) -> Place:
+    def at(self, cut: Cut, version: str) -> CacheView:
         """The rows of one cut and one version of all that lies below the tail."""
         with self._lock:
             self._places.setdefault((cut, version), {})
             self._places.move_to_end((cut, version))
-        return Place(self, (cut, version))
+        return CacheView(self, (cut, version))
 
     def _find(self, place: tuple[Cut, str], keys: list[int]) -> tuple[Row | None, ...]:
         with self._lock:
@@ -84,7 +84,7 @@ class Lookup:
     """None: nothing is missing. The batch itself: everything is."""
 
 
-class Place:
+class CacheView:
     """The cache as one cut at one version sees it. Made by `ActivationCache.at`."""
 
     def __init__(self, cache: ActivationCache, place: tuple[Cut, str]) -> None:

@@ -19,7 +19,7 @@ from fedsplit.model import module
 from fedsplit.model.module import ModuleTensors
 from fedsplit.model.part import Part
 from fedsplit.model.split import SplitModel
-from fedsplit.training.activation_cache import Place
+from fedsplit.training.activation_cache import CacheView
 from fedsplit.training.last_linear import LastInput, last_linear
 from fedsplit.training.losses import softmax
 from fedsplit.training.meter import WaitMeter
@@ -59,7 +59,7 @@ def train_ditto(
     saved: Arrays,
     ditto_lambda: float,
     meter: WaitMeter | None = None,
-    cache: Place | None = None,
+    cache: CacheView | None = None,
 ) -> PersonalState:
     """The personal copy v, trained on loss + lambda/2 |v - received|^2 (Ditto, arXiv 2012.04221, alg. 1).
 
@@ -84,7 +84,7 @@ def train_fed_rod(
     saved: Arrays,
     meter: WaitMeter | None = None,
     anchor: Arrays | None = None,
-    cache: Place | None = None,
+    cache: CacheView | None = None,
 ) -> tuple[float, PersonalState]:
     """Train the generic model in place and, on the same batches, the site's own classifier beside it.
 

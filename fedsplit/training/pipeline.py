@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedsplit.model.split import SplitModel
 from fedsplit.model.trunk import autocast
-from fedsplit.training.activation_cache import Lookup, Place
+from fedsplit.training.activation_cache import CacheView, Lookup
 from fedsplit.training.data import Batch
 from fedsplit.training.meter import WaitMeter
 from fedsplit.training.settings import Precision
@@ -29,7 +29,7 @@ class Flow:
 
     in_flight: int = 2
     meter: WaitMeter | None = None
-    cache: Place | None = None
+    cache: CacheView | None = None
     precision: Precision = "fp32"
 
 
@@ -99,12 +99,12 @@ def ahead(
             yield _finish(waiting, flow)
 
 
-def _look_up(batches: Iterable[Batch], cache: Place | None) -> Iterator[Lookup]:
+def _look_up(batches: Iterable[Batch], cache: CacheView | None) -> Iterator[Lookup]:
     for batch in batches:
         yield cache.look_up(batch) if cache else Lookup(batch, (), batch)
 
 
-def _complete(cache: Place | None, found: Lookup, z: Tensor | None) -> Tensor:
+def _complete(cache: CacheView | None, found: Lookup, z: Tensor | None) -> Tensor:
     if cache is not None:
         return cache.complete(found, z)
     assert z is not None, "without a cache every batch is computed"

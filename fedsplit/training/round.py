@@ -17,7 +17,7 @@ from fedsplit.core.errors import ConfigError, DivergedError
 from fedsplit.core.scores import Tally, added
 from fedsplit.model.split import SplitModel
 from fedsplit.training import pipeline
-from fedsplit.training.activation_cache import Place
+from fedsplit.training.activation_cache import CacheView
 from fedsplit.training.augment import augment, check
 from fedsplit.training.data import Batch
 from fedsplit.training.meter import WaitMeter
@@ -42,7 +42,7 @@ def evaluate(
     *,
     in_flight: int = 2,
     meter: WaitMeter | None = None,
-    cache: Place | None = None,
+    cache: CacheView | None = None,
     precision: Precision = "fp32",
     adjust: Adjust | None = None,
     task: Task = CLASSIFICATION,
@@ -70,7 +70,7 @@ def train(
     *,
     meter: WaitMeter | None = None,
     anchor: Arrays | None = None,
-    cache: Place | None = None,
+    cache: CacheView | None = None,
     watch: Watch | None = None,
 ) -> float:
     """Train the model's module in place; the mean loss over all samples of the round, of the data alone.
@@ -131,7 +131,7 @@ def augmented(batches: Batches, epoch: int, settings: TrainSettings) -> Iterator
     return (augment(batch, settings.augmentation, key) for batch in batches(epoch))
 
 
-def check_cache(model: SplitModel, settings: TrainSettings, cache: Place | None) -> None:
+def check_cache(model: SplitModel, settings: TrainSettings, cache: CacheView | None) -> None:
     """Raise ConfigError where activations are not the same each time."""
     if cache is None:
         return

@@ -22,7 +22,7 @@ from fedsplit.core.errors import ConfigError, ProtocolError
 from fedsplit.model.module import ModuleTensors
 from fedsplit.model.split import SplitModel
 from fedsplit.training import pipeline
-from fedsplit.training.activation_cache import Place
+from fedsplit.training.activation_cache import CacheView
 from fedsplit.training.augment import check
 from fedsplit.training.data import Batch
 from fedsplit.training.losses import Loss
@@ -54,7 +54,7 @@ def train_zeroth_order(
     zo: ZerothOrder,
     meter: WaitMeter | None = None,
     *,
-    cache: Place | None = None,
+    cache: CacheView | None = None,
 ) -> tuple[float, Scalars]:
     """Train what the device trains, in place, without a backward; (mean loss, scalars).
 

@@ -29,7 +29,7 @@ _log = logging.getLogger(LOGGER_NAME)
 
 
 @dataclass
-class _Task:
+class _TaskRun:
     """One task and how far it is."""
 
     name: str
@@ -78,19 +78,19 @@ class TaskRuns:
         """Folders of the tasks that ended well."""
         return [path for task in self._tasks if task.run for path in task.run.finished]
 
-    def _task(self, name: str, grid: Grid, endpoint: Endpoint, simulated: bool) -> _Task:
+    def _task(self, name: str, grid: Grid, endpoint: Endpoint, simulated: bool) -> _TaskRun:
         config, folder = self.config.of_task(name), self.dir.of_task(name)
         if config.run.resume:
             summary = folder.read_summary()
             if summary is not None and summary.outcome != "failed":
-                return _Task(name, None, iter(()), summary)
+                return _TaskRun(name, None, iter(()), summary)
             if not folder.begun:
                 config = config.changed(resume="")
         folder.on_status = lambda status: self._show(status, name)
         run = Run(grid, config, endpoint, simulated=simulated, run_dir=folder)
-        return _Task(name, run, run.turns())
+        return _TaskRun(name, run, run.turns())
 
-    def _turn(self, task: _Task) -> bool:
+    def _turn(self, task: _TaskRun) -> bool:
         """Let a task work until it stops; True when it wants another turn."""
         try:
             next(task.turns)

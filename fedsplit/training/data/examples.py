@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 from fedsplit.core.class_names import EMPTY_WORDS, look_alikes, normal, plain, whole_numbers
 from fedsplit.core.errors import ConfigError, DataError
 from fedsplit.core.foreign import MAX_CLASS_CHARS, MAX_CLASSES, checked_name, printable
+from fedsplit.model.families import InputKind
 
 Image = NDArray[np.uint8]
 Index = NDArray[np.int64]
 Digests = NDArray[np.uint64]
-Kind = Literal["image", "text"]
 
 _SUBSAMPLE_SEED = 0
 _NAMES_SHOWN = 20
@@ -82,7 +82,7 @@ class Request:
 class Examples:
     """Labelled samples of one site. `labels` [N] are positions in `classes`."""
 
-    kind: Kind
+    kind: InputKind
     labels: Index
     classes: tuple[str, ...]
     site: str
@@ -151,7 +151,7 @@ class _HasOrigin(Protocol):
 def build(
     request: Request,
     where: object,
-    kind: Kind,
+    kind: InputKind,
     *,
     items: Items,
     names: Sequence[str],

@@ -14,7 +14,8 @@ from PIL import Image as Pillow
 
 from fedsplit.core.errors import DataError
 from fedsplit.core.foreign import printable
-from fedsplit.training.data.examples import Examples, Image, Kind, Request, build, digest_of
+from fedsplit.model.families import InputKind
+from fedsplit.training.data.examples import Examples, Image, Request, build, digest_of
 from fedsplit.training.data.image_files import (
     PILLOW_ERRORS,
     Seen,
@@ -34,7 +35,7 @@ class HubItems:
 
     table: Any
     column: str
-    kind: Kind
+    kind: InputKind
     request: Request
     where: str
     white: float = 0.0
@@ -109,7 +110,7 @@ def read_hub(name: str, request: Request) -> Examples:
             raise request.fault(
                 where, f"no column {key!r} in {sorted(features)}; set text-column and label-column"
             )
-    kind: Kind = "image" if images else "text"
+    kind: InputKind = "image" if images else "text"
     names = _names(table, request)
     if images:
         table = table.cast_column(column, datasets.Image(decode=False))

@@ -1,6 +1,6 @@
 """Finds the Flower app that `fedsplit run` submits: a folder whose pyproject.toml describes one.
 
-Reads files only; called by `run.py` before anything is started.
+Reads files only.
 """
 
 from __future__ import annotations

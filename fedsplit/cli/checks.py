@@ -1,7 +1,7 @@
 """What a run on this machine needs beyond its settings, looked at before Flower starts: backbone, module, data, files, ports.
 
-The same functions that ServerApp and sites call later, so that a fault has one wording. Reads only, and forgets what it
-read. All faults are told at once. Called by request.py; torch is loaded here and not by `--help`.
+The same functions that ServerApp and sites call later, so that a fault has one wording. Reads only,
+and forgets what it read. All faults are told at once. Torch is loaded here and not by `--help`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Where output goes: results to stdout, everything else to stderr; with --json one object on stdout.
 
-Lines are folded for a terminal alone: a log, a pipe and `grep` want whole ones. What the output's encoding lacks is
-written as an escape, never an error. Used by every command. Rich is loaded here; torch, flwr and matplotlib are not.
+Lines are folded for a terminal alone: a log, a pipe and `grep` want whole ones. What the output's
+encoding lacks is written as an escape, never an error. Rich is loaded here; torch, flwr and
+matplotlib are not.
 """
 
 from __future__ import annotations

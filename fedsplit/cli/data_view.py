@@ -1,4 +1,4 @@
-"""A survey of a source as tables in the terminal. Called by data.py."""
+"""A survey of a source as tables in the terminal."""
 
 from __future__ import annotations
 

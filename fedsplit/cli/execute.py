@@ -1,7 +1,7 @@
 """Runs one checked request in Flower from start to end: submit, follow, tell how it ended.
 
-Owns what it starts: on every way out (end, error, Ctrl-C, SIGTERM) the run is stopped and no process
-is left. Called by `run.py` and `demo.py`.
+Owns what it starts: on every way out (end, error, Ctrl-C, SIGTERM) the run is stopped and no
+process is left.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The files of `fedsplit experiment`: results.csv, table.md and the figures, written anew as runs finish. Used by experiment.py."""
+"""The files of `fedsplit experiment`: results.csv, table.md and the figures, written anew as runs
+finish.
+"""
 
 from __future__ import annotations
 

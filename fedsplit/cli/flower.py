@@ -1,8 +1,8 @@
 """Starts and stops Flower for one run: a private SuperLink in simulation, and Flower's own commands.
 
-`LocalSuperLink` owns a process tree and a folder and leaves neither behind, not even when this process is killed
-outright (keeper.py). `FlowerCommands` is `flwr run | list | log | stop` with typed answers. Flower is only ever called
-as a program: the CLI imports nothing of it. Called by `execute.py`.
+`LocalSuperLink` owns a process tree and a folder and leaves neither behind, not even when this
+process is killed outright (keeper.py). `FlowerCommands` is `flwr run | list | log | stop` with
+typed answers. Flower is only ever called as a program: the CLI imports nothing of it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What Flower's commands say when a SuperLink cannot be used, in words that name the cause and the cure.
 
-Flower tells a refused login, a wrong address, a closed tunnel and a proxy in the way by three short texts. Called by
-`flower.py` with those texts; asks nothing of anybody.
+Flower tells a refused login, a wrong address, a closed tunnel and a proxy in the way by three short
+texts. Asks nothing of anybody.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Follows a run by the files it writes and shows how far it is.
 
-`RunFiles` turns a run's folder into snapshots, `Progress` shows them, `follow` goes round until the run
-has ended, whichever of its files or Flower says so. Reads only. Called by `run.py`.
+`RunFiles` turns a run's folder into snapshots, `Progress` shows them, `follow` goes round until the
+run has ended, whichever of its files or Flower says so. Reads only.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Flower detaches what it starts (its SuperExec leads a session of its own, Ray's agents outlive their
 parent), so ending the SuperLink alone leaves orphans. A `ProcessTree` remembers every descendant it
-has ever seen and the sessions they lead. Called by `flower.py`; knows nothing of Flower.
+has ever seen and the sessions they lead. Knows nothing of Flower.
 """
 
 from __future__ import annotations

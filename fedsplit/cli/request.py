@@ -1,7 +1,7 @@
 """From the command line's words to a checked request for one run, before anything is started.
 
-Settings come from the app's pyproject.toml, or from the run that is resumed, then `--set`. Called by
-`run.py` and `demo.py`; starts nothing.
+Settings come from the app's pyproject.toml, or from the run that is resumed, then `--set`. Starts
+nothing.
 """
 
 from __future__ import annotations

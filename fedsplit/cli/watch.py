@@ -1,7 +1,7 @@
 """Knows when Flower's part of a run is over, and asks as little as it can: each question starts a program of a second.
 
-For our own SuperLink the process that runs the apps is looked at. For another's, one connection streams the run's log,
-and its end is the sign; only then, or after long silence, Flower is asked. Called by `execute.py` through `follow`.
+For our own SuperLink the process that runs the apps is looked at. For another's, one connection
+streams the run's log, and its end is the sign; only then, or after long silence, Flower is asked.
 """
 
 from __future__ import annotations

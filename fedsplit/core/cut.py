@@ -1,4 +1,4 @@
-"""Where each block of the one logical model runs: the cut (a, b). Used by every floor above."""
+"""Where each block of the one logical model runs: the cut (a, b)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA pairs as numbers: their names, products, truncation, padding and SVD. numpy only; used by `lora_rules`.
+"""LoRA pairs as numbers: their names, products, truncation, padding and SVD. numpy only.
 
 A pair is `<layer>.lora_A.weight` [r, in] and `<layer>.lora_B.weight` [out, r]; component n of it is row n of A
 with column n of B. A pair of lower rank is a wider one whose last components are zero.

@@ -1,4 +1,4 @@
-"""How much memory this process may still take: what the machine has left, or its container's limit. Called by servers."""
+"""How much memory this process may still take: what the machine has left, or its container's limit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: the recommended settings under one name, adapted to the backbone and the sites. Called by config.py alone.
+"""Recipes: the recommended settings under one name, adapted to the backbone and the sites.
 
 A recipe has settings that never change, which are applied when settings are read, and some that depend on what is only
 known later: the cut on the backbone's blocks, the rate of a shared encoder on the number of sites, its rounds on their

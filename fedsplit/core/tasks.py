@@ -1,6 +1,6 @@
 """Several tasks in one run: who they are, where their samples come from, and which sites hold which.
 
-Reads the settings `tasks` and `task-holders` and a site's own `tasks`; called by config.py and by the sites' settings.
+Reads the settings `tasks` and `task-holders` and a site's own `tasks`.
 """
 
 from __future__ import annotations

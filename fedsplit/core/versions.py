@@ -1,7 +1,7 @@
 """What is installed on this machine, so that both ends of a federation can compare it.
 
-A site with another fedsplit is left out, for the two may not mean the same by one setting; other versions of the
-libraries that compute are told. Called by site/runtime.py, federation/server/question.py and the run's config.json.
+A site with another fedsplit is left out, for the two may not mean the same by one setting; other
+versions of the libraries that compute are told.
 """
 
 from __future__ import annotations

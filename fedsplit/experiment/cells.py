@@ -1,7 +1,7 @@
 """A grid multiplied out: one Cell a run, its settings read by RunConfig. Collects faults instead of raising at the first.
 
-Later tables win: [defaults], [[problems]], [axes], [tuning], [[methods]], what was tuned. Called by plan-makers (the
-CLI, tuning.py); starts nothing.
+Later tables win: [defaults], [[problems]], [axes], [tuning], [[methods]], what was tuned. Starts
+nothing.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What can be wrong with a run before it starts, beyond its settings: backbone, cuts, ranks, data, how the data is dealt.
 
-Reads files, trains nothing. A grid repeats itself, so what was looked at once is remembered. Called by the CLI with
-all cells, and all their faults are told at once.
+Reads files, trains nothing. A grid repeats itself, so what was looked at once is remembered. The
+faults of all cells are told at once.
 """
 
 from __future__ import annotations

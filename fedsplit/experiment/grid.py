@@ -1,7 +1,7 @@
 """The grid file: TOML to frozen models. Says where each fault is, all of them at once; knows no run settings.
 
-docs/reference/grid.md describes the format. What a setting may be is RunConfig's word: cells.py asks it. Called by
-the CLI; any bytes give a Grid or a ConfigError.
+docs/reference/grid.md describes the format. What a setting may be is RunConfig's word: cells.py
+asks it. Any bytes give a Grid or a ConfigError.
 """
 
 from __future__ import annotations

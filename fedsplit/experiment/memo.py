@@ -1,7 +1,7 @@
 """What frozen blocks answered, kept a sample: by their input, so that batches, rounds, seeds and runs share the work.
 
-`MemoEncoder` remembers a frozen session's answers; `BehindMemo` is a session that changes, behind blocks that don't: those
-in front of the first one with module tensors answer from the memo. Called by near_encoder.py.
+`MemoEncoder` remembers a frozen session's answers; `BehindMemo` is a session that changes, behind
+blocks that don't: those in front of the first one with module tensors answer from the memo.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The encoder without a wire, for the runs of a grid: same values, same bytes counted, and work shared between runs.
 
-A session here rounds tensors as the codec would and counts the frames that the stream would have moved, but calls the
-host in this process. What frozen blocks answered for a sample is kept (memo.py), across batches, rounds, seeds and
-runs: same activation, same blocks, same server tensors, same answer. Called by bench.py, through federation's `Dial`.
-Times of such a run say nothing of a deployment; bytes and accuracies do.
+A session here rounds tensors as the codec would and counts the frames that the stream would have
+moved, but calls the host in this process. What frozen blocks answered for a sample is kept
+(memo.py), across batches, rounds, seeds and runs: same activation, same blocks, same server
+tensors, same answer. Times of such a run say nothing of a deployment; bytes and accuracies do.
 """
 
 from __future__ import annotations

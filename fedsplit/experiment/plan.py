@@ -1,7 +1,7 @@
 """A grid, read and checked: which runs there are, which of them are to be done, and which settings are settled already.
 
-With `only`, the other methods are told of as far as they are done and none of their runs is started. Starts nothing
-itself; called by the CLI, before the search and after it.
+With `only`, the other methods are told of as far as they are done and none of their runs is
+started. Starts nothing itself.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What the runs of a grid left, as one row each: results.csv, and whether a run is already done.
 
-Reads run directories, writes the CSV and reads it back; called by bench.py after a run, by schedule.py before one and by
-scripts/results_pages.py. The table and the figures are made from these rows by report/comparison.py.
+Reads run directories, writes the CSV and reads it back. The table and the figures are made from
+these rows by report/comparison.py.
 """
 
 from __future__ import annotations

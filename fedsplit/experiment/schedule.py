@@ -1,7 +1,7 @@
 """Does the runs of a grid, one after the other or in a few processes, and tells of each as it ends.
 
-Runs that are already done are read instead. A process that dies (out of memory) fails its run alone, and a new one takes
-its place. On every way out no process is left. Called by the CLI and by tuning.py.
+Runs that are already done are read instead. A process that dies (out of memory) fails its run
+alone, and a new one takes its place. On every way out no process is left.
 """
 
 from __future__ import annotations

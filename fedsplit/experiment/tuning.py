@@ -1,7 +1,7 @@
 """Settles the settings that a method leaves open: one short run a candidate, on a seed that no reported run has.
 
-All methods get what they ask for, and `tuning.csv` tells how many candidates each had and what they reached. The best
-global accuracy wins, the earlier candidate in a tie. Called by the CLI before the reported runs.
+All methods get what they ask for, and `tuning.csv` tells how many candidates each had and what they
+reached. The best global accuracy wins, the earlier candidate in a tie.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A site's side of a Flower message: read the order, hand it to the site's runtime, answer.
 
-Called by client_app/app.py. Imports nothing of the server: no strategy, no encoder host, no gRPC server.
+Imports nothing of the server: no strategy, no encoder host, no gRPC server.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The small layers that a module puts into a part beside LoRA: prompt tokens, bottleneck adapters, merged deltas.
 
-They hang in the whole model's tree, so their tensors have names like everyone else's. PEFT has none of them in a
-form that fits a part: its prompt tuning puts tokens before a text model's own embeddings (positions and norm
-would be applied to them, and image models have no `inputs_embeds`), it has no bottleneck adapter, and its merge
-changes the base weight in place, which other parts share. Called by `trunk.py` and `ends.py` (forward) and `module` (set-up).
-Shapes: B batch, T tokens, D width, P prompt tokens, m width of the bottleneck.
+They hang in the whole model's tree, so their tensors have names like everyone else's. PEFT has none
+of them in a form that fits a part: its prompt tuning puts tokens before a text model's own
+embeddings (positions and norm would be applied to them, and image models have no `inputs_embeds`),
+it has no bottleneck adapter, and its merge changes the base weight in place, which other parts
+share. Shapes: B batch, T tokens, D width, P prompt tokens, m width of the bottleneck.
 """
 
 from __future__ import annotations

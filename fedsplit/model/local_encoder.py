@@ -1,7 +1,7 @@
 """An encoder in this process: blocks[a:b] of a part, frozen, behind core's Encoder protocol.
 
-`trunk` opens one per session over shared weights; in-process use and the tests open it directly. Two kinds of session
-build on it: training_encoder.py trains by exact gradients, probing_encoder.py by estimates.
+Two kinds of session build on it: training_encoder.py trains by exact gradients, probing_encoder.py
+by estimates.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """What a backbone's own files say about its input: mostly `preprocessor_config.json`, in the spellings that
 years of hub uploads left behind.
 
-What is left unsaid: processors.py. It always resizes, for batches need one size. Called by transform.py, digest.py
-and backbone.py.
+What is left unsaid: processors.py. It always resizes, for batches need one size.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """One look at a backbone before a run: does a probe input go through it, and can all its weights be used?
 
-Holds one tensor at a time, computes nothing: the probe runs on the meta device. Called by the server before the
-roll call, and by the command line before Flower starts.
+Holds one tensor at a time, computes nothing: the probe runs on the meta device.
 """
 
 from __future__ import annotations

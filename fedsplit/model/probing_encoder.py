@@ -1,6 +1,6 @@
 """An encoder that trains by estimates from losses, forwards alone (encoder-training=zeroth-order, FedVZ arXiv 2403.16050).
 
-trunk/training.py opens its sessions; the directions and estimates are core/directions.py's.
+The directions and estimates are core/directions.py's.
 """
 
 from __future__ import annotations

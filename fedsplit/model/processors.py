@@ -1,7 +1,7 @@
 """What a `preprocessor_config.json` leaves unsaid, and what it says that fedsplit does not do.
 
-Unsaid values are the image processor class's own, as in transformers; without the file they are those that the
-family's checkpoints are published with. Called by preprocess.py.
+Unsaid values are the image processor class's own, as in transformers; without the file they are
+those that the family's checkpoints are published with.
 """
 
 from __future__ import annotations

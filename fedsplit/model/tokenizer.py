@@ -1,4 +1,4 @@
-"""A text backbone's tokenizer, as its folder has it. Called by transform.py, digest.py and probe.py."""
+"""A text backbone's tokenizer, as its folder has it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The module's tensors in training at an encoder: which they are, their values, optimiser and snapshots.
 
-Sessions put them into a twin of the part, so frozen weights are shared by all sessions and never written. Used by
-training_encoder.py and probing_encoder.py.
+Sessions put them into a twin of the part, so frozen weights are shared by all sessions and never
+written.
 """
 
 from __future__ import annotations

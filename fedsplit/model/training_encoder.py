@@ -1,6 +1,6 @@
 """An encoder that trains by exact gradients: the module's tensors on blocks[a:b], stepped on the site's behalf.
 
-trunk/training.py opens its sessions. Its sibling that trains by estimates is probing_encoder.py.
+Its sibling that trains by estimates is probing_encoder.py.
 """
 
 from __future__ import annotations

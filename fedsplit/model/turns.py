@@ -1,6 +1,6 @@
 """Who computes next at the encoder: turns of the sessions that step one copy of some tensors, and of sites at the cores.
 
-`Turns` is training_encoder.py's (encoder-training=shared), `FairTurns` every session's (encoder.py).
+`Turns` is for encoder-training=shared, `FairTurns` for all sessions.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The figures of a grid as PNG and SVG: accuracy against bytes and rounds, how labels fall to sites.
 
-A panel a problem and partition, a line a method: the mean over seeds, and a band from the least to the most. Drawn
-without a display, like plots.py. Called by the CLI, now and then while a grid runs and at its end.
+A panel a problem and partition, a line a method: the mean over seeds, and a band from the least to
+the most. Drawn without a display, like plots.py.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The table of a grid as Markdown: accuracies with their deviation over seeds, costs, what was tuned, what failed.
 
-Made anew from the rows after every run, so a table of half a grid says so. Called by the CLI.
+Made anew from the rows after every run, so a table of half a grid says so.
 """
 
 from __future__ import annotations

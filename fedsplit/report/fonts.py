@@ -1,7 +1,7 @@
 """Fonts for names that are not Latin: Japanese, Chinese and Korean ones are boxes in matplotlib's own font.
 
-A font of the system is looked for only where a text needs one. Where there is none, that is told once and the picture
-is drawn all the same. Called by whoever draws: plots through `style_for`, contact_sheet.py through `file_for`.
+A font of the system is looked for only where a text needs one. Where there is none, that is told
+once and the picture is drawn all the same.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """A grid's final accuracies as a ranked picture: a panel a problem and partition, a row a method, the best on top.
 
-A dot is the mean over seeds, a bar goes from the least to the most; the first two are in colour, with the interval
-of the difference between them. What has all data in one place is a bound: hollow, and neither of the two. Called by the CLI for a grid, and by scripts/results_pages.py for the documentation.
+A dot is the mean over seeds, a bar goes from the least to the most; the first two are in colour,
+with the interval of the difference between them. What has all data in one place is a bound: hollow,
+and neither of the two.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Scores as people read them. Used by tables, plots and the progress of a run."""
+"""Scores as people read them."""
 
 from __future__ import annotations
 

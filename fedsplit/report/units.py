@@ -1,4 +1,4 @@
-"""Numbers as people read them: bytes, seconds, shares and factors. Used by tables, plots and the CLI."""
+"""Numbers as people read them: bytes, seconds, shares and factors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """How a site trains in a round: exact or zeroth-order gradients, and a personal model beside the common one.
 
-What comes out is what the round reports and what the site keeps; the mathematics is training's. Called by
-round.py.
+What comes out is what the round reports and what the site keeps; the mathematics is training's.
 """
 
 from __future__ import annotations

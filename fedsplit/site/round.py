@@ -1,7 +1,6 @@
 """One order carried out at a site: test, train, test again; or statistics, calibration, training alone.
 
-What trains and what is sent is training/plan.py's; work.py opens the model, learning.py trains it. Called by
-runtime.py.
+What trains and what is sent is training/plan.py's; work.py opens the model, learning.py trains it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""The sites of one process: what they do with an order, and what they keep. Nothing of Flower, gRPC or the server.
-
-Called by federation/site.py, which turns Flower's messages into orders and back.
-"""
+"""The sites of one process: what they do with an order, and what they keep. Nothing of Flower, gRPC or the server."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""What every order at a site stands on: its settings, data, state on disk, and a split model ready to run.
-
-Called by round.py, which carries the orders out, and learning.py, which trains.
-"""
+"""What every order at a site stands on: its settings, data, state on disk, and a split model ready to run."""
 
 from __future__ import annotations
 

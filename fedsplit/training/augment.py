@@ -1,4 +1,4 @@
-"""Random flips and crops of image batches. Called by round.py before a batch enters the head.
+"""Random flips and crops of image batches.
 
 What happens to a sample hangs on the run's seed, the site, the round, the epoch and the sample's key alone:
 not on its batch, nor on how many were drawn before it. Shapes: B batch, H W pixels.

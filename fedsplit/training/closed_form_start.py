@@ -1,7 +1,7 @@
 """A closed-form classifier from statistics: add up those of the sites, or of one, solve, calibrate.
 
-Called by the strategy before the first round, and by a site that trains alone; the mathematics is training/closed_form.py's. A classifier of two
-layers keeps its first one as it started and has its last one solved.
+The mathematics is training/closed_form.py's. A classifier of two layers keeps its first one as it
+started and has its last one solved.
 """
 
 from __future__ import annotations

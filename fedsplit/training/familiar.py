@@ -1,4 +1,4 @@
-"""Do images look like what the bundled backbone knows? Told before a run and at roll call. Called by site_data.py and the CLI."""
+"""Do images look like what the bundled backbone knows? Told before a run and at roll call."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What a round costs a device in floating-point operations: measured on one sample of head and tail, times
-the samples that went through. What the encoder computes is not in it. Called by site/work.py.
+"""What a round costs a device in floating-point operations: measured on one sample of head and
+tail, times the samples that went through. What the encoder computes is not in it.
 
 torch counts matrix products and convolutions (2 operations a multiply-add), forward and backward as autograd
 runs them, so that frozen weights cost no weight gradient; norms and activations, some per cent, are left out.

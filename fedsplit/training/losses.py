@@ -1,6 +1,6 @@
 """Losses of a batch: softmax, one-vs-all and balanced softmax, each the mean over its samples.
 
-Called by task.py and personal.py. Shapes: B batch, C classes.
+Shapes: B batch, C classes.
 """
 
 from __future__ import annotations

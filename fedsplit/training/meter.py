@@ -1,4 +1,4 @@
-"""How long a site waits for its encoder. Called by site/work.py and pipeline.py."""
+"""How long a site waits for its encoder."""
 
 from __future__ import annotations
 

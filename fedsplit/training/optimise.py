@@ -1,6 +1,6 @@
 """From gradients to a step: learning rates a group, accumulation, the proximal pull, the penalty on ranks, clipping.
 
-Called by round.py and personal.py. With the defaults it does what torch's optimiser does and nothing else.
+With the defaults it does what torch's optimiser does and nothing else.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A real site's samples: listed at roll call, split by sides that stay, and found again in every later message.
 
-Files come and go while a run lasts; the run uses what was there at roll call. Called by site_data.py.
+Files come and go while a run lasts; the run uses what was there at roll call.
 """
 
 from __future__ import annotations

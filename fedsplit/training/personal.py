@@ -1,4 +1,4 @@
-"""Personal models beside the global one: Ditto and Fed-RoD. Called by site/learning.py.
+"""Personal models beside the global one: Ditto and Fed-RoD.
 
 Both take and return a site's own tensors as a flat dict of arrays; where they lie between rounds is the
 caller's affair. The model is left as it was found. Shapes: B batch, F features, C classes.

@@ -1,7 +1,7 @@
 """From batches to what the tail reads: head, encoder, cache, with several steps in flight where that is allowed.
 
-Called by round.py, zeroth_order.py and closed_form.py. The head and the tail run in the precision asked for;
-what crosses the seam is always fp32, for the encoder's precision is not the device's affair.
+The head and the tail run in the precision asked for; what crosses the seam is always fp32, for the
+encoder's precision is not the device's affair.
 """
 
 from __future__ import annotations

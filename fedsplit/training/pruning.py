@@ -1,7 +1,7 @@
 """Which training samples a model has most to learn from: those with the largest errors, as the task has them.
 
-Of classes these are EL2N scores (Paul et al., arXiv 2107.07075). Called by site/learning.py. Shapes: N samples, B batch,
-C outputs.
+Of classes these are EL2N scores (Paul et al., arXiv 2107.07075). Shapes: N samples, B batch, C
+outputs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """HetLoRA's pruning of a site's own rank (arXiv 2401.06432): what presses on the last components, and whether they go.
 
-Called by optimise.py (the penalty's gradient) and site/learning.py (after a round). A pair is A [r, in] and
-B [out, r]; its last components are those from `kept` on.
+A pair is A [r, in] and B [out, r]; its last components are those from `kept` on.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """One site's round: evaluate what came, train it, evaluate again. Plain PyTorch over the split model.
 
-Called by site/learning.py and site/work.py. It knows nothing of Flower or gRPC: the encoder is core's protocol. Where the
-head is frozen, and in evaluation, up to `in_flight` steps are at the encoder while the tail works. Its pieces:
-settings.py, losses.py, augment.py, optimise.py (gradient -> step) and pipeline.py (batch -> what the tail reads).
+It knows nothing of Flower or gRPC: the encoder is core's protocol. Where the head is frozen, and in
+evaluation, up to `in_flight` steps are at the encoder while the tail works. Its pieces:
+settings.py, losses.py, augment.py, optimise.py (gradient -> step) and pipeline.py (batch -> what
+the tail reads).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What one site trains and tests on: its own source, or its share of a partitioned one in simulation.
 
-Called by site/runtime.py with the run's settings and the site's own (Flower's node config). Which
-samples test is decided by their content, so a site sees the same ones in every round and in every process. In simulation
-a process may be many sites: the source, its shares and what was prepared of it are kept once for all of them.
-With `method=centralised` one node stands for all sites and has the samples of all shares.
+Which samples test is decided by their content, so a site sees the same ones in every round and in
+every process. In simulation a process may be many sites: the source, its shares and what was
+prepared of it are kept once for all of them. With `method=centralised` one node stands for all
+sites and has the samples of all shares.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Training by forwards alone: for devices without the memory for a backward. Called by site/learning.py.
+"""Training by forwards alone: for devices without the memory for a backward.
 
 Every step measures losses at weights moved along directions made of a seed, and steps by what they say
 (core/directions.py; MeZO, arXiv 2305.17333). What is left of a round is (seed, scalars): `replay` makes the

@@ -1,7 +1,6 @@
 """Who may have a session: the server's limits, and the counts that they are held against.
 
-One `Admission` a server, used by server.py (streams) and session.py (steps); it is the one place that knows what
-is live, so `stats()` is exact.
+One `Admission` a server; it is the one place that knows what is live, so `stats()` is exact.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """How a tensor becomes bytes and comes back: the `Codec` seam and the table of codecs.
 
-Adding one is a class and a line in `_ALL`. Called by frames' users on both ends (session.py, client.py); knows
-nothing of frames or gRPC. Decoded arrays are float32, writable and their owner's: torch takes them
-without a copy.
+Adding one is a class and a line in `_ALL`. Knows nothing of frames or gRPC. Decoded arrays are
+float32, writable and their owner's: torch takes them without a copy.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The bodies of the small calls, read after the token and within bounds of size and time. Used by servicer.py.
+"""The bodies of the small calls, read after the token and within bounds of size and time.
 
 gRPC reads and unzips the request of a unary handler before the handler runs. So every method here is a stream handler of
 raw bytes: it starts on the headers, and nothing of the body is read until it asks.

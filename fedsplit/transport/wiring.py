@@ -1,6 +1,6 @@
 """What both ends of the gRPC connection agree on: method names, channel options, TLS, loopback.
 
-Called by server.py and client.py. The options' reasons and measurements: docs/protocol.md.
+The options' reasons and measurements: docs/protocol.md.
 """
 
 from __future__ import annotations

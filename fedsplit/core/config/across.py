@@ -1,6 +1,6 @@
 """Settings of several sections that cannot go together, each as a sentence that says what to do.
 
-Those of one section stand in its own file. Called by run_config.py alone.
+Those of one section stand in its own file.
 """
 
 from __future__ import annotations

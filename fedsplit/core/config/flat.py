@@ -1,4 +1,4 @@
-"""Reading flat kebab-case keys: the command line's `KEY=VALUE` pairs, and errors in words. Called by run_config.py."""
+"""Reading flat kebab-case keys: the command line's `KEY=VALUE` pairs, and errors in words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Settings that do not fit a backbone of some depth, each as a sentence that says what to do. Called by run_config.py alone."""
+"""Settings that do not fit a backbone of some depth, each as a sentence that says what to do."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
 """A run's settings: its sections, what needs several of them, and the one door for flat kebab-case keys.
 
-`RunConfig.from_flat` is called by both apps and the CLI with `context.run_config` or `--set` pairs; it
-reports every fault of a config at once. Defaults here equal `[tool.flwr.app.config]` in pyproject.toml
-(a test holds them together).
+`RunConfig.from_flat` reads `context.run_config` or `--set` pairs and reports every fault of a config
+at once. Defaults here equal `[tool.flwr.app.config]` in pyproject.toml (a test holds them together).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A Grid that runs the sites in this process: the real orders and the real sites, no Flower processes.
 
-For many small runs, which would each pay a simulation engine's start of seconds. `server.Run` drives it like any
-other Grid, and `answer` is `site.answer` or whatever the caller wraps around it. Called by fedsplit/experiment and
-by the tests. It adds no deadline of its own: with one worker no site is ever late, however slow the machine.
+For many small runs, which would each pay a simulation engine's start of seconds. `server.Run`
+drives it like any other Grid, and `answer` is `site.answer` or whatever the caller wraps around it.
+It adds no deadline of its own: with one worker no site is ever late, however slow the machine.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Works on several calls by turns, one at a time and always in the same order: what sites do at once, repeatably.
 
-Each call has a thread, and one of them works at any moment: until it says `pause` or is done. So the outcome does not hang
-on the machine's speed, as it does where threads run freely. Called by in_process.py.
+Each call has a thread, and one of them works at any moment: until it says `pause` or is done. So
+the outcome does not hang on the machine's speed, as it does where threads run freely.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Where the sites of a run are while it lasts: a SuperNode that is restarted comes back under another number.
 
-A site is its name. Nodes that were not there before are asked for theirs, beside a round's own messages; one that
-says a name of the run takes that site's place once the node that had it is gone, never before: who shouts a name must not
-push out the site that has it. Called by replies.py, at a round's start and while it waits.
+A site is its name. Nodes that were not there before are asked for theirs, beside a round's own
+messages; one that says a name of the run takes that site's place once the node that had it is gone,
+never before: who shouts a name must not push out the site that has it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a run asks of its sites before its first round: statistics for a closed-form classifier, training alone.
 
-Called by the strategy, once the module is published; the sums are closed_form_start.py's.
+The module is published by then. The sums are closed_form_start.py's.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What only shows when sites are held side by side: names of classes that look alike, and images of other ranges.
 
-Called by the roll call when all answers are in; the lines are logged and kept with the sites that they are about.
+The lines are logged and kept with the sites that they are about.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which node had which name in the runs before: `nodes.json` in `runs-dir`.
 
-A SuperNode with a key keeps its number for good, so the number stands for the key. One without a key has a new number
-after each start, and its name is then no more than its word. Called by run.py, for deployed runs.
+A SuperNode with a key keeps its number for good, so the number stands for the key. One without a
+key has a new number after each start, and its name is then no more than its word.
 """
 
 from __future__ import annotations

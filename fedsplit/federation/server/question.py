@@ -1,7 +1,4 @@
-"""What a node is asked before it takes part: who it is; and what makes of its answer a site of the run.
-
-Called by roll_call.py before the first round and by attendance.py for the nodes that come later.
-"""
+"""What a node is asked before it takes part: who it is; and what makes of its answer a site of the run."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What the sites of a run answer: awaited, read, checked, and noted as it comes, with who is left out and why.
 
-Called by the strategy and by before_rounds.py. How messages travel is exchange.py's.
+How messages travel is exchange.py's.
 """
 
 from __future__ import annotations

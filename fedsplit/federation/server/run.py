@@ -1,7 +1,4 @@
-"""A whole run of one task on the ServerApp's side: wait for sites, call the roll, train, keep what was reached.
-
-Called by server_app/app.py with an encoder endpoint that is already open, and by task_runs.py once a task.
-"""
+"""A whole run of one task on the ServerApp's side: wait for sites, call the roll, train, keep what was reached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's start from an earlier run's trained module. Called by run.py.
+"""A run's start from an earlier run's trained module.
 
 A classifier's rows go by the names of their classes: known ones are kept, also where no site has the class any more,
 and new ones start as the run's classifier does.

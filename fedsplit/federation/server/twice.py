@@ -1,6 +1,6 @@
 """A round that was lost is done once more before the run gives up: the encoder was restarted, all sites were cut off.
 
-What the first time cost is not counted, what happened is told. Called by the strategy.
+What the first time cost is not counted, what happened is told.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Images from arrays: a `.npz` file, or scikit-learn's digits. Held in memory as they come.
 
-An npz is a zip of arrays, so each member's claimed size is checked against caps and against its own header
-before anything is allocated, and pickled objects are never loaded. Called by source.py.
+An npz is a zip of arrays, so each member's claimed size is checked against caps and against its own
+header before anything is allocated, and pickled objects are never loaded.
 """
 
 from __future__ import annotations

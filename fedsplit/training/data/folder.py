@@ -1,7 +1,7 @@
 """Images from a folder with one folder a class: which files are read, what is passed over, and what white is in them.
 
-At roll call every file is looked at (image_files.py), so that a broken one is named before training and the pixels' range
-is that of all files (pixels.py). What is passed over is told in notes. Called by source.py.
+At roll call every file is looked at (image_files.py), so that a broken one is named before training
+and the pixels' range is that of all files (pixels.py). What is passed over is told in notes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Simulation only: deal samples that belong together, whole groups at a time. Called by partition.py.
+"""Simulation only: deal samples that belong together, whole groups at a time.
 
 Crops of one board look alike. Were they dealt singly, one site would train on what another tests on. So a
 board, or whatever else `groups` numbers, goes whole to one site:

@@ -1,7 +1,8 @@
 """Data sets of the Hugging Face hub, for sites and tests that can reach it. Uses the split `train`.
 
-The kind is image where a column is of type Image, else text. Images are opened here, not by `datasets`, which cuts 16-bit
-colours to 8; like files they are looked at once, for their range and for what is broken. Called by source.py.
+The kind is image where a column is of type Image, else text. Images are opened here, not by
+`datasets`, which cuts 16-bit colours to 8; like files they are looked at once, for their range and
+for what is broken.
 """
 
 from __future__ import annotations

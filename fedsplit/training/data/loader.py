@@ -1,4 +1,4 @@
-"""Examples -> batches, in an order that only the seed decides. Called by the round, once an epoch.
+"""Examples -> batches, in an order that only the seed decides.
 
 No worker processes: they would cost a device more memory than they save time. What repeats each epoch,
 decoding, resizing, tokenising, is kept by `CachedTransform`, the same object over all epochs.

@@ -1,8 +1,8 @@
 """Pixel values as a file has them, and the one range of a source that is black to white.
 
-A camera's 12 bits come in files of 16, floats may overshoot 1 by a hair, and Pillow cuts 16-bit colours to 8. So values are
-read at their full depth, the largest one of all files tells the range, and `pixel-max` states it where it must be said.
-Called by folder.py, arrays.py and hub.py.
+A camera's 12 bits come in files of 16, floats may overshoot 1 by a hair, and Pillow cuts 16-bit
+colours to 8. So values are read at their full depth, the largest one of all files tells the range,
+and `pixel-max` states it where it must be said.
 """
 
 from __future__ import annotations

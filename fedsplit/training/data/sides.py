@@ -1,8 +1,8 @@
 """What a real site keeps about its samples, on its own disk: the side that each one got, and each run's list.
 
-Sides go by digest and stay for good, whatever comes, goes or is called otherwise: what has taught never tests. The list
-of a run is made at roll call, and each later message of that run, which is a process of its own, reads what is on it.
-Files are NumPy's own, written whole, without objects. Called by own_data.py.
+Sides go by digest and stay for good, whatever comes, goes or is called otherwise: what has taught
+never tests. The list of a run is made at roll call, and each later message of that run, which is a
+process of its own, reads what is on it. Files are NumPy's own, written whole, without objects.
 """
 
 from __future__ import annotations

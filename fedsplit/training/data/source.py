@@ -1,7 +1,6 @@
 """From a source's spec to `Examples`: digits | folder:PATH | csv:PATH | jsonl:PATH | npz:PATH | hf:NAME.
 
-The readers live in folder.py, tables.py, arrays.py and hub.py; this file only chooses one. Called by the
-ClientApp with the site's own spec, and by simulation and the CLI with the run's.
+The readers live in folder.py, tables.py, arrays.py and hub.py; this file only chooses one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """One site's samples -> training and test, by a digest of each sample and never by its position.
 
-So files that come or go move no other sample, and samples of equal content are on one side. Called by site_data.py;
-the sides that a site's samples once got are kept by sides.py. The test share never leaves the site either.
+So files that come or go move no other sample, and samples of equal content are on one side. The
+sides that a site's samples once got are kept by sides.py. The test share never leaves the site
+either.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Texts from CSV and JSON lines. A file is read whole, once, and any fault names its line.
 
-CSV: UTF-8, or UTF-16 with its mark; commas, or the semicolons or tabs that the first line shows; the first line names the
-columns. A file of exactly two columns whose first line holds neither declared column name, and whose label comes again
-below, has no header and is read as `text,label`. Called by source.py.
+CSV: UTF-8, or UTF-16 with its mark; commas, or the semicolons or tabs that the first line shows;
+the first line names the columns. A file of exactly two columns whose first line holds neither
+declared column name, and whose label comes again below, has no header and is read as `text,label`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The best module of a run so far, for early stopping. Called by the strategy."""
+"""The best module of a run so far, for early stopping."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """A round's updates -> the next module: what devices sent, what the encoder trained for them, the server's rule.
 
-The mathematics is core/lora_rules.py's and rules.py's. Called by the strategy.
+The mathematics is core/lora_rules.py's and rules.py's.
 """
 
 from __future__ import annotations

@@ -6,9 +6,10 @@ accepted updates of the rounds before, which is what protects two sites, of whic
 ratios of honest sites are in docs/log.md. An update beyond a bound is refused by name, not cut to size: a cut one
 still pulls in its own direction as hard as the bound allows.
 
-A step back. Sites test the module that they receive. Where most of them do much worse by the task's scoring than
-chance explains (core/scores.py), or cannot train on it at all, the round that made it is undone, once: the same again is taken as
-the training's own course. The farthest of the undone updates is named. Called by the strategy.
+A step back. Sites test the module that they receive. Where most of them do much worse by the task's
+scoring than chance explains (core/scores.py), or cannot train on it at all, the round that made it
+is undone, once: the same again is taken as the training's own course. The farthest of the undone
+updates is named.
 """
 
 from __future__ import annotations

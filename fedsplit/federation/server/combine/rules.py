@@ -14,7 +14,7 @@ judged by all who know it, and a site that behaves in shared tensors but not in 
 needs `sites_needed` sites: `check` says so before the run; in a round that misses sites, a group with too few
 keeps its value (`held_back`), for a rule that cannot outvote hostile sites protects from none.
 
-Called by the strategy; Flower's strategies are driven here without a grid, by replies made of arrays.
+Flower's strategies are driven here without a grid, by replies made of arrays.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
+from fedsplit.core.aggregation import Tensors
 from fedsplit.core.encoder import Grant
 from fedsplit.core.foreign import MAX_CLASSES, MAX_NAME_CHARS, ClassName, Name, printable
 from fedsplit.core.notes import MAX_NOTE_CHARS, MAX_NOTES
@@ -29,7 +30,6 @@ FIT, HELD_OUT = "fit", "held-out"
 MAX_SAMPLES = 10**12
 MAX_FAULT_CHARS = 4000
 OrderKind = Literal["roll-call", "statistics", "calibrate", "train", "evaluate", "local-only"]
-Tensors = Mapping[str, NDArray[np.float32]]
 Shape = tuple[int, ...]
 
 

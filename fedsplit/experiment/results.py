@@ -12,19 +12,17 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedsplit.core.errors import RunDirError
 from fedsplit.core.foreign import read_json
-from fedsplit.core.records import RoundMetrics, SiteSummary, Summary
+from fedsplit.core.records import Outcome, RoundMetrics, SiteSummary, Summary
 from fedsplit.experiment.cells import Cell
 from fedsplit.experiment.files import write_whole
 from fedsplit.federation.server.books.run_dir import RunDir
 
 CELL_FILE = "cell.json"
-Outcome = Literal["complete", "partial", "failed"]
 
 
 class Row(BaseModel):

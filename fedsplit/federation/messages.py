@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, Field, ValidationError
 
 from fedsplit import __version__
+from fedsplit.core.aggregation import Tensors
 from fedsplit.core.errors import ConfigError, FederationError, FedsplitError
 from fedsplit.core.foreign import MAX_NAME_CHARS, printable
-from fedsplit.core.orders import MAX_FAULT_CHARS, Fault, Shape, Tensors
+from fedsplit.core.orders import MAX_FAULT_CHARS, Fault, Shape
 
 ORDER, ANSWER, FAULT, NOT_HELD = "order", "answer", "fault", "not-held"
 SITE_GONE = "it is not connected any more; look whether its SuperNode runs and reaches the server"

@@ -215,7 +215,7 @@ def _check_names(path: Path, wanted: set[str], found: Collection[str]) -> None:
 
 
 @dataclass(frozen=True)
-class _Rules:
+class _NameRules:
     """transformers' rules for the names of a model, and the tensors that they cut in pieces."""
 
     renamings: list[Any]
@@ -223,14 +223,14 @@ class _Rules:
     in_memory: dict[str, Tensor]
 
 
-def _rules(model: Any) -> _Rules:
+def _rules(model: Any) -> _NameRules:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming
 
     rules = get_model_conversion_mapping(model)
     # Other rules rebuild tensors in ways that no family here needs: such a name then misses in `wanted` and is
     # reported as lacking, instead of being read wrongly.
-    return _Rules(
+    return _NameRules(
         [rule for rule in rules if isinstance(rule, WeightRenaming)],
         [rule for rule in rules if _cuts(rule)],
         model.state_dict(),
@@ -249,7 +249,7 @@ def _cuts(rule: Any) -> bool:
     )
 
 
-def _in_memory(key: str, model: Any, rules: _Rules) -> Iterator[tuple[str, _Stored]]:
+def _in_memory(key: str, model: Any, rules: _NameRules) -> Iterator[tuple[str, _Stored]]:
     """(name in memory, where it lies) of what is stored under `key`."""
     from transformers.core_model_loading import rename_source_key
 

@@ -14,6 +14,7 @@ import numpy as np
 import psutil
 from numpy.typing import NDArray
 
+from fedsplit.core.aggregation import Tensors
 from fedsplit.core.orders import (
     DELTA,
     FIT,
@@ -25,7 +26,6 @@ from fedsplit.core.orders import (
     Incoming,
     LocalOnly,
     Outgoing,
-    Tensors,
     travelling_bytes,
 )
 from fedsplit.core.records import RoundMetrics

@@ -76,8 +76,8 @@ def probed(
     for batch in batches:
         with torch.no_grad():
             h_BTD = head(model, batch, precision)
-        z_K, score = model.probe(h_BTD, batch.mask)
-        yield batch, z_K, score
+        z_K, settle = model.probe(h_BTD, batch.mask)
+        yield batch, z_K, settle
 
 
 def ahead(

@@ -183,9 +183,9 @@ def _probed_losses(
             "device-training=tail"
         )
     loss_of_batch = settings.task.loss(settings)
-    for batch, z_K, score in pipeline.probed(model, batches, settings.precision):
+    for batch, z_K, settle in pipeline.probed(model, batches, settings.precision):
         logits = [pipeline.tail(model, z, batch.mask, settings.precision) for z in z_K]
         losses_K = torch.stack([loss_of_batch(logits_BC, batch.labels) for logits_BC in logits])
         # Whoever asks for the next batch has found the loss to be finite and has trained the tail.
         yield losses_K.mean(), logits[-1], batch
-        score(losses_K.detach())
+        settle(losses_K.detach())

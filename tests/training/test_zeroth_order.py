@@ -238,7 +238,7 @@ def test_the_tails_gradient_is_that_of_the_mean_loss(vit: Backbone) -> None:
             for n, p in snapshot.items()
         }
         module.load(server, module.initial(vit, LORA, seed=0) | moved)
-        z = server.run(h, None, PLACE.a, PLACE.b)
+        z = server.trunk.run(h, None, PLACE.a, PLACE.b)
         losses.append(torch.nn.functional.cross_entropy(model.tail(z, None), batch.labels))
     mean = sum(losses) / 2
     grads = torch.autograd.grad(mean, list(own.values()))

@@ -9,7 +9,6 @@ prepared for it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.core.aggregation import Tensors
 from fedsplit.core.errors import BackboneError
 from fedsplit.core.foreign import printable, read_json
 from fedsplit.model.backbone import Backbone
@@ -29,7 +29,6 @@ from fedsplit.model.module.start import initial
 
 ABOUT_FILE, PEFT_FILE, OWN_FILE = "fedsplit.json", "adapter_model.safetensors", "module.safetensors"
 _PEFT_ROOT = "base_model.model."
-Tensors = Mapping[str, NDArray[np.float32]]
 
 
 def export(

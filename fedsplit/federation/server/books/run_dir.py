@@ -23,6 +23,7 @@ from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from fedsplit.core.aggregation import Tensors
 from fedsplit.core.errors import RunDirError
 from fedsplit.core.foreign import printable, read_json
 from fedsplit.core.records import RoundMetrics, Status, Summary
@@ -33,8 +34,6 @@ MODULE_FILE, EXTRA_FILE, MANIFEST, KEEP = (
     "manifest.json",
     3,
 )
-
-Tensors = Mapping[str, NDArray[np.float32]]
 
 
 try:

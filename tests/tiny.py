@@ -38,7 +38,9 @@ CONFIGS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "ModernBertConfig",
         "ModernBertModel",
         # Blocks 1 and 2 see two tokens to each side; 0 and 3 all.
-        _TEXT | {"local_attention": 4, "pad_token_id": 1, "norm_bias": True},
+        _TEXT
+        | {"local_attention": 4, "norm_bias": True, "pad_token_id": 1}
+        | {"bos_token_id": 2, "eos_token_id": 2, "cls_token_id": 2, "sep_token_id": 2},
     ),
     "llama": ("LlamaConfig", "LlamaModel", _TEXT | {"num_key_value_heads": 1, "pad_token_id": 1}),
 }

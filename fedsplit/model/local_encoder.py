@@ -19,7 +19,6 @@ from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array, Mask, Want
 from fedsplit.core.errors import ProtocolError, RefusedError
 from fedsplit.model.part import Part
-from fedsplit.model.seam import as_tensor
 from fedsplit.model.trained_tensors import Parameters
 
 Turn = Callable[[], AbstractContextManager[object]]
@@ -45,7 +44,7 @@ class LocalEncoder:
         self, part: Part, cut: Cut, *, turn: Turn = nullcontext, graphs: Graphs | None = None
     ) -> None:
         """`turn` is held while this session computes; `graphs` keeps what was measured for other sessions like it."""
-        self._part = part
+        self._part, self._trunk = part, part.trunk
         self._turn = turn
         self._graphs: Graphs = {} if graphs is None else graphs
         self._cut = cut
@@ -66,7 +65,7 @@ class LocalEncoder:
         """See core.encoder.Encoder. Raises RefusedError for probes: those are a zeroth-order session's."""
         if want == "probes":
             raise RefusedError(f"step {step}: this session is not a zeroth-order one")
-        keep, h = want == "gradient", as_tensor(h_BTD)
+        keep, h = want == "gradient", self._trunk.inward(h_BTD)
         with self._in_place(keep) as trained:
             with self._turn(), torch.set_grad_enabled(keep):
                 h.requires_grad_(keep)
@@ -74,7 +73,7 @@ class LocalEncoder:
             if keep:
                 with self._lock:
                     self._kept[step] = HeldStep(h, z, trained)
-        return z.detach().contiguous().numpy()
+        return self._trunk.outward(z)
 
     def settle(self, step: int, answer: Array, *, quiet: bool = False) -> Array | None:
         """See core.encoder.Encoder. Raises ProtocolError for a step that is not held."""
@@ -88,9 +87,11 @@ class LocalEncoder:
             )
         inputs = [*held.trained.values(), *([] if quiet else [held.h])]
         with self._turn():
-            found = torch.autograd.grad(held.z, inputs, as_tensor(answer), allow_unused=True)
+            found = torch.autograd.grad(
+                held.z, inputs, self._trunk.inward(answer), allow_unused=True
+            )
             self._learn({n: g for n, g in zip(held.trained, found, strict=False) if g is not None})
-        return None if quiet else found[-1].contiguous().numpy()
+        return None if quiet else self._trunk.outward(found[-1])
 
     def graph_bytes(self, batch: int, tokens: int) -> int:
         """See core.encoder.HostedEncoder: a forward of one sample is measured, once for each number of tokens."""
@@ -114,7 +115,8 @@ class LocalEncoder:
             return tensor
 
         held: list[Tensor] = []
-        h = torch.zeros(1, tokens, self._part.backbone.width, requires_grad=True)
+        width, device = self._part.backbone.width, self._trunk.device
+        h = torch.zeros(1, tokens, width, requires_grad=True, device=device)
         # A text's mask is in the graph too, in every block; one that hides nothing would be left out.
         text = self._part.family.kind == "text" and tokens > 1
         mask = np.arange(tokens)[None] < tokens - 1 if text else None
@@ -130,8 +132,8 @@ class LocalEncoder:
             self._kept.clear()
 
     def _forward(self, h: Tensor, mask_BT: Mask | None, stop: int) -> Tensor:
-        mask = None if mask_BT is None else torch.from_numpy(np.require(mask_BT, requirements="W"))
-        z = self._part.trunk.run(h, mask, self._cut.a, stop)
+        mask = None if mask_BT is None else self._trunk.inward(mask_BT)
+        z = self._trunk.run(h, mask, self._cut.a, stop)
         return self._part.ends.pool(z, mask) if self._pooled else z
 
     @contextmanager

@@ -20,7 +20,6 @@ from fedsplit.core.encoder import Array, Mask, Want
 from fedsplit.core.errors import ProtocolError, RefusedError
 from fedsplit.model.local_encoder import LocalEncoder, Turn
 from fedsplit.model.part import Part
-from fedsplit.model.seam import as_tensor
 from fedsplit.model.trained_tensors import Parameters, TrainedTensors, place, slots_of
 
 
@@ -83,7 +82,7 @@ class ProbingEncoder(LocalEncoder):
         estimate = directions.estimate(
             scalars, seed=training.seed, step=number, shapes=self._shapes, kind=training.directions
         )
-        self._tensors.step({n: as_tensor(g) for n, g in estimate.items()})
+        self._tensors.step({n: self._trunk.inward(g) for n, g in estimate.items()})
 
     def close(self) -> None:
         """Forget what was probed."""
@@ -101,7 +100,7 @@ class ProbingEncoder(LocalEncoder):
 
     def _probe(self, step: int, h_BTD: Array, mask_BT: Mask | None) -> Array:
         """Outputs of K perturbed encoders, [K, B, T, D] or [K, B, P]."""
-        training, h = self._training, as_tensor(h_BTD)
+        training, h = self._training, self._trunk.inward(h_BTD)
         outputs = []
         with self._forwards, self._turn(), torch.no_grad():
             number = next(self._numbers)
@@ -114,7 +113,7 @@ class ProbingEncoder(LocalEncoder):
                 outputs.append(self._forward(h, mask_BT, self._cut.b))
             with self._lock:
                 self._probed[step] = number
-        return torch.stack(outputs).numpy()
+        return self._trunk.outward(torch.stack(outputs))
 
     def _direction(self, number: int, query: int) -> dict[str, Array]:
         training = self._training
@@ -126,6 +125,6 @@ def _moved(weights: Parameters, u: Mapping[str, Array], length: float) -> Parame
     if not length:
         return weights
     return {
-        n: nn.Parameter(p + length * torch.from_numpy(np.asarray(u[n])), False)
+        n: nn.Parameter(p + length * torch.from_numpy(np.asarray(u[n])).to(p.device), False)
         for n, p in weights.items()
     }

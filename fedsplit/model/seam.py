@@ -22,7 +22,7 @@ from torch import Tensor
 from fedsplit.core.encoder import Array, Encoder, Mask
 
 
-def as_tensor(array: Array) -> Tensor:
+def as_tensor(array: Array | Mask) -> Tensor:
     """A tensor over the array's memory; read-only buffers are copied, as torch wants them writable."""
     return torch.from_numpy(np.require(array, requirements="W"))
 

@@ -170,4 +170,6 @@ class TrainedTensors:
     def delta(self) -> dict[str, Array]:
         """What training has changed so far, as arrays of their own: of the tensors that a step has had."""
         with self._lock:
-            return {n: (self._values[n] - self.start[n]).detach().numpy() for n in self._stepped}
+            return {
+                n: (self._values[n] - self.start[n]).detach().cpu().numpy() for n in self._stepped
+            }

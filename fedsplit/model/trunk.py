@@ -14,9 +14,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fedsplit.core.encoder import Array, Mask
 from fedsplit.core.errors import ConfigError
 from fedsplit.model.families import FULL, SLIDING, Family
 from fedsplit.model.layers import adapted, prompted
+from fedsplit.model.seam import as_tensor
 
 # (causal, type of layer) -> the function of transformers.masking_utils that makes the mask of such blocks.
 _MASKS = {
@@ -50,8 +52,23 @@ class Trunk:
             return tuple(self._base.config.layer_types)
         return (FULL,) * len(self.blocks)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks of the part compute; meta where it holds none."""
+        held = (p.device for p in self.blocks.parameters() if not p.is_meta)
+        return next(held, torch.device("meta"))
+
+    def inward(self, array: Array | Mask) -> Tensor:
+        """What came over the seam, as a tensor where the blocks compute. On a CPU it lies in the array's memory."""
+        return as_tensor(array).to(self.device)
+
+    @staticmethod
+    def outward(tensor: Tensor) -> Array:
+        """What goes back over the seam."""
+        return tensor.detach().contiguous().cpu().numpy()
+
     def run(self, h_BTD: Tensor, mask_BT: Tensor | None, start: int, stop: int) -> Tensor:
-        """Run blocks[start:stop] where their weights are: [B, T, D] -> [B, T, D].
+        """Run blocks[start:stop]: [B, T, D] -> [B, T, D], on the device of their weights.
 
         `mask_BT` is True on real tokens and a prompt's, None means all are.
         """

@@ -43,6 +43,7 @@ def _try(look: Look, faults: list[FedsplitError]) -> None:
 
 
 def _backbone(config: RunConfig) -> None:
+    from fedsplit.federation.server.start_module import StartModule
     from fedsplit.model import module
     from fedsplit.model.backbone import Backbone
     from fedsplit.model.module import ModuleSpec
@@ -54,11 +55,11 @@ def _backbone(config: RunConfig) -> None:
     config.check_blocks(backbone.blocks)
     check_backbone(backbone, image_size=config.task.image_size)
     check_start(config, backbone)
-    spec = ModuleSpec.of(config, config.task.class_names or ("a", "b"))
+    spec = ModuleSpec.of(config, config.task.class_names or config.task.stand_in)
     if faults := module.spec_faults(backbone, spec):
         raise ConfigError("\n  - ".join(faults))
     if config.run.start_module:
-        module.load_exported(Path(config.run.start_module), backbone)
+        StartModule.read(config, backbone)
 
 
 def _task(config: RunConfig) -> tuple[str, ...]:
@@ -80,7 +81,7 @@ def _task(config: RunConfig) -> tuple[str, ...]:
         classes, odd = own.examples.classes, unfamiliar(backbone, own.examples)
     except (ConfigError, DataError) as err:
         raise of_source(err, site.name, EVERY_SITE) from err
-    if len(classes) < 2:
+    if len(classes) < 2 and config.task.target == "class":
         raise DataError(one_class(config, classes[0]))
     return odd
 

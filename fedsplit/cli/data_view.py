@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsplit.core.foreign import printable
-from fedsplit.report.survey import Survey
+from fedsplit.report.survey import FIVE, Survey
 
 _CLASSES_SHOWN = 40
 
@@ -16,11 +16,12 @@ def shown(found: Survey) -> RenderableType:
     """Everything there is to say, the notes last, where they are read."""
     parts: list[RenderableType] = [
         Text(
-            f"{printable(found.source)}: {sum(found.classes.values()):,} {found.kind}s in {len(found.classes)} classes",
+            f"{printable(found.source)}: {found.samples:,} {found.kind}s "
+            + (f"in {len(found.classes)} classes" if found.classes else "with a number each"),
             style="bold",
         ),
         "",
-        _classes(found),
+        _classes(found) if found.classes else _numbers(found),
         "",
         _facts(found),
     ]
@@ -48,6 +49,16 @@ def _classes(found: Survey) -> Table:
     return table
 
 
+def _numbers(found: Survey) -> Table:
+    table = Table(box=None, header_style="dim")
+    for column in ("", "Samples", "Least", "Lower quartile", "Median", "Upper quartile", "Largest"):
+        table.add_column(column, justify="right" if column else "left")
+    for name, facts in found.numbers.items():
+        values = (f"{facts[key]:.6g}" for key in FIVE)
+        table.add_row(name.capitalize(), f"{facts['count']:,}", *values)
+    return table
+
+
 def _facts(found: Survey) -> Table:
     table = Table(box=None, show_header=False)
     table.add_column(style="dim", no_wrap=True)
@@ -56,7 +67,7 @@ def _facts(found: Survey) -> Table:
         sizes = [f"{size} ({count})" for size, count in list(found.sizes.items())[:8]]
         more = len(found.sizes) - len(sizes)
         looked = sum(found.sizes.values())
-        some = looked < sum(found.classes.values())
+        some = looked < found.samples
         table.add_row(
             f"Sizes of {looked:,}" if some else "Sizes",
             ", ".join(sizes) + (f" and {more} others" if more else ""),
@@ -74,6 +85,8 @@ def _facts(found: Survey) -> Table:
         table.add_row("Unknown tokens", f"{100 * found.tokens.unknown:.1f} %")
     table.add_row(
         "Doubles",
-        f"{found.doubles_within} within their class, {found.doubles_across} under several classes",
+        f"{found.doubles_within} within their class, {found.doubles_across} under several classes"
+        if found.classes
+        else f"{found.doubles_within} with the same number, {found.doubles_across} with several",
     )
     return table

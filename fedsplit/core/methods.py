@@ -40,6 +40,7 @@ _FESTA: Mapping[str, Value] = {
     "encoder-training": "shared",
     "device-training": "head+tail",
 }
+_OF_NUMBERS: Mapping[str, Value] = {"partition": "iid", "calibrate": False}
 _MODULES: tuple[Value, ...] = ("lora", "prompt", "adapter")
 
 METHODS: dict[str, Method] = {
@@ -214,6 +215,9 @@ def apply(
         if flat.get(key, defaults[key]) == defaults[key]:
             settled[key] = value
     settled |= _settled(settled)
+    if flat.get("target", defaults["target"]) == "number":
+        # What speaks of classes by default: it is left out where it is not given.
+        settled |= {k: v for k, v in _OF_NUMBERS.items() if flat.get(k, defaults[k]) == defaults[k]}
     for key, values in method.one_of.items():
         given = settled.get(key, defaults[key])
         if given not in values:
@@ -230,12 +234,13 @@ def _settled(flat: Mapping[str, Value]) -> dict[str, Value]:
     """
     found: dict[str, Value] = {}
     keeps = False
+    numbers = flat.get("target", "class") == "number"
     if flat.get("classifier-init", "auto") == "auto":
         others = flat.get("start-module") or flat.get("robust-rule", "mean") != "mean"
         found["classifier-init"] = "zero" if others else "ridge"
         keeps = not others and flat.get("classifier-training", "trained") == "trained"
     if flat.get("loss", "auto") == "auto":
-        found["loss"] = "balanced-softmax" if keeps else "softmax"
+        found["loss"] = "squared" if numbers else "balanced-softmax" if keeps else "softmax"
     if flat.get("learning-rate", 0) == 0:
         found["learning-rate"] = 0.003 if keeps else 0.01
     return found

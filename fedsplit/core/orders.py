@@ -20,7 +20,7 @@ from fedsplit.core.encoder import Grant
 from fedsplit.core.foreign import MAX_CLASSES, MAX_NAME_CHARS, ClassName, Name, printable
 from fedsplit.core.notes import MAX_NOTE_CHARS, MAX_NOTES
 from fedsplit.core.records import RoundMetrics
-from fedsplit.core.scores import Tally
+from fedsplit.core.scores import Scale, Spread, Tally
 
 # Groups of arrays that travel beside an order or an answer.
 MODULE, DELTA, STATISTICS, SCALARS, HISTORY = "module", "delta", "statistics", "scalars", "history"
@@ -68,6 +68,8 @@ class Order(_Part):
     fedsplit_version: Word
     config: dict[str, str | int | float | bool]
     classes: Classes | None
+    scale: Scale | None = None
+    """What the sites' numbers are scaled by, where labels are numbers and the sites have said where theirs lie."""
     cut: str
     rank: int = Field(ge=1, le=1024)
     """The site's LoRA rank."""
@@ -106,6 +108,8 @@ class RollCall(_Part):
     """The site's own LoRA rank; 0: the run's."""
     pixel_max: Annotated[float, Field(ge=0, le=2**32, allow_inf_nan=False)] = 0.0
     """The value that is white in its images; 0 for texts."""
+    spread: Spread | None = None
+    """Where the numbers of its training samples lie; None where labels are classes."""
     notes: tuple[
         Annotated[str, Field(max_length=MAX_NOTE_CHARS), AfterValidator(printable)], ...
     ] = Field((), max_length=MAX_NOTES)

@@ -99,8 +99,10 @@ def apply(flat: Mapping[str, Value], defaults: Mapping[str, Value]) -> dict[str,
     if recipe is None:
         return dict(flat)
     settled = dict(flat)
+    numbers = flat.get("target", defaults["target"]) == "number"
     for key, value in recipe.sets.items():
-        if _open(flat, defaults, key):
+        # A recipe's loss is one of classes; of numbers the default is what it wants.
+        if not (numbers and key == "loss") and _open(flat, defaults, key):
             settled[key] = value
     name = settled.get("method", defaults["method"])
     method = METHODS.get(str(name))
@@ -143,7 +145,8 @@ def changes(config: RunConfig, found: Mapping[str, tuple[Value, str]]) -> dict[s
 def told(config: RunConfig, found: Mapping[str, tuple[Value, str]]) -> list[str]:
     """What the recipe of a fitted config chose and what it left as given, a line each."""
     recipe, flat = RECIPES[config.run.recipe], config.flat()
-    wanted = {key: (value, "") for key, value in recipe.sets.items()} | dict(found)
+    sets = {k: v for k, v in recipe.sets.items() if k != "loss" or config.task.target == "class"}
+    wanted = {key: (value, "") for key, value in sets.items()} | dict(found)
     lines = []
     for key, (value, why) in wanted.items():
         if flat[key] == value:

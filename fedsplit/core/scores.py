@@ -13,6 +13,8 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedsplit.core.errors import ConfigError
+
 Target = Literal["class", "number"]
 """What a label is."""
 Scores = dict[str, float]
@@ -30,9 +32,57 @@ Sums = Annotated[
 ]
 """Name -> sum over test samples. Foreign numbers: capped in number, length and size."""
 
+NUMBER: tuple[str, ...] = ("number",)
+"""What stands for the classes where labels are numbers: the name of the one output."""
+LARGEST_NUMBER = 1e30
+"""The largest label of a task of numbers."""
 LOST_SHARE = 0.10
 # Standard errors that chance explains.
 _CHANCE = 2.0
+
+
+_Number = Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER, allow_inf_nan=False)]
+_Deviation = Annotated[float, Field(ge=0, le=2 * LARGEST_NUMBER, allow_inf_nan=False)]
+
+
+class Spread(BaseModel):
+    """Where a site's training numbers lie: what it says of them before the first round."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mean: _Number
+    deviation: _Deviation
+    """The root of the mean squared distance from the mean."""
+
+
+class Scale(BaseModel):
+    """What the outputs of a model of numbers are in: number = mean + deviation * output."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    mean: _Number
+    deviation: Annotated[_Deviation, Field(gt=0)]
+
+
+def agreed(spreads: Iterable[tuple[Spread, float]]) -> Scale:
+    """Mean and deviation of the numbers of all sites together, from (spread, weight) of each. Raises ConfigError.
+
+    Exact where the weights are the samples: the variance of all is the mean of the variances and of the squared distances of
+    the means (Chan et al., 1979).
+    """
+    known = list(spreads)
+    total = sum(weight for _, weight in known)
+    mean = sum(spread.mean * weight for spread, weight in known) / total
+    squares = sum(
+        (spread.deviation**2 + (spread.mean - mean) ** 2) * weight for spread, weight in known
+    )
+    deviation = math.sqrt(squares / total)
+    if not deviation > 1e-12 * abs(mean):
+        raise ConfigError(
+            f"the training samples of all sites have one number, {mean:g}, so there is nothing to learn; look at "
+            f"label-column"
+        )
+    return Scale(mean=mean, deviation=deviation)
 
 
 class Tally(BaseModel):
@@ -63,7 +113,7 @@ class Scoring(ABC):
     main: ClassVar[str]
     """The score that modules are compared by."""
     more_is_better: ClassVar[bool]
-    sums: ClassVar[frozenset[str]]
+    sums: ClassVar[tuple[str, ...]]
     """The names of the sums that a test has."""
     harm: ClassVar[str]
     """What a site that `lost` had happen to it, in words."""
@@ -107,7 +157,7 @@ class ClassScores(Scoring):
     target = "class"
     main = "accuracy"
     more_is_better = True
-    sums = frozenset({"correct"})
+    sums = ("correct",)
     harm = "lost more than 10 points"
 
     def _scores(self, sums: Mapping[str, float], n: int) -> Scores:
@@ -116,7 +166,7 @@ class ClassScores(Scoring):
     def possible(self, test: Tally) -> bool:
         """A count of at most all samples."""
         right = test.sums.get("correct", -1.0)
-        return test.sums.keys() == self.sums and 0 <= right <= test.samples and right % 1 == 0
+        return test.sums.keys() == set(self.sums) and 0 <= right <= test.samples and right % 1 == 0
 
     def lost(self, before: Tally, now: Tally) -> bool:
         """More than 10 points, and than the standard error of a share."""
@@ -132,11 +182,60 @@ class ClassScores(Scoring):
         return f"{value:.1%}"
 
 
+class NumberScores(Scoring):
+    """Of numbers: the mean absolute error, the root of the mean squared error, and R2, the share of variance explained.
+
+    Sums: `abs` and `sq` of the errors, in the numbers' own unit; `y` and `yy` of the numbers and their squares, from the
+    mean that the sites agreed on, so that a large mean takes no digits from the variance.
+    """
+
+    target = "number"
+    main = "mae"
+    more_is_better = False
+    sums = ("abs", "sq", "y", "yy")
+    harm = "lost more than 0.1 of R2"
+
+    def _scores(self, sums: Mapping[str, float], n: int) -> Scores:
+        found = {"mae": sums["abs"] / n, "rmse": math.sqrt(sums["sq"] / n)}
+        if (spread := _variance(sums, n)) > 0:
+            # Numbers that are all equal have no variance to explain.
+            found["r2"] = 1 - sums["sq"] / n / spread
+        return found
+
+    def possible(self, test: Tally) -> bool:
+        """No negative square, and no sum larger than its squares allow (Cauchy and Schwarz)."""
+        s, n = test.sums, test.samples
+        if s.keys() != set(self.sums) or min(s["abs"], s["sq"], s["yy"]) < 0:
+            return False
+        pairs = ((s["abs"], s["sq"]), (s["y"], s["yy"]))
+        return all(total**2 <= n * squares * (1 + 1e-6) for total, squares in pairs)
+
+    def lost(self, before: Tally, now: Tally) -> bool:
+        """More than a tenth of the site's variance, and than the standard error of a mean of squares (of normal errors)."""
+        if not before.samples or not now.samples:
+            return False
+        spread = _variance(now.sums, now.samples)
+        was, is_ = before.sums["sq"] / before.samples, now.sums["sq"] / now.samples
+        error = _CHANCE * math.sqrt(2 / min(before.samples, now.samples)) * max(was, spread)
+        return is_ - was > LOST_SHARE * spread + error
+
+    def shown(self, value: float) -> str:
+        """0.1234"""
+        return f"{value:.4g}"
+
+
+def _variance(sums: Mapping[str, float], n: int) -> float:
+    mean = sums["y"] / n
+    # What is left of equal numbers after rounding is no variance.
+    return 0.0 if (found := sums["yy"] / n - mean**2) <= 1e-12 * sums["yy"] / n else found
+
+
 CLASS_SCORES = ClassScores()
-SCORINGS: Mapping[Target, Scoring] = {"class": CLASS_SCORES}
+NUMBER_SCORES = NumberScores()
+SCORINGS: Mapping[Target, Scoring] = {"class": CLASS_SCORES, "number": NUMBER_SCORES}
 
 
 def scoring_of(sums: Iterable[str]) -> Scoring:
     """The scoring whose sums have these names; that of classes where none has."""
     names = set(sums)
-    return next((s for s in SCORINGS.values() if names == s.sums), CLASS_SCORES)
+    return next((s for s in SCORINGS.values() if names == set(s.sums)), CLASS_SCORES)

@@ -49,6 +49,10 @@ def fits(config: RunConfig) -> list[str]:
         return [
             "tasks and task-holders: a run of a grid has one task; use [[problems]] or fedsplit run"
         ]
+    if config.task.target == "number":
+        return [
+            "target=number: a grid compares methods by their accuracy; use fedsplit run for a run on numbers"
+        ]
     try:
         config = config.fitted(Backbone.find(config.placement.backbone).blocks)
     except BackboneError:
@@ -64,7 +68,7 @@ def fits(config: RunConfig) -> list[str]:
 def _model_faults(config: RunConfig) -> tuple[str, ...]:
     try:
         backbone = Backbone.find(config.placement.backbone)
-        spec = ModuleSpec.of(config, config.task.class_names or ("a", "b"))
+        spec = ModuleSpec.of(config, config.task.class_names or config.task.stand_in)
         faults = module.spec_faults(backbone, spec)
     except (BackboneError, ConfigError) as err:
         return tuple(faults_of(err))

@@ -22,14 +22,16 @@ _PAPER, _INK, _GREY = "white", "#222222", "#777777"
 def write_sheet(path: Path, examples: Examples) -> list[str]:
     """Write the PNG; what there is to say of it. Raises RunDirError where it cannot be written, DataError for an image that cannot be read."""
     held = [c for c in range(len(examples.classes)) if (examples.labels == c).any()]
-    rows = [(c, _spread(np.flatnonzero(examples.labels == c))) for c in held[:MOST_CLASSES]]
+    members = [np.flatnonzero(examples.labels == c) for c in held[:MOST_CLASSES]]
+    if examples.numbers is not None:
+        # One row, from the least number to the largest.
+        members = [np.argsort(examples.numbers, kind="stable")]
+    rows = [(c, _spread(of)) for c, of in zip(held, members, strict=False)]
     heads = [
         f"{printable(examples.classes[c], limit=60)}: {(examples.labels == c).sum()}"
         for c, _ in rows
     ]
-    names = {
-        i: printable(Path(examples.origin(i)).name, limit=22) for _, chosen in rows for i in chosen
-    }
+    names = {i: _caption(examples, i) for _, chosen in rows for i in chosen}
     font, has_all = file_for([*heads, *names.values()])
     head, small = (ImageFont.truetype(font, size) for size in (15, 11))
     row = _SIDE + 3 * _TEXT + _GAP
@@ -52,6 +54,12 @@ def write_sheet(path: Path, examples: Examples) -> list[str]:
     if len(rows) < len(held):
         notes.append(f"the contact sheet shows the first {len(rows)} of {len(held)} classes")
     return notes
+
+
+def _caption(examples: Examples, i: int) -> str:
+    if examples.numbers is not None:
+        return f"{examples.numbers[i]:.6g}"
+    return printable(Path(examples.origin(i)).name, limit=22)
 
 
 def _thumbnail(examples: Examples, i: int) -> Pillow.Image:

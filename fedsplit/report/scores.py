@@ -41,7 +41,8 @@ def whole(scores: Scores | None, scoring: Scoring, n: int = 0) -> str:
 
 
 def difference(gain: float, scoring: Scoring) -> str:
-    """How much the main score changed: +12.3 points, or 0.12 less."""
+    """How much the main score changed: +12.3 points, or MAE 0.12 lower."""
     if scoring.target == "class":
         return points(gain)
-    return f"{number(abs(gain))} {'less' if gain >= 0 else 'more'}"
+    higher = (gain > 0) == scoring.more_is_better
+    return f"{title(scoring.main)} {number(abs(gain))} {'higher' if higher else 'lower'}"

@@ -23,6 +23,8 @@ from fedsplit.training.own_data import without_test
 
 SITE = "this site"
 """What errors call the site through whose eyes this looks."""
+FIVE = ("least", "lower_quartile", "median", "upper_quartile", "largest")
+"""What is said of numbers beside their count."""
 MOST_SIZES = 2000
 """Images whose size is looked at."""
 _SHOWN = 5
@@ -34,8 +36,11 @@ class Survey:
 
     source: str
     kind: str
+    samples: int
+    numbers: dict[str, dict[str, float]]
+    """Where labels are numbers: of all, train and test the count, least, quartiles and largest; else empty."""
     classes: dict[str, int]
-    """Name -> samples."""
+    """Name -> samples; empty where labels are numbers."""
     train: dict[str, int]
     test: dict[str, int]
     """Name -> samples on that side, for a site that meets this source for the first time."""
@@ -68,6 +73,7 @@ class Survey:
             "source": self.source,
             "kind": self.kind,
             "classes": self.classes,
+            "numbers": self.numbers or None,
             "split": {
                 name: {"train": self.train[name], "test": self.test[name]} for name in self.classes
             },
@@ -97,6 +103,7 @@ def survey(flat: Mapping[str, Any], *, backbone: bool, sheet: Path) -> Survey:
         label_column=config.task.label_column,
         pixel_max=config.task.pixel_max,
         leave_out_broken=config.task.broken_files == "leave-out",
+        target=config.task.target,
     )
     notes = list(examples.notes)
     digests = examples.digests()
@@ -115,6 +122,8 @@ def survey(flat: Mapping[str, Any], *, backbone: bool, sheet: Path) -> Survey:
     return Survey(
         source=config.task.data,
         kind=examples.kind,
+        samples=len(examples),
+        numbers=_numbers(examples, {"all": np.arange(len(examples)), "train": train, "test": test}),
         classes=_count(examples, np.arange(len(examples))),
         train=_count(examples, train),
         test=_count(examples, test),
@@ -129,7 +138,21 @@ def survey(flat: Mapping[str, Any], *, backbone: bool, sheet: Path) -> Survey:
     )
 
 
+def _numbers(
+    examples: Examples, sides: Mapping[str, np.ndarray[Any, Any]]
+) -> dict[str, dict[str, float]]:
+    if examples.numbers is None:
+        return {}
+    found: dict[str, dict[str, float]] = {}
+    for name, chosen in sides.items():
+        five = np.quantile(examples.numbers[chosen], (0, 0.25, 0.5, 0.75, 1)).tolist()
+        found[name] = {"count": len(chosen)} | dict(zip(FIVE, five, strict=True))
+    return found
+
+
 def _count(examples: Examples, chosen: np.ndarray[Any, Any]) -> dict[str, int]:
+    if examples.numbers is not None:
+        return {}
     counts = np.bincount(examples.labels[chosen], minlength=len(examples.classes))
     return {name: int(n) for name, n in zip(examples.classes, counts, strict=True)}
 
@@ -141,14 +164,18 @@ def _sizes(examples: Examples) -> dict[str, int]:
 
 
 def _doubles(examples: Examples, digests: np.ndarray[Any, Any]) -> tuple[int, int, list[str]]:
-    """Equal samples within a class, and under several; in the second case one of the labels is wrong."""
+    """Equal samples of one label, and of several; in the second case one of the classes is wrong."""
+    told = examples.labels if examples.numbers is None else examples.numbers
+    one, several, wrong = ("in their class", "classes", ", so labels are wrong")
+    if examples.numbers is not None:
+        one, several, wrong = ("with their number", "numbers", "")
     places: dict[int, list[int]] = defaultdict(list)
     for i, digest in enumerate(digests.tolist()):
         places[digest].append(i)
     within = across = 0
     odd: list[str] = []
     for same in places.values():
-        labels = Counter(int(examples.labels[i]) for i in same)
+        labels = Counter(told[same].tolist())
         within += sum(n - 1 for n in labels.values())
         if len(labels) > 1:
             across += len(same)
@@ -156,11 +183,11 @@ def _doubles(examples: Examples, digests: np.ndarray[Any, Any]) -> tuple[int, in
     notes = []
     if within:
         notes.append(
-            f"{within} samples are there twice or more in their class; equal ones are on one side of the split"
+            f"{within} samples are there twice or more {one}; equal ones are on one side of the split"
         )
     if across:
         notes.append(
-            f"{across} samples of equal content have different classes, so labels are wrong, e.g. {'; '.join(odd[:_SHOWN])}"
+            f"{across} samples of equal content have different {several}{wrong}, e.g. {'; '.join(odd[:_SHOWN])}"
         )
     return within, across, notes
 

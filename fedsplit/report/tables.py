@@ -179,7 +179,8 @@ def _alone(summary: Summary) -> str:
     if together is None:
         return text
     gain = scoring.gain(alone[scoring.main], together[scoring.main])
-    verdict = "training together gained" if gain > 0 else "training together did not help:"
+    gained = "training together gained" + ("" if scoring.target == "class" else ":")
+    verdict = gained if gain > 0 else "training together did not help:"
     return f"{text}; {verdict} {score_words.difference(gain, scoring)}"
 
 

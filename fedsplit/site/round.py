@@ -114,7 +114,7 @@ class SiteRound(SiteWork):
     def _sums(self, run: OpenModel) -> dict[str, NDArray[np.float32]]:
         arrays: dict[str, NDArray[np.float32]] = {}
         for prefix, indices in zip((FIT, HELD_OUT), self._held_out(), strict=True):
-            found = collect(run.model, self.batches(indices), run.flow)
+            found = collect(run.model, self.batches(indices), run.flow, self.task)
             arrays |= {f"{prefix}/{n}": a for n, a in found.arrays().items()}
         return arrays
 

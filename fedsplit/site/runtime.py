@@ -94,6 +94,7 @@ class SiteRuntime:
                 versions=installed(),
                 number=number,
                 pixel_max=own.examples.pixel_max,
+                spread=own.spread,
                 notes=fit((*own.notes, *_proxy_note(config))),
             )
         except ValidationError as err:
@@ -103,7 +104,14 @@ class SiteRuntime:
             ) from err
 
     def _tell(self, site: SiteSettings, own: SiteData) -> None:
-        """Write into the site's log which names leave it, before they do."""
+        """Write into the site's log what leaves it of the labels, before it does."""
+        if (spread := own.spread) is not None:
+            self.log.info(
+                "site %s tells the server of the numbers of its %d training samples: mean %g, deviation %g",
+                site.name, len(own.train), spread.mean, spread.deviation,
+            )  # fmt: skip
+            self._tell_notes(site, own)
+            return
         counts = np.bincount(own.examples.labels, minlength=len(own.examples.classes))
         told = ", ".join(
             f"{printable(name)} ({count})"
@@ -112,6 +120,9 @@ class SiteRuntime:
         self.log.info(
             "site %s tells the server its classes: %s", site.name, printable(told, limit=2000)
         )
+        self._tell_notes(site, own)
+
+    def _tell_notes(self, site: SiteSettings, own: SiteData) -> None:
         for note in own.notes:
             self.log.info("site %s: %s", site.name, printable(note))
 

@@ -35,7 +35,7 @@ from fedsplit.training.replay import caught_up, history_shapes
 from fedsplit.training.round import Adjust, WaitMeter, evaluate
 from fedsplit.training.site_data import SiteData
 from fedsplit.training.site_settings import SiteSettings
-from fedsplit.training.task import CLASSIFICATION, Task
+from fedsplit.training.task import CLASSIFICATION, Regression, Task
 
 # What a site's state holds: its personal model, what it goes on from, the module that it was sent.
 PERSONAL, KEPT, HELD = "personal", "kept", "held"
@@ -253,7 +253,14 @@ class SiteWork:
     @functools.cached_property
     def task(self) -> Task:
         """What a label is, and what follows from it."""
-        return CLASSIFICATION
+        if self.config.task.target == "class":
+            return CLASSIFICATION
+        if self.order.scale is None:
+            raise FederationError(
+                f"an order to {self.order.kind} on numbers came without their scale; install the same fedsplit version on "
+                f"both ends"
+            )
+        return Regression(self.order.scale)
 
     @functools.cached_property
     def source(self) -> str:
@@ -269,7 +276,8 @@ class SiteWork:
     @functools.cached_property
     def spec(self) -> ModuleSpec:
         """The module at this site's rank."""
-        return ModuleSpec.of(self.config, self.order.classes or (), rank=self.order.rank)
+        order = self.order
+        return ModuleSpec.of(self.config, order.classes or (), rank=order.rank, numbers=order.scale)
 
     @functools.cached_property
     def plan(self) -> Plan:

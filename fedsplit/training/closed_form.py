@@ -22,6 +22,7 @@ from fedsplit.training import pipeline
 from fedsplit.training.data import Batch
 from fedsplit.training.last_linear import LastInput, last_linear
 from fedsplit.training.pipeline import Flow
+from fedsplit.training.task import CLASSIFICATION, Task
 
 Floats = NDArray[np.float64]
 GRAM, MOMENT = "statistics.gram", "statistics.moment"
@@ -31,12 +32,12 @@ TEMPERATURES: Floats = np.geomspace(1e-3, 1e3, 121)
 
 @dataclass(frozen=True, eq=False)
 class FeatureStatistics:
-    """Sums over samples of features x (with a 1 appended) and one-hot labels y."""
+    """Sums over samples of features x (with a 1 appended) and of targets y: one-hot labels, or one number."""
 
     gram: Floats
     """Sum of x x^T, [F + 1, F + 1]; the last row holds the sum of features and the number of samples."""
     moment: Floats
-    """Sum of x y^T, [F + 1, C]; the last row holds the samples of each class."""
+    """Sum of x y^T, [F + 1, C]; the last row holds the sum of the targets: the samples of each class."""
 
     @classmethod
     def empty(cls, features: int, classes: int) -> FeatureStatistics:
@@ -70,14 +71,20 @@ class FeatureStatistics:
         return self.moment[:-1].T
 
     def add(self, features_NF: ArrayLike, labels_N: ArrayLike) -> FeatureStatistics:
-        """With more samples; sums are in float64. Raises UpdateError for features that are not finite."""
+        """With more samples; sums are in float64. Whole labels are classes, others numbers.
+
+        Raises UpdateError for features that are not finite.
+        """
         features = np.asarray(features_NF, dtype=np.float64)
-        labels = np.asarray(labels_N, dtype=np.int64)
+        labels = np.asarray(labels_N)
         if not np.isfinite(features).all():
             raise UpdateError("features are not finite; look for broken samples or weights")
         x = np.concatenate([features, np.ones((len(features), 1))], axis=1)
-        y = np.zeros((len(labels), self.classes))
-        y[np.arange(len(labels)), labels] = 1.0
+        if labels.dtype.kind == "f":
+            y = labels.astype(np.float64)[:, None]
+        else:
+            y = np.zeros((len(labels), self.classes))
+            y[np.arange(len(labels)), labels] = 1.0
         return FeatureStatistics(self.gram + x.T @ x, self.moment + x.T @ y)
 
     def __add__(self, other: FeatureStatistics) -> FeatureStatistics:
@@ -101,9 +108,17 @@ class FeatureStatistics:
 
     @classmethod
     def of(
-        cls, arrays: Mapping[str, NDArray[Any]], *, features: int, classes: int
+        cls,
+        arrays: Mapping[str, NDArray[Any]],
+        *,
+        features: int,
+        classes: int,
+        numbers: bool = False,
     ) -> FeatureStatistics:
-        """The inverse of `arrays`. Raises UpdateError on anything else than finite sums of these sizes."""
+        """The inverse of `arrays`; with `numbers` the targets are no classes, whose samples can be counted.
+
+        Raises UpdateError on anything else than finite sums of these sizes.
+        """
         rows = features + 1
         wanted = cls.shapes(features=features, classes=classes)
         shapes = {name: array.shape for name, array in arrays.items()}
@@ -118,6 +133,8 @@ class FeatureStatistics:
         gram = np.zeros((rows, rows))
         gram[np.triu_indices(rows)] = packed
         found = cls(gram + np.triu(gram, 1).T, moment)
+        if numbers:
+            return found
         if (found.counts < 0).any() or not np.isclose(found.counts.sum(), gram[-1, -1], rtol=1e-6):
             raise UpdateError(
                 f"feature statistics count {found.counts.sum():g} labels and {gram[-1, -1]:g} samples; they "
@@ -147,7 +164,7 @@ class Linear:
 
 
 def ridge(statistics: FeatureStatistics, alpha: float, *, bias: bool = True) -> Linear:
-    """Least squares to one-hot labels with alpha |weight|^2: scikit-learn's `Ridge(alpha, fit_intercept=bias)`.
+    """Least squares to the targets with alpha |weight|^2: scikit-learn's `Ridge(alpha, fit_intercept=bias)`.
 
     The bias is not regularised: features and labels are centred, which the sums allow afterwards. Without `bias` it is
     zero. Raises FederationError without a sample, ConfigError where alpha is 0 and the samples do not settle the solution.
@@ -219,12 +236,15 @@ def best_temperature(nll: Floats, temperatures: Floats) -> float:
 
 
 def collect(
-    model: SplitModel, batches: Iterable[Batch], flow: Flow | None = None
+    model: SplitModel,
+    batches: Iterable[Batch],
+    flow: Flow | None = None,
+    task: Task = CLASSIFICATION,
 ) -> FeatureStatistics:
     """Sums over what enters the model's last linear layer. No gradient, several steps in flight."""
     layer = last_linear(model.part)
     statistics = FeatureStatistics.empty(layer.in_features, layer.out_features)
-    for features_NF, _, labels_N in _passes(model, batches, flow or Flow()):
+    for features_NF, _, labels_N in _passes(model, batches, flow or Flow(), task):
         statistics = statistics.add(features_NF, labels_N)
     return statistics
 
@@ -242,12 +262,14 @@ def calibration(
     return nll
 
 
-def _passes(model: SplitModel, batches: Iterable[Batch], flow: Flow) -> Iterable[Any]:
-    """(features, logits, labels) of each batch."""
+def _passes(
+    model: SplitModel, batches: Iterable[Batch], flow: Flow, task: Task = CLASSIFICATION
+) -> Iterable[Any]:
+    """(features, logits, targets) of each batch."""
     with torch.no_grad(), LastInput(model.part) as seen:
         for batch, z in pipeline.ahead(model, batches, flow):
             logits = pipeline.tail(model, z, batch.mask, flow.precision)
-            yield seen.features.numpy(), logits.numpy(), batch.labels.numpy()
+            yield seen.features.numpy(), logits.numpy(), task.targets(batch.labels).numpy()
 
 
 def _samples(statistics: FeatureStatistics) -> float:

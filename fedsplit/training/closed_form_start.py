@@ -52,6 +52,7 @@ class ClosedFormStart:
         self._has_bias = self._bias in module
         self._features = module[self._weight].shape[1]
         self._classes = len(spec.classes)
+        self._numbers = spec.numbers is not None
         self._fit: dict[str, FeatureStatistics] = {}
         self._held_out: dict[str, FeatureStatistics] = {}
         self._nll = np.zeros(len(TEMPERATURES))
@@ -76,6 +77,7 @@ class ClosedFormStart:
                 {n.removeprefix(f"{part}/"): a for n, a in arrays.items() if n.startswith(part)},
                 features=self._features,
                 classes=self._classes,
+                numbers=self._numbers,
             )
             for part in (FIT, HELD_OUT)
         )

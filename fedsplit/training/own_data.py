@@ -97,22 +97,42 @@ def open_own(
             f"site {record.site!r}: of the {len(at)} samples that it had at roll call {len(here)} are left, not enough "
             "to train and to test; put the files back, or start a new run"
         )
-    names = classes or listed.classes
-    number = {name: i for i, name in enumerate(names)}
-    if unknown := sorted(set(listed.classes) - number.keys()):
-        raise DataError(
-            f"site {record.site!r}: it told its class {unknown[0]!r} at roll call, the run's classes are without it"
-        )
-    labels = np.array([number[name] for name in listed.classes], dtype=np.int64)[listed.labels]
+    numbers, names = None, found.classes
+    if found.numbers is None:
+        names = classes or listed.classes
+        labels = _labels(listed, names, record.site)[here]
+    else:
+        labels = np.zeros(len(here), np.int64)
+        numbers = np.array([float(text) for text in listed.classes])[listed.labels[here]]
     examples = replace(
         found,
-        labels=labels[here],
+        labels=labels,
         classes=names,
+        numbers=numbers,
         items=_Chosen(found.items, at),
         keys=here.astype(np.int64),
         groups=None,
     )
     return Own(examples, np.flatnonzero(own == TRAIN), np.flatnonzero(own == TEST), notes)
+
+
+def _labels(listed: Listed, names: tuple[str, ...], site: str) -> Index:
+    """[N], the list's labels as positions in the run's classes. Raises DataError where these are without one."""
+    number = {name: i for i, name in enumerate(names)}
+    if unknown := sorted(set(listed.classes) - number.keys()):
+        raise DataError(
+            f"site {site!r}: it told its class {unknown[0]!r} at roll call, the run's classes are without it"
+        )
+    return np.array([number[name] for name in listed.classes], dtype=np.int64)[listed.labels]
+
+
+def _named(examples: Examples) -> tuple[Index, tuple[str, ...]]:
+    """[N] labels and their names as a list keeps them: of classes those that occur, of numbers each as text."""
+    if examples.numbers is not None:
+        values, places = np.unique(examples.numbers, return_inverse=True)
+        return places.astype(np.int64), tuple(map(repr, values.tolist()))
+    used, places = np.unique(examples.labels, return_inverse=True)
+    return places.astype(np.int64), tuple(examples.classes[i] for i in used)
 
 
 def _first(
@@ -144,13 +164,13 @@ def _first(
     notes += _fraction(fraction, sides, known)
     notes += without_test(found, test)
     record.add(digests, sides)
-    used, labels = np.unique(found.labels, return_inverse=True)
+    labels, names = _named(found)
     files = stamps is not None
     listed = Listed(
         digests=digests,
         sides=sides,
-        labels=labels.astype(np.int64),
-        classes=tuple(found.classes[i] for i in used),
+        labels=labels,
+        classes=names,
         origins=tuple(found.origin(i) for i in range(len(found))) if files else (),
         stamps=stamps if stamps is not None else np.zeros((0, 2), np.int64),
         pixel_max=found.pixel_max,
@@ -201,8 +221,9 @@ def _places(listed: Listed, found: Examples) -> Index:
     digests = _digests(listed, found)
     free: dict[tuple[int, str], list[int]] = defaultdict(list)
     # The list has the classes as the run spells them, the source as it does itself.
-    own, listed_as = [plain(c) for c in found.classes], [plain(c) for c in listed.classes]
-    names = [own[label] for label in found.labels]
+    labels, told = _named(found)
+    own, listed_as = [plain(c) for c in told], [plain(c) for c in listed.classes]
+    names = [own[label] for label in labels]
     pairs = zip(digests.tolist(), names, found.keys.tolist(), strict=True)
     for digest, name, key in pairs:
         free[digest, name].append(key)

@@ -11,7 +11,7 @@ from typing import Literal
 from fedsplit.core.errors import ConfigError
 from fedsplit.training.task import CLASSIFICATION, Task
 
-LossKind = Literal["softmax", "one-vs-all", "balanced-softmax"]
+LossKind = Literal["softmax", "one-vs-all", "balanced-softmax", "squared", "huber"]
 Augmentation = Literal["none", "flip", "crop+flip"]
 Precision = Literal["fp32", "bf16"]
 ServerMode = Literal["frozen", "hosted", "shared", "zeroth-order"]

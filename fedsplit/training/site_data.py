@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsplit.core.config import RunConfig
+from fedsplit.core.config import RunConfig, TaskSection
 from fedsplit.core.errors import DataError
+from fedsplit.core.scores import Spread, Target
 from fedsplit.model.backbone import Backbone
 from fedsplit.training.data import (
     CachedTransform,
@@ -50,6 +51,14 @@ class SiteData:
     transform: CachedTransform
     notes: tuple[str, ...] = ()
     """What was guessed, left out or looks odd, a sentence each."""
+
+    @property
+    def spread(self) -> Spread | None:
+        """Where the numbers of the training samples lie; None where labels are classes."""
+        if self.examples.numbers is None:
+            return None
+        numbers = self.examples.numbers[self.train]
+        return Spread(mean=float(numbers.mean()), deviation=float(numbers.std()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,6 +152,7 @@ class SiteSources:
             config.task.label_column,
             site.pixel_max or config.task.pixel_max,
             config.task.broken_files == "leave-out",
+            config.task.target,
         )
         if site.partition is None or site.data is not None:
             examples = self.loaded(
@@ -206,17 +216,24 @@ def _open_own(
             label_column=config.task.label_column,
             pixel_max=pixel_max or site.pixel_max or config.task.pixel_max,
             leave_out_broken=config.task.broken_files == "leave-out",
+            target=config.task.target,
             listed=listed,
         )
 
     return open_own(
         read,
         record,
-        source=f"{config.task.name}\n{data}\n{config.task.text_column}\n{config.task.label_column}",
+        source=_source(config.task, data),
         fraction=config.task.test_fraction,
         classes=classes,
         declared=config.task.class_names is not None,
     )
+
+
+def _source(task: TaskSection, data: str) -> str:
+    """What a site's lists are of: a source, and how it is read."""
+    told = [task.name, data, task.text_column, task.label_column]
+    return "\n".join(told if task.target == "class" else [*told, task.target])
 
 
 def with_text_notes(own: SiteData) -> SiteData:
@@ -237,6 +254,7 @@ def _load(
     label_column: str,
     pixel_max: float,
     leave_out_broken: bool,
+    target: Target,
 ) -> Examples:
     return load_source(
         spec,
@@ -247,6 +265,7 @@ def _load(
         label_column=label_column,
         pixel_max=pixel_max,
         leave_out_broken=leave_out_broken,
+        target=target,
     )
 
 

@@ -184,5 +184,10 @@ class SiteSettings:
                 f"the run declares classes={','.join(declared)[:200]}, this site's node config says "
                 f"classes={','.join(self.classes)[:200]}; give both the same, or leave classes out of the run"
             )
+        if self.classes and config.task.target == "number":
+            faults.append(
+                "the run trains on target=number, this site's node config lets only its classes leave; remove classes from the "
+                "node config if numbers may be trained on"
+            )
         if faults:
             raise ConfigError(f"site {self.name!r}: {'; '.join(faults)}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedsplit.core.scores import CLASS_SCORES, Scoring
+from fedsplit.core.scores import CLASS_SCORES, NUMBER_SCORES, Scale, Scoring
 from fedsplit.training.losses import Loss, class_loss
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ class Task(ABC):
     @abstractmethod
     def loss(self, settings: TrainSettings) -> Loss:
         """What training makes small, as the settings ask."""
+
+    def targets(self, labels_B: Tensor) -> Tensor:
+        """What the outputs are to be for these labels: the number of a class, or a number on the outputs' scale."""
+        return labels_B
 
     @abstractmethod
     def sums(self, outputs_BC: Tensor, labels_B: Tensor) -> dict[str, float]:
@@ -67,6 +71,47 @@ class Classification(Task):
         """Class -> its share, the largest first."""
         found = zip(names, outputs_C.softmax(dim=0).tolist(), strict=True)
         return dict(sorted(found, key=lambda entry: -entry[1]))
+
+
+@dataclass(frozen=True)
+class Regression(Task):
+    """A label is a number in its own unit, float64; the one output is that number on the scale the sites agreed on."""
+
+    scale: Scale
+
+    scoring = NUMBER_SCORES
+
+    def targets(self, labels_B: Tensor) -> Tensor:
+        """float32 [B]"""
+        return ((labels_B - self.scale.mean) / self.scale.deviation).float()
+
+    def loss(self, settings: TrainSettings) -> Loss:
+        """The mean squared error, or Huber's with its bend at one deviation."""
+        measure = nn.functional.huber_loss if settings.loss == "huber" else nn.functional.mse_loss
+
+        def loss(outputs_BC: Tensor, labels_B: Tensor) -> Tensor:
+            return measure(outputs_BC[:, 0], self.targets(labels_B))
+
+        return loss
+
+    def sums(self, outputs_BC: Tensor, labels_B: Tensor) -> dict[str, float]:
+        """Errors and numbers, in the numbers' own unit."""
+        numbers_B = labels_B.double() - self.scale.mean
+        errors_B = outputs_BC[:, 0].double() * self.scale.deviation - numbers_B
+        return {
+            "abs": float(errors_B.abs().sum()),
+            "sq": float(errors_B.square().sum()),
+            "y": float(numbers_B.sum()),
+            "yy": float(numbers_B.square().sum()),
+        }
+
+    def errors(self, outputs_BC: Tensor, labels_B: Tensor) -> Tensor:
+        """Absolute errors, in deviations."""
+        return (outputs_BC[:, 0] - self.targets(labels_B)).abs()
+
+    def prediction(self, outputs_C: Tensor, names: Sequence[str]) -> dict[str, float]:
+        """The number."""
+        return {names[0]: float(outputs_C[0]) * self.scale.deviation + self.scale.mean}
 
 
 CLASSIFICATION = Classification()

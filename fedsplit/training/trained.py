@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from fedsplit.model.split import SplitModel, whole_model
 from fedsplit.training.data import ImageTransform, TextTransform
 from fedsplit.training.data.examples import Request
 from fedsplit.training.data.image_files import ImageFiles
+from fedsplit.training.task import CLASSIFICATION, Regression, Task
 
 Sample = str | Path | NDArray[np.uint8]
 
@@ -35,7 +35,7 @@ class TrainedModule:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """In the order of the model's outputs."""
+        """In the order of the model's outputs; ("number",) where it predicts a number."""
         return self.spec.classes
 
     def prepare(self, sample: Sample) -> dict[str, torch.Tensor]:
@@ -70,17 +70,20 @@ class TrainedModule:
         items = ImageFiles(request, [str(sample)], white if seen.deep or white > 1 else 0.0)
         return {"pixel_values": self.transform(items.get(0))[None]}
 
+    @property
+    def task(self) -> Task:
+        """What the outputs mean."""
+        return CLASSIFICATION if self.spec.numbers is None else Regression(self.spec.numbers)
+
     def logits(self, sample: Sample) -> torch.Tensor:
-        """[C], one number a class."""
+        """[C], one number a class; or [1], a number on the scale of `spec.numbers`."""
         with torch.no_grad():
             # A batch of one is never padded, so there is no mask.
             return self.model(self.prepare(sample), None)[0]
 
     def predict(self, sample: Sample) -> dict[str, float]:
-        """Class -> its share, the largest first."""
-        shares: Any = self.logits(sample).softmax(dim=0).tolist()
-        found = zip(self.classes, shares, strict=True)
-        return dict(sorted(found, key=lambda entry: -entry[1]))
+        """Class -> its share, the largest first; or {"number": its value in the data's unit}."""
+        return self.task.prediction(self.logits(sample), self.classes)
 
 
 def load_trained(

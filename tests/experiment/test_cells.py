@@ -154,6 +154,7 @@ def test_what_cannot_be_dealt(parse: Parse, tmp_path: Path) -> None:
     assert fits(cell.config) == []
     assert "set sites" in fits(cell.config.changed(sites=0))[0]
     assert "too few" in fits(cell.config.changed(sites=60))[0]
+    assert "compares methods by their accuracy" in fits(cell.config.changed(target="number"))[0]
     counts = dealt(cell.config).counts
     assert len(counts) == 2
     assert sum(map(sum, counts)) == 80

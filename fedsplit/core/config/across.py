@@ -15,7 +15,16 @@ if TYPE_CHECKING:
 
 def across(c: RunConfig) -> list[Check]:
     """Every pair of settings of two sections that cannot go together."""
-    return [*_method(c), *_tasks(c), *_rules(c), *_start(c), *_module(c), *_encoder(c), *_local(c)]
+    return [
+        *_method(c),
+        *_tasks(c),
+        *_target(c),
+        *_rules(c),
+        *_start(c),
+        *_module(c),
+        *_encoder(c),
+        *_local(c),
+    ]
 
 
 def _method(c: RunConfig) -> list[Check]:
@@ -59,6 +68,37 @@ def _tasks(c: RunConfig) -> list[Check]:
             several and letters > 118,
             f"run-name and a task's name have {letters} characters together, at most 118 are wanted; use shorter "
             f"ones",
+        ),
+    ]
+
+
+def _target(c: RunConfig) -> list[Check]:
+    """What is for classes where the target is a number, and the other way round."""
+    number, loss, losses = c.task.target == "number", c.train.loss, ("squared", "huber")
+    fixed = "loss" in c.run.method_description.fixes
+    means = f"method={c.run.method} means loss={loss}" if fixed else f"loss={loss}"
+    instead = ", and method=fedv with module=classifier for a linear model" if fixed else ""
+    return [
+        (
+            number and loss not in ("auto", *losses),
+            f"{means}, which is for classes; with target=number use loss=squared or huber{instead}",
+        ),
+        (
+            not number and loss in losses,
+            f"loss={loss} is for numbers; set target=number, or leave loss out",
+        ),
+        (
+            number and c.train.label_smoothing > 0,
+            f"label-smoothing={c.train.label_smoothing:g} spreads a label over classes; leave it out with target=number",
+        ),
+        (
+            number and c.train.personalisation == "fed-rod",
+            f"{'recipe=personal' if c.run.recipe == 'personal' else 'personalisation=fed-rod'} is made for classes; with "
+            f"target=number use method=ditto",
+        ),
+        (
+            number and c.module.classifier_init == "class-means",
+            "classifier-init=class-means is for classes; with target=number use ridge or zero",
         ),
     ]
 

@@ -86,8 +86,9 @@ class RunConfig(BaseModel):
 
     @property
     def untrained(self) -> bool:
-        """Is the classifier all zeros before the first round? Then it names one class always."""
-        return self.module.classifier_start == "zero" and not self.run.start_module
+        """Is the classifier all zeros before the first round? Then it names one class always, and of numbers the mean."""
+        zero = self.module.classifier_start == "zero" and not self.run.start_module
+        return zero and self.task.target == "class"
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> RunConfig:

@@ -11,6 +11,7 @@ from fedsplit.core.config.flat import is_number
 from fedsplit.core.config.section import Check, Section, a_name, read_by
 from fedsplit.core.foreign import MAX_CLASS_CHARS, MAX_CLASSES, checked_name
 from fedsplit.core.names import MAX_TASK_CHARS
+from fedsplit.core.scores import NUMBER, Target
 from fedsplit.core.tasks import parse_classes, parse_holders, parse_tasks
 
 PARTITIONS = "iid, dirichlet:ALPHA, pathological:CLASSES or quantity:ALPHA"
@@ -27,6 +28,8 @@ class TaskSection(Section):
     """Several tasks "NAME=SOURCE;NAME=SOURCE" that take turns on one encoder; empty: one task, from task and data."""
     task_holders: Annotated[str, read_by(parse_holders)] = ""
     """Simulation: which sites hold a task, by number, "NAME:0-3;NAME:2,5". All sites hold a task that is not named."""
+    target: Target = "class"
+    """What the label is: the name of a class, or a number to predict (regression)."""
     classes: str = ""
     """The task's classes, comma-separated; empty: the union of the sites' class names."""
     text_column: str = Field(default="text", min_length=1)
@@ -88,7 +91,31 @@ class TaskSection(Section):
                 bool(self.tasks) and bool(self.classes),
                 f"classes={self.classes[:100]} are those of one task; with tasks leave them out, each has its sites' own",
             ),
+            *self._of_numbers(),
         ]
+
+    def _of_numbers(self) -> list[Check]:
+        """What speaks of classes where labels are numbers."""
+        number = self.target == "number"
+        return [
+            (
+                number and bool(self.classes),
+                f"classes={self.classes[:100]} with target=number: a number has no class; leave classes out",
+            ),
+            (
+                number and self.partition.partition(":")[0] in ("dirichlet", "pathological"),
+                f"partition={self.partition} deals by class; with target=number use iid or quantity:ALPHA",
+            ),
+            (
+                number and bool(self.tasks),
+                "tasks with target=number is not offered; run one task of numbers at a time",
+            ),
+        ]
+
+    @property
+    def stand_in(self) -> tuple[str, ...]:
+        """Names of outputs, as many as show whether a module fits, before the classes are known."""
+        return ("a", "b") if self.target == "class" else NUMBER
 
     @property
     def sources(self) -> dict[str, str]:

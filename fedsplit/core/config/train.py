@@ -49,8 +49,8 @@ class TrainSection(Section):
     """Largest gradient norm of a step on the device; 0: no limit."""
     accumulate: int = Field(default=1, ge=1, le=1024)
     """Number of batches whose gradients make one optimiser step."""
-    loss: Literal["auto", "softmax", "one-vs-all", "balanced-softmax"] = "auto"
-    """Cross-entropy, one yes-or-no question for each class, or cross-entropy balanced by the site's mix of classes. auto: softmax, but balanced-softmax if no setting of the classifier is given and it trains on from ridge."""
+    loss: Literal["auto", "softmax", "one-vs-all", "balanced-softmax", "squared", "huber"] = "auto"
+    """For classes: cross-entropy, one yes-or-no question for each class, or cross-entropy balanced by the site's mix of classes. For numbers: squared error or Huber's loss. auto: squared for numbers; softmax for classes, but balanced-softmax if no setting of the classifier is given and it trains on from ridge."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the label that is spread over all classes."""
     augmentation: Literal["none", "flip", "crop+flip"] = "none"
@@ -97,7 +97,8 @@ class TrainSection(Section):
                 "personalisation out",
             ),
             (
-                self.personalisation == "fed-rod" and self.loss not in ("auto", "softmax"),
+                self.personalisation == "fed-rod"
+                and self.loss in ("one-vs-all", "balanced-softmax"),
                 "personalisation=fed-rod is made for loss=softmax",
             ),
         ]
@@ -113,7 +114,9 @@ class TrainSection(Section):
         return self.site_local != "none" or self.sync_every > 1
 
     @property
-    def loss_kind(self) -> Literal["softmax", "one-vs-all", "balanced-softmax"]:
+    def loss_kind(
+        self,
+    ) -> Literal["softmax", "one-vs-all", "balanced-softmax", "squared", "huber"]:
         """The loss; `from_flat` has settled an auto already."""
         return "softmax" if self.loss == "auto" else self.loss
 

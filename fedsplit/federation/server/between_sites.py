@@ -12,12 +12,14 @@ from fedsplit.core.class_names import look_alikes
 from fedsplit.core.foreign import printable
 from fedsplit.core.orders import RollCall
 
+_ANOTHER_UNIT = 30
+"""Times that one deviation is another one: metres and feet are 3, metres and millimetres 1,000."""
 _SHOWN = 8
 
 
 def differences_between(calls: Mapping[str, RollCall]) -> list[tuple[tuple[str, ...], str]]:
     """(sites, what differs between them), a sentence each. Within one site look-alikes are its own note."""
-    return [*_alike(calls), *_ranges(calls)]
+    return [*_alike(calls), *_ranges(calls), *_spreads(calls)]
 
 
 def _alike(calls: Mapping[str, RollCall]) -> list[tuple[tuple[str, ...], str]]:
@@ -55,6 +57,22 @@ def _ranges(calls: Mapping[str, RollCall]) -> list[tuple[tuple[str, ...], str]]:
         (
             sites,
             f"the sites' pixels have different ranges: {told}. If that is not so, set pixel-max at the site",
+        )
+    ]
+
+
+def _spreads(calls: Mapping[str, RollCall]) -> list[tuple[tuple[str, ...], str]]:
+    """That one site's numbers spread so much wider than another's that the unit may differ."""
+    of = {site: call.spread.deviation for site, call in calls.items() if call.spread}
+    known = {site: deviation for site, deviation in of.items() if deviation > 0}
+    if not known or max(known.values()) < _ANOTHER_UNIT * min(known.values()):
+        return []
+    wide, narrow = max(known, key=lambda s: known[s]), min(known, key=lambda s: known[s])
+    return [
+        (
+            (wide, narrow),
+            f"the sites' numbers spread differently: deviation {known[wide]:g} at {printable(wide, limit=60)}, "
+            f"{known[narrow]:g} at {printable(narrow, limit=60)}. If their units differ, use one unit at all sites",
         )
     ]
 

@@ -143,6 +143,7 @@ class Orders:
             fedsplit_version=__version__,
             config=self.config.flat_for_sites(),
             classes=self.spec.classes,
+            scale=self.spec.numbers,
             cut=str(site.cut),
             rank=self.rank(site),
             backbone_sha256=self.backbone.sha256,

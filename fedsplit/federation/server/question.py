@@ -56,6 +56,8 @@ class Question:
                 f"its lora-rank={call.rank} is above the run's lora-rank={self.config.module.lora_rank}, the largest; "
                 f"lower it in the site's node config"
             )
+        if (call.spread is None) != (self.config.task.target == "class"):
+            raise FederationError("it did not say where its numbers lie, or said it unasked")
         others = differences(call.versions, installed())
         return call.model_copy(update={"notes": fit([*others, *call.notes])})
 

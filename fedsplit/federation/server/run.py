@@ -12,6 +12,7 @@ from pathlib import Path
 
 from flwr.common.logger import LOGGER_NAME
 from flwr.serverapp import Grid
+from pydantic import ValidationError
 
 from fedsplit.core.aggregation import capped
 from fedsplit.core.config import RESUME_KEYS, RunConfig
@@ -20,6 +21,7 @@ from fedsplit.core.foreign import MAX_CLASSES
 from fedsplit.core.notes import fit
 from fedsplit.core.orders import LocalOnly
 from fedsplit.core.records import SUMMARY_MARK, Outcome, Status, Summary
+from fedsplit.core.scores import SCORINGS, Scale, agreed
 from fedsplit.core.versions import installed
 from fedsplit.federation import messages
 from fedsplit.federation.server import known_nodes
@@ -81,7 +83,8 @@ class Run:
             self.dir = RunDir.reopen(runs, config.run.resume)
         else:
             self.dir = RunDir.create(runs, config.run.run_name, task=config.task.name)
-        self.ledger = Ledger(config, self.backbone, self.dir.label)
+        scoring = SCORINGS[config.task.target]
+        self.ledger = Ledger(config, self.backbone, self.dir.label, scoring=scoring)
         self.summary: Summary | None = None
         """How it ended, once it has."""
         self._strategy: SplitStrategy | None = None
@@ -139,8 +142,9 @@ class Run:
         classes = classes or self._classes(sites, start)
         self._ranges = {site.call.pixel_max for site in sites}
         self._note_caps(sites)
-        spec = ModuleSpec.of(self.config, classes)
-        self._write_config(classes, sites)
+        scale = self._scale(sites, start, goes_on=goes_on)
+        spec = ModuleSpec.of(self.config, classes, numbers=scale)
+        self._write_config(classes, sites, scale)
         strategy = self._strategy = SplitStrategy(
             config=self.config,
             backbone=self.backbone,
@@ -239,7 +243,7 @@ class Run:
             self.ledger.notes = fit([*self.ledger.notes, *notes])
             for note in notes:
                 _log.info("%s", note)
-        if len(classes) < 2:
+        if len(classes) < 2 and self.config.task.target == "class":
             raise ConfigError(
                 f"the task has {len(classes)} class ({classes}); two or more are wanted"
             )
@@ -251,6 +255,29 @@ class Run:
                 f"wanted; name the task's own in classes"
             )
         return classes
+
+    def _scale(
+        self, sites: Sequence[Site], start: StartModule | None, *, goes_on: bool
+    ) -> Scale | None:
+        """What numbers are scaled by: as the run was begun, or as the start-module has it; else what the sites say together.
+
+        Raises ConfigError where their training numbers are all equal.
+        """
+        if self.config.task.target == "class":
+            return None
+        if goes_on:
+            try:
+                return Scale.model_validate(self.dir.read_config().get("scale"))
+            except ValidationError as err:
+                raise RunDirError(
+                    f"{self.dir.path}/config.json has no scale of the numbers; start a new run"
+                ) from err
+        if start is not None:
+            return start.spec.numbers
+        weights = capped({s.name: s.call.samples for s in sites}, self.config.server.max_site_share)
+        scale = agreed((s.call.spread, weights[s.name]) for s in sites if s.call.spread)
+        _log.info("the sites' numbers: mean %g, deviation %g", scale.mean, scale.deviation)
+        return scale
 
     def _note_caps(self, sites: Sequence[Site]) -> None:
         """Say whose samples count for less than the site says."""
@@ -264,13 +291,16 @@ class Run:
                 self.ledger.note(note)
                 _log.warning("%s", note)
 
-    def _write_config(self, classes: tuple[str, ...], sites: Sequence[Site]) -> None:
+    def _write_config(
+        self, classes: tuple[str, ...], sites: Sequence[Site], scale: Scale | None = None
+    ) -> None:
         packages = ("flwr", "grpcio", "pydantic", "numpy")
         self.dir.write_json(
             "config.json",
             {
                 "config": self.config.flat(),
                 "classes": list(classes),
+                **({"scale": scale.model_dump()} if scale else {}),
                 "sites": {s.name: str(s.cut) for s in sites},
                 "backbone_sha256": self.backbone.sha256,
                 "versions": {"python": platform.python_version()}

@@ -13,6 +13,7 @@ from pathlib import Path
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.foreign import printable
+from fedsplit.core.scores import Target
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec, ModuleTensors
@@ -40,6 +41,12 @@ class StartModule:
             raise ConfigError(
                 f"start-module={folder} holds module={spec.kind}, the run trains module={config.module.kind}; use the "
                 f"same kind"
+            )
+        found: Target = "class" if spec.numbers is None else "number"
+        if found != config.task.target:
+            raise ConfigError(
+                f"start-module={folder} was trained on target={found}, the run trains on target={config.task.target}; use a "
+                f"module of the same kind"
             )
         return cls(folder, backbone, spec, tensors)
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from fedsplit.core.aggregation import Tensors
 from fedsplit.core.errors import BackboneError
 from fedsplit.core.foreign import printable, read_json
+from fedsplit.core.scores import Scale
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.inputs import Inputs, about_inputs, read_inputs
 from fedsplit.model.layers import MERGED
@@ -64,6 +65,8 @@ def export(
         "module": about(spec),
         "inputs": about_inputs(backbone, inputs),
     }
+    if spec.numbers is not None:
+        said["target"] = {"kind": "number", **spec.numbers.model_dump()}
     (folder / ABOUT_FILE).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
@@ -92,7 +95,12 @@ def load_exported(
     try:
         said = read_json(folder / ABOUT_FILE)
         # Folded deltas may need more than a run may ask for.
-        spec = read_about(said["module"], classes=_classes(said["classes"]), max_rank=MAX_WIDTH)
+        spec = read_about(
+            said["module"],
+            classes=_classes(said["classes"]),
+            numbers=_scale(said.get("target")),
+            max_rank=MAX_WIDTH,
+        )
         sha256 = said["backbone_sha256"]
         whole = load_file(folder / (PEFT_FILE if _in_peft_format(spec) else OWN_FILE))
         _check_floats(whole)
@@ -134,6 +142,15 @@ def _classes(raw: Any) -> tuple[str, ...]:
     if not isinstance(raw, list) or not raw or not all(isinstance(c, str) for c in raw):
         raise ValueError("classes: a list of names is wanted")
     return tuple(raw)
+
+
+def _scale(raw: Any) -> Scale | None:
+    """What the output is in; None where a module says nothing of it, whose outputs are classes."""
+    if raw is None:
+        return None
+    if not isinstance(raw, dict) or raw.get("kind") != "number":
+        raise ValueError("target: kind number, mean and deviation are wanted")
+    return Scale.model_validate({name: value for name, value in raw.items() if name != "kind"})
 
 
 def _check_fits(

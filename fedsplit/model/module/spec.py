@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsplit.core.config import RunConfig
+from fedsplit.core.scores import Scale
 
 ModuleTensors = dict[str, NDArray[np.float32]]
 ModuleKind = Literal["lora", "prompt", "adapter", "classifier", "full"]
@@ -46,6 +47,8 @@ class ModuleSpec:
     """m, the width of an adapter's bottleneck."""
     last_blocks: int = 0
     """LoRA, adapters or all weights of this many last blocks only, and what follows them; 0: of all, a full module with the embeddings."""
+    numbers: Scale | None = None
+    """What its one output is in, where it predicts numbers; None: its outputs are classes."""
 
     def __post_init__(self) -> None:
         if not self.max_rank:
@@ -67,10 +70,17 @@ class ModuleSpec:
         return self.prompt_tokens if self.kind == "prompt" else 0
 
     @classmethod
-    def of(cls, config: RunConfig, classes: tuple[str, ...], rank: int | None = None) -> ModuleSpec:
+    def of(
+        cls,
+        config: RunConfig,
+        classes: tuple[str, ...],
+        rank: int | None = None,
+        numbers: Scale | None = None,
+    ) -> ModuleSpec:
         """The module that a run's settings ask for; `rank` is a site's own where it is not the run's."""
         return cls(
             classes=classes,
+            numbers=numbers,
             kind=config.module.kind,
             rank=rank or config.module.lora_rank,
             max_rank=config.module.lora_rank,
@@ -84,8 +94,8 @@ class ModuleSpec:
         )
 
 
-# The classes stay out: an encoder host has no business with them.
-_ABOUT = tuple(f.name for f in fields(ModuleSpec) if f.name != "classes")
+# What is said of labels stays out: an encoder host has no business with it.
+_ABOUT = tuple(f.name for f in fields(ModuleSpec) if f.name not in ("classes", "numbers"))
 _RANGES = {
     "alpha": (1, MAX_ALPHA),
     "prompt_tokens": (1, MAX_TOKENS),
@@ -95,12 +105,16 @@ _RANGES = {
 
 
 def about(spec: ModuleSpec) -> dict[str, Any]:
-    """All of a spec but the classes, ready for JSON."""
+    """All of a spec but what it says of labels, ready for JSON."""
     return {k: v for k, v in asdict(spec).items() if k in _ABOUT}
 
 
 def read_about(
-    raw: Any, *, classes: tuple[str, ...] = ("?",), max_rank: int = MAX_RANK
+    raw: Any,
+    *,
+    classes: tuple[str, ...] = ("?",),
+    numbers: Scale | None = None,
+    max_rank: int = MAX_RANK,
 ) -> ModuleSpec:
     """The inverse of `about`. Raises ValueError on anything that it does not make, or a rank above `max_rank`."""
     if not isinstance(raw, Mapping) or set(raw) != set(_ABOUT):
@@ -121,4 +135,5 @@ def read_about(
         bad.append("rank")
     if bad:
         raise ValueError(f"{', '.join(bad)} is out of range")
-    return ModuleSpec(classes=classes, **{**raw, "targets": tuple(raw["targets"])})
+    about_it = {**raw, "targets": tuple(raw["targets"])}
+    return ModuleSpec(classes=classes, numbers=numbers, **about_it)

@@ -79,7 +79,7 @@ def read_digits(request: Request) -> Examples:
 
 
 def read_npz(path: Path, request: Request) -> Examples:
-    """Read `npz:PATH`: `x` uint8 or float [N, H, W(, C)], `y` [N] int or str, optional `classes` [K] str.
+    """Read `npz:PATH`: `x` uint8 or float [N, H, W(, C)], `y` [N] int or str (or float for numbers), optional `classes` [K] str.
 
     Floats are 0 .. 1 where none is above 1 by more than a hundredth, else 0 .. 255; `x` may be uint16, too. Without `classes` an int label's name is its
     digits. An optional `groups` [N] int or str says which samples belong together. Raises DataError.
@@ -171,6 +171,9 @@ def _label_names(
         )
     if y.dtype.kind == "U":
         return [str(name).strip() for name in y]
+    if request.target == "number" and y.dtype.kind in "iuf":
+        # As they are, whatever names of classes the file holds.
+        return [repr(value) for value in y.tolist()]
     if y.dtype.kind not in "iu":
         raise request.fault(path, f"y is {y.dtype}; save labels as integers or strings")
     if classes is None:

@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 from fedsplit.core.class_names import EMPTY_WORDS, look_alikes, normal, plain, whole_numbers
 from fedsplit.core.errors import ConfigError, DataError
 from fedsplit.core.foreign import MAX_CLASS_CHARS, MAX_CLASSES, checked_name, printable
+from fedsplit.core.scores import NUMBER, Target
 from fedsplit.model.families import InputKind
+from fedsplit.training.data.numbers import Numbers, read_numbers
 
 Image = NDArray[np.uint8]
 Index = NDArray[np.int64]
@@ -62,6 +64,8 @@ class Request:
     """The value of white in the source's images; 0: found out from all of them."""
     leave_out_broken: bool = False
     """Files that cannot be read are left out and told, and no fault."""
+    target: Target = "class"
+    """What the labels are."""
     listed: frozenset[str] | None = None
     """Paths of the files that were there at roll call: others are passed over unseen, those that are gone are no fault."""
 
@@ -80,7 +84,7 @@ class Request:
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Labelled samples of one site. `labels` [N] are positions in `classes`."""
+    """Labelled samples of one site. `labels` [N] are positions in `classes`; numbers are apart, and are of one class."""
 
     kind: InputKind
     labels: Index
@@ -97,6 +101,8 @@ class Examples:
     """What reading guessed, left out or found odd, a sentence each; told at roll call and by `fedsplit data`."""
     pixel_max: float = 0.0
     """The value that was read as white; 0 for texts."""
+    numbers: Numbers | None = None
+    """[N], the labels where they are numbers, in their own unit."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -133,10 +139,14 @@ class Examples:
         """The samples at `indices`, in that order."""
         chosen = np.asarray(indices, dtype=np.int64)
         groups = None if self.groups is None else self.groups[chosen]
-        return replace(self, labels=self.labels[chosen], keys=self.keys[chosen], groups=groups)
+        numbers = None if self.numbers is None else self.numbers[chosen]
+        labels, keys = self.labels[chosen], self.keys[chosen]
+        return replace(self, labels=labels, keys=keys, groups=groups, numbers=numbers)
 
     def with_classes(self, classes: tuple[str, ...]) -> Examples:
         """The same samples numbered after other classes, such as the union of all sites' classes."""
+        if self.numbers is not None:
+            return self
         _check_classes(classes)
         names = [self.classes[label] for label in self.labels]
         request = Request(site=self.site, classes=classes)
@@ -163,9 +173,15 @@ def build(
     """
     if len(names) == 0:
         raise request.fault(where, "there is no sample in it; add labelled samples")
-    names, notes = _spelled(request, names, items)
-    labels, classes = _number(request, names, items)
-    _check_names(request, where, classes)
+    numbers: Numbers | None = None
+    notes: list[str] = []
+    if request.target == "number":
+        numbers = read_numbers(request, [name.strip() for name in names], items)
+        labels, classes = np.zeros(len(names), dtype=np.int64), NUMBER
+    else:
+        names, notes = _spelled(request, names, items)
+        labels, classes = _number(request, names, items)
+        _check_names(request, where, classes)
     keys = np.arange(len(names), dtype=np.int64)
     if 0 < request.max_samples < len(keys):
         rng = np.random.default_rng(_SUBSAMPLE_SEED)
@@ -175,7 +191,10 @@ def build(
             where, "only one sample; training and testing need at least two, add more"
         )
     kept = None if groups is None else groups[keys]
-    return Examples(kind, labels[keys], classes, request.site, items, keys, kept, tuple(notes))
+    numbers = None if numbers is None else numbers[keys]
+    return Examples(
+        kind, labels[keys], classes, request.site, items, keys, kept, tuple(notes), numbers=numbers
+    )
 
 
 def _spelled(

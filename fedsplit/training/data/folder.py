@@ -16,6 +16,7 @@ from fedsplit.core.class_names import normal
 from fedsplit.core.foreign import printable
 from fedsplit.training.data.examples import Examples, Request, build
 from fedsplit.training.data.image_files import ImageFiles, look_at, range_of
+from fedsplit.training.data.image_table import read_image_table
 
 EXTENSIONS = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm", ".pnm",
@@ -42,7 +43,9 @@ class _Found:
 
 
 def read_folder(path: Path, request: Request) -> Examples:
-    """Read `folder:PATH`; a class is a folder, what else lies there is told. Raises DataError."""
+    """Read `folder:PATH`; a class is a folder, what else lies there is told. Numbers are in a table. Raises DataError."""
+    if request.target == "number":
+        return _read_numbers(path, request)
     found = _Found()
     for folder in _class_folders(path, request, found):
         _add_class(folder, request, found)
@@ -59,6 +62,15 @@ def read_folder(path: Path, request: Request) -> Examples:
         # Looked at when it was listed, and its range told then.
         return examples
     return _checked(examples, items, found.names, request, path, found.notes)
+
+
+def _read_numbers(path: Path, request: Request) -> Examples:
+    table = read_image_table(path, request, EXTENSIONS)
+    items = ImageFiles(request, table.paths, request.pixel_max)
+    examples = build(request, path, "image", items=items, names=table.labels)
+    if request.listed is not None:
+        return examples
+    return _checked(examples, items, table.labels, request, path, table.notes)
 
 
 def _checked(

@@ -149,6 +149,6 @@ def _names(table: Any, request: Request) -> list[str]:
     feature = table.features[request.label_column]
     values = table[request.label_column]
     named = getattr(feature, "names", None)
-    if named is None:
+    if named is None or request.target == "number":
         return ["" if value is None else str(value).strip() for value in values]
     return ["" if value is None or value < 0 else str(named[value]) for value in values]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedsplit.core.errors import ConfigError
+from fedsplit.core.scores import Target
 from fedsplit.training.data.arrays import read_digits, read_npz
 from fedsplit.training.data.examples import Examples, Request
 from fedsplit.training.data.folder import read_folder
@@ -34,6 +35,7 @@ def load_source(
     label_column: str = "label",
     pixel_max: float = 0.0,
     leave_out_broken: bool = False,
+    target: Target = "class",
     listed: frozenset[str] | None = None,
 ) -> Examples:
     """Read a site's labelled samples; images stay on disk until they are asked for.
@@ -41,12 +43,21 @@ def load_source(
     `classes` are the task's, in its order; without them the sorted names that occur. `max_samples` keeps a
     fixed random choice of that many. `pixel_max` is the value of white; 0: found out from all images. With
     `leave_out_broken` files that cannot be read are left out and told. `listed` are the paths of the only files to look at,
-    where it is a folder. A relative PATH starts at the working directory, `~` is the home.
+    where it is a folder. With `target=number` a label is a number; a folder has them in a table. A relative PATH starts at
+    the working directory, `~` is the home.
 
     Raises ConfigError for an unknown spec and DataError, naming site and file, for data that cannot be used.
     """
     request = Request(
-        site, classes, max_samples, text_column, label_column, pixel_max, leave_out_broken, listed
+        site,
+        classes,
+        max_samples,
+        text_column,
+        label_column,
+        pixel_max,
+        leave_out_broken,
+        target,
+        listed,
     )
     name, _, argument = spec.partition(":")
     if spec == "digits":

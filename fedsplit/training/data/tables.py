@@ -17,6 +17,7 @@ from pathlib import Path
 
 from fedsplit.core.class_names import normal, plain
 from fedsplit.training.data.examples import Examples, Request, build, digest_of
+from fedsplit.training.data.numbers import is_number
 
 MAX_FILE_BYTES = 256 * 2**20
 """Texts are held in memory, and a device has little of it."""
@@ -44,7 +45,7 @@ class TextItems:
         return digest_of(self.texts[i].encode())
 
 
-class _Table:
+class Table:
     """Collects rows and checks each text and label as it comes."""
 
     def __init__(self, request: Request, path: Path) -> None:
@@ -72,7 +73,12 @@ class _Table:
 
 def read_csv(path: Path, request: Request) -> Examples:
     """Read `csv:PATH`. Raises DataError for a missing column, a malformed line or bytes that are no UTF-8."""
-    table = _Table(request, path)
+    return read_rows(path, request).examples()
+
+
+def read_rows(path: Path, request: Request) -> Table:
+    """The texts and labels of a CSV file. Raises DataError as `read_csv` does."""
+    table = Table(request, path)
     delimiter, skipped, text = _dialect(_text(path, request, table.notes), table.notes)
     rows = list(_csv_rows(path, request, text, delimiter, skipped))
     if not rows:
@@ -93,7 +99,7 @@ def read_csv(path: Path, request: Request) -> Examples:
         below, columns = rows, (0, 1)
     for line, row in below:
         table.add(line, row[columns[0]], row[columns[1]])
-    return table.examples()
+    return table
 
 
 def _check_no_header(
@@ -101,6 +107,8 @@ def _check_no_header(
 ) -> None:
     """Raise DataError where a first line is rather names of columns than a sample: its label never comes again."""
     label = plain(first[1])
+    if request.target == "number" and is_number(first[1]):
+        return
     if label in map(plain, labels) or label in map(plain, request.classes or ()):
         return
     raise request.fault(
@@ -181,7 +189,7 @@ def _columns(
 
 def read_jsonl(path: Path, request: Request) -> Examples:
     """Read `jsonl:PATH`, one object a line; labels are strings or numbers. Raises DataError."""
-    table = _Table(request, path)
+    table = Table(request, path)
     # Not splitlines(): U+2028 and its like may stand inside a JSON string.
     for line, content in enumerate(_text(path, request, table.notes).split("\n"), start=1):
         if not content.strip():

@@ -31,7 +31,7 @@ class Batch:
     inputs: dict[str, torch.Tensor]
     """pixel_values [B, 3, H, W]; or input_ids, attention_mask and maybe token_type_ids, each [B, T]."""
     labels: torch.Tensor
-    """[B] int64."""
+    """[B] int64 of classes, float64 of numbers in their own unit."""
     mask: torch.Tensor | None
     """[B, T] bool."""
     keys: Index
@@ -61,7 +61,8 @@ def collate(transform: Transform, examples: Examples, indices: Sequence[int]) ->
     """Prepare and assemble the samples at `indices` with their labels."""
     chosen = np.asarray(indices, dtype=np.int64)
     inputs, mask = transform.assemble(transform.prepare(examples, [int(i) for i in chosen]))
-    labels = torch.from_numpy(examples.labels[chosen])
+    told = examples.labels if examples.numbers is None else examples.numbers
+    labels = torch.from_numpy(told[chosen])
     return Batch(inputs, labels, mask, examples.keys[chosen])
 
 

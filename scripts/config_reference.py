@@ -26,9 +26,13 @@ HEAD = """\
 Generated from `fedsplit/core/config` by `python scripts/config_reference.py`; do not edit this
 page by hand.
 
-The same flat keys work everywhere: in `[tool.flwr.app.config]` of `pyproject.toml` (the defaults),
-as `fedsplit run --set KEY=VALUE`, and in `flwr run . --run-config 'KEY=VALUE'`, where
-strings have quotes as in TOML. One error reports all faults of a set of values.
+The same keys work everywhere: as `fedsplit run --set KEY=VALUE`, and in
+`flwr run . --run-config 'KEY=VALUE'`, where strings have quotes as in TOML. One error reports all
+faults of a set of values.
+
+A key that you give always counts, also at its default value. A recipe keeps it. If the
+[method](methods.md) means another value, the run is refused. `[tool.flwr.app.config]` of
+`pyproject.toml` lists every key with the word `default`: the key is not given.
 
 A site may override `data`, `cut` and `encoder-tls-ca` in its [node config](node-config.md). A
 resumed run keeps its settings; [resume](../how-to/resume.md) lists the few that may change.

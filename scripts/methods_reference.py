@@ -30,12 +30,12 @@ sites, and `local-only` ends after the sites have trained alone.
 [Methods compared](../explanation/methods.md) explains what each method trains and averages, and
 what it leaves out of its paper.
 
-- *means*: settings that define the method. Any other value is a fault.
+- *means*: settings that define the method. If you give another value, the run is refused, also
+  when that value is the setting's default.
 - *prefers*: replaces the setting's default. You may give another value.
 - *takes*: the only values that fit.
 
-All other settings are free. A setting given at its general default counts as not given, because
-Flower passes every key. Other contradictions are reported before a run starts.
+All other settings are free. Other contradictions are reported before a run starts.
 """
 
 RECIPE_HEAD = """\

@@ -1,7 +1,6 @@
 """From the command line's words to a checked request for one run, before anything is started.
 
-Settings come from the app's pyproject.toml, or from the run that is resumed, then `--set`. Starts
-nothing.
+Settings come from `--set`, from the run that is resumed, and from what the app's pyproject.toml gives. Starts nothing.
 """
 
 from __future__ import annotations
@@ -13,13 +12,13 @@ from datetime import datetime
 from pathlib import Path
 
 from fedsplit.cli.appdir import AppDir, Flat, find_app
-from fedsplit.core import recipes
-from fedsplit.core.config import RESUME_KEYS, RunConfig
+from fedsplit.core.config import NOT_GIVEN, RESUME_KEYS, RunConfig
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.foreign import read_json
 from fedsplit.core.names import MAX_RUN_CHARS, MAX_TASK_CHARS, is_name, normalised
 from fedsplit.federation.server.books.run_dir import RunDir
 
+_OF_RESUMING = ("resume", "run-name")
 SIMULATED_SITES = 4
 """Sites that are simulated when `sites` is left at 0."""
 
@@ -31,7 +30,7 @@ class RunRequest:
     app: AppDir
     config: RunConfig
     overrides: Flat
-    """What differs from the app's own settings: all that Flower needs to be told."""
+    """What differs from the app's own settings: all that Flower needs to be told. Of a resumed run what it takes anew."""
     told: tuple[str, ...] = ()
     """What the recipe chose, a line each."""
     warnings: tuple[str, ...] = ()
@@ -54,28 +53,29 @@ def prepare(
     """Merge and check everything that can be checked here. Raises ConfigError."""
     found = find_app(app)
     known = set(RunConfig.keys())
-    merged: Flat = {k: v for k, v in found.config.items() if k in known}
+    merged: Flat = {k: v for k, v in found.config.items() if k in known and v != NOT_GIVEN}
+    saved: Flat = {}
     local = superlink is None
     if resume is not None:
         runs_dir = Path(str(settings.get("runs-dir", merged.get("runs-dir", "runs")))).expanduser()
         saved = _resumed(runs_dir, resume, must_exist=local)
         _check_resumed(saved, settings)
         merged |= saved
-        merged |= {"resume": resume, "run-name": resume}
+        merged |= dict.fromkeys(_OF_RESUMING, resume)
     merged |= settings
     if local:
         merged["sites"] = merged.get("sites") or SIMULATED_SITES
         merged["runs-dir"] = str(Path(str(merged.get("runs-dir", "runs"))).expanduser().absolute())
     if not merged.get("run-name"):
         merged["run-name"] = _fresh_name(
-            "tasks" if merged.get("tasks") else str(merged.get("task", "run"))
+            "tasks" if merged.get("tasks") else str(merged.get("task", RunConfig().task.name))
         )
-    if resume is None and "recipe-keeps" not in settings:
-        recipe = str(merged.get("recipe", ""))
-        if keeps := recipes.given(recipe, settings, RunConfig.defaults()):
-            merged["recipe-keeps"] = keeps
-    config = RunConfig.from_flat(merged)
+    # What an earlier run was started with is settled; else what is here was given.
+    config = RunConfig.resolved(merged) if saved else RunConfig.from_flat(merged)
     overrides = {k: v for k, v in merged.items() if found.config.get(k) != v}
+    if resume is not None:
+        # The server has the rest from the run's folder.
+        overrides = {k: v for k, v in overrides.items() if k in {*_OF_RESUMING, *RESUME_KEYS}}
     _check_keys(found, overrides)
     request = RunRequest(
         app=found,

@@ -1,7 +1,7 @@
 """Methods as descriptions: which settings a name stands for, where it runs, and whose idea it is. No code paths.
 
 A method says what is trained where, by which gradient, and what is aggregated how, in the keys of RunConfig.
-`config.py` applies the description when settings are read; every floor above reads the resolved keys alone.
+`core/config` applies the description when settings are read; every floor above reads the resolved keys alone.
 Sources are the papers; where a description leaves something of a paper out, its summary says so.
 """
 
@@ -10,6 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+from fedsplit.core.cut import parse_cuts
+from fedsplit.core.errors import ConfigError
 
 Value = str | int | float | bool
 
@@ -24,6 +27,10 @@ class Method:
     """The paper, or what it is without one."""
     placement: Literal["any", "split", "device"] = "any"
     """device: every site runs the whole model; split: some block must run on the server."""
+    gathers: bool = False
+    """Does one site have the samples of all?"""
+    alone: bool = False
+    """Does every site train alone, with no round of all?"""
     fixes: Mapping[str, Value] = field(default_factory=dict)
     """Key -> value that makes the method what it is; another value given is a fault."""
     prefers: Mapping[str, Value] = field(default_factory=dict)
@@ -42,6 +49,9 @@ _FESTA: Mapping[str, Value] = {
 }
 _OF_NUMBERS: Mapping[str, Value] = {"partition": "iid", "calibrate": False}
 _MODULES: tuple[Value, ...] = ("lora", "prompt", "adapter")
+
+DEFAULT = "fedv"
+"""The method of a run that names none."""
 
 METHODS: dict[str, Method] = {
     "fedv": Method(
@@ -86,12 +96,14 @@ METHODS: dict[str, Method] = {
         summary="One site has the data of all: the bound that a federation is compared with.",
         source="upper bound",
         placement="device",
+        gathers=True,
         fixes={"min-sites": 1, **_WHOLE},
         prefers=_ZERO,
     ),
     "local-only": Method(
         summary="Every site trains alone, for as many epochs as the rounds have. Nothing is averaged.",
         source="lower bound",
+        alone=True,
         fixes={"compare-local-only": True},
         prefers=_ZERO,
     ),
@@ -192,38 +204,48 @@ METHODS: dict[str, Method] = {
 }
 
 
-def apply(
-    flat: Mapping[str, Value], defaults: Mapping[str, Value]
-) -> tuple[dict[str, Value], list[str]]:
-    """The settings as their method wants them, and what in them contradicts it.
-
-    A value equal to the key's default counts as not given: Flower hands over all keys, given or not.
-    """
-    name = flat.get("method", defaults["method"])
+def apply(given: Mapping[str, Value]) -> tuple[dict[str, Value], list[str]]:
+    """What was given, with what the method wants beside it; and what in it the method would overrule, in words."""
+    name = given.get("method", DEFAULT)
     method = METHODS.get(str(name))
     if method is None:
-        return dict(flat), []
-    settled, faults = dict(flat), []
+        return dict(given), []
+    given = {key: value for key, value in given.items() if _AUTOMATIC.get(key) != value}
+    # What speaks of classes by default is left out where it is not given.
+    kind = _OF_NUMBERS if given.get("target") == "number" else {}
+    settled, faults = {**kind, **method.prefers, **given, **method.fixes}, list[str]()
     for key, value in method.fixes.items():
-        given = flat.get(key, defaults[key])
-        if given not in (defaults[key], value):
+        if given.get(key, value) != value:
             faults.append(
-                f"{key}={given}: method={name} means {key}={value}; leave {key} out, or choose another method"
+                f"{key}={_text(given[key])}: method={name} means {key}={_text(value)}; leave {key} out, or choose "
+                f"another method"
             )
-        settled[key] = value
-    for key, value in method.prefers.items():
-        if flat.get(key, defaults[key]) == defaults[key]:
-            settled[key] = value
     settled |= _settled(settled)
-    if flat.get("target", defaults["target"]) == "number":
-        # What speaks of classes by default: it is left out where it is not given.
-        settled |= {k: v for k, v in _OF_NUMBERS.items() if flat.get(k, defaults[k]) == defaults[k]}
     for key, values in method.one_of.items():
-        given = settled.get(key, defaults[key])
-        if given not in values:
-            options = ", ".join(map(str, values))
-            faults.append(f"{key}={given} does not fit method={name}; use one of {options}")
+        if key in settled and settled[key] not in values:
+            options = ", ".join(map(_text, values))
+            faults.append(f"{key}={settled[key]} does not fit method={name}; use one of {options}")
+    if method.placement == "device" and _splits(str(given.get("cut", ""))):
+        faults.append(
+            f"cut={given['cut']}: method={name} runs the whole model on the device; leave cut out"
+        )
     return settled, faults
+
+
+def _splits(cut: str) -> bool:
+    """Does some cut leave blocks to the server? What is no cut is told elsewhere."""
+    try:
+        return any(c.a < c.b for c in parse_cuts(cut))
+    except ConfigError:
+        return False
+
+
+def _text(value: Value) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# What leaves the choice to the method, and without one to `_settled`.
+_AUTOMATIC: Mapping[str, Value] = {"classifier-init": "auto", "loss": "auto", "learning-rate": 0}
 
 
 def _settled(flat: Mapping[str, Value]) -> dict[str, Value]:
@@ -234,13 +256,13 @@ def _settled(flat: Mapping[str, Value]) -> dict[str, Value]:
     """
     found: dict[str, Value] = {}
     keeps = False
-    numbers = flat.get("target", "class") == "number"
-    if flat.get("classifier-init", "auto") == "auto":
+    numbers = flat.get("target") == "number"
+    if "classifier-init" not in flat:
         others = flat.get("start-module") or flat.get("robust-rule", "mean") != "mean"
         found["classifier-init"] = "zero" if others else "ridge"
         keeps = not others and flat.get("classifier-training", "trained") == "trained"
-    if flat.get("loss", "auto") == "auto":
+    if "loss" not in flat:
         found["loss"] = "squared" if numbers else "balanced-softmax" if keeps else "softmax"
-    if flat.get("learning-rate", 0) == 0:
+    if "learning-rate" not in flat:
         found["learning-rate"] = 0.003 if keeps else 0.01
     return found

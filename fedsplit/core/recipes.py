@@ -3,8 +3,8 @@
 A recipe has settings that never change, which are applied when settings are read, and some that depend on what is only
 known later: the cut on the backbone's blocks, the rate of a shared encoder on the number of sites, its rounds on their
 samples. Those are fitted by `RunConfig.fitted`, by the command line to show them and by the server to run by them.
-What was given wins: it differs from the default or is named in `recipe-keeps`. docs/how-to/choose-a-method.md says
-when to take which, and docs/results.md where the numbers come from.
+What was given wins. docs/how-to/choose-a-method.md says when to take which, and docs/results.md where the numbers come
+from.
 """
 
 from __future__ import annotations
@@ -93,23 +93,20 @@ RECIPES: dict[str, Recipe] = {
 }  # fmt: skip
 
 
-def apply(flat: Mapping[str, Value], defaults: Mapping[str, Value]) -> dict[str, Value]:
-    """The settings with what their recipe sets on any backbone, where it was not given."""
-    recipe = RECIPES.get(str(flat.get("recipe", "")))
+def apply(given: Mapping[str, Value]) -> dict[str, Value]:
+    """What was given, with what its recipe sets on any backbone where it was not given."""
+    recipe = RECIPES.get(str(given.get("recipe", "")))
     if recipe is None:
-        return dict(flat)
-    settled = dict(flat)
-    numbers = flat.get("target", defaults["target"]) == "number"
-    for key, value in recipe.sets.items():
-        # A recipe's loss is one of classes; of numbers the default is what it wants.
-        if not (numbers and key == "loss") and _open(flat, defaults, key):
-            settled[key] = value
-    name = settled.get("method", defaults["method"])
+        return dict(given)
+    # A recipe's loss is one of classes; of numbers the default is what it wants.
+    left_out = {"loss"} if given.get("target") == "number" else set()
+    settled = {k: v for k, v in recipe.sets.items() if k not in left_out} | dict(given)
+    name = settled["method"]
     method = METHODS.get(str(name))
     if method is not None and name != recipe.sets["method"]:
         # A method that was given is taken as it is.
-        for key in recipe.sets.keys() & (method.fixes.keys() | method.one_of.keys()):
-            settled[key] = flat.get(key, defaults[key])
+        for key in (settled.keys() - given.keys()) & (method.fixes.keys() | method.one_of.keys()):
+            del settled[key]
     return settled
 
 
@@ -138,8 +135,7 @@ def fitted(
 
 def changes(config: RunConfig, found: Mapping[str, tuple[Value, str]]) -> dict[str, Value]:
     """Those of the fitted values that nobody has given."""
-    flat, defaults = config.flat(), type(config).defaults()
-    return {key: value for key, (value, _) in found.items() if _open(flat, defaults, key)}
+    return {key: value for key, (value, _) in found.items() if key not in config.given}
 
 
 def told(config: RunConfig, found: Mapping[str, tuple[Value, str]]) -> list[str]:
@@ -157,26 +153,12 @@ def told(config: RunConfig, found: Mapping[str, tuple[Value, str]]) -> list[str]
         "lora-learning-rate": f"{recipe.step_rate:g} for each site that trains in a round",
         "rounds": f"{_FEWEST_ROUNDS} to {_MOST_ROUNDS}, by the samples that the sites have",
     }
-    defaults = type(config).defaults()
     for key in (
         sorted(later.keys() - found.keys()) if config.placement.encoder_training == "shared" else ()
     ):
         as_given = f"={_text(flat[key])}, as given; the recipe has"
-        lines.append(f"{key}{':' if _open(flat, defaults, key) else as_given} {later[key]}")
+        lines.append(f"{key}{as_given if key in config.given else ':'} {later[key]}")
     return lines
-
-
-def given(recipe: str, flat: Mapping[str, Value], defaults: Mapping[str, Value]) -> str:
-    """`recipe-keeps` for keys that somebody gave: those at their default, which would not show as given."""
-    if recipe not in RECIPES:
-        return ""
-    adapts = {*RECIPES[recipe].sets, "cut", "module-blocks", "lora-learning-rate", "rounds"}
-    return ",".join(sorted(k for k in adapts if k in flat and flat[k] == defaults.get(k)))
-
-
-def _open(flat: Mapping[str, Value], defaults: Mapping[str, Value], key: str) -> bool:
-    kept = str(flat.get("recipe-keeps", "")).split(",")
-    return flat.get(key, defaults[key]) == defaults[key] and key not in kept
 
 
 def _text(value: Value) -> str:

@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedsplit import __version__
-from fedsplit.core import recipes
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import ConfigError, FedsplitError
 from fedsplit.core.names import is_name, normalised
@@ -180,15 +179,10 @@ class CellMaker:
         fixed: Settings = {"seed": condition.seed, "runs-dir": str(self._runs)}
         fixed |= {"deadline-s": flat.get("deadline-s", _PATIENT_S)}
         config = None
-        kept = recipes.given(str(known.get("recipe", "")), known, RunConfig.defaults())
-        if kept:
-            fixed["recipe-keeps"] = kept
         try:
             config = RunConfig.from_flat(known | fixed)
         except ConfigError as err:
             faults += faults_of(err)
-        else:
-            faults += _passed_over(config, method.settings | extra)
         for fault in faults:
             self._faults.add(method.name, str(condition), fault)
         if config is None or faults:
@@ -228,25 +222,6 @@ def _way(grid: Grid, config: RunConfig) -> Way:
     said = grid.experiment
     turns_matter = said.wire == "grpc" or config.placement.encoder_training == "shared"
     return Way(wire=said.wire, sites_at_once=said.sites_at_once if turns_matter else 1)
-
-
-def _passed_over(config: RunConfig, given: Settings) -> list[str]:
-    """Settings that a method's table gives and the method does not take.
-
-    RunConfig cannot tell them where they are the defaults: Flower hands over all keys, given or not.
-    """
-    taken = config.flat()
-    faults = [
-        f"{key}={value}: method={config.run.method} means {key}={taken[key]}; leave {key} out"
-        for key, value in given.items()
-        if key in taken and taken[key] != value
-    ]
-    whole = config.run.method_description.placement == "device"
-    if whole and "cut" in given and any(cut.a < cut.b for cut in config.placement.cuts):
-        faults.append(
-            f"cut={config.placement.cut}: method={config.run.method} runs the whole model on the device; leave cut out"
-        )
-    return faults
 
 
 def faults_of(error: FedsplitError) -> list[str]:

@@ -139,7 +139,7 @@ def row_of(cell: Cell) -> Row:
         seconds_device=sum(m.seconds_device for m in metrics),
         peak_rss_bytes=max((s.peak_rss_bytes for s in summary.sites), default=0),
         reason=summary.reason,
-        gathers_data=summary.method == "centralised",
+        gathers_data=cell.config.run.method_description.gathers,
     )
 
 

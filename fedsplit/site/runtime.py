@@ -52,7 +52,7 @@ class SiteRuntime:
 
         `run_id`: another one each time that a run is started or resumed.
         """
-        config = RunConfig.from_flat(order.config)
+        config = RunConfig.resolved(order.config)
         site = whole.for_task(config)
         if site is None:
             return _not_held(whole, order, config)

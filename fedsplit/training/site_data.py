@@ -74,7 +74,6 @@ class _Shares:
         return np.sort(np.concatenate([train for train, _ in self.splits]))
 
 
-CENTRALISED = "centralised"
 EVERY_SITE = "every site"
 """Who owns a source that is dealt: in errors that only show when a sample is read."""
 
@@ -188,7 +187,7 @@ class SiteSources:
             config.run.seed,
             config.task.max_site_samples,
         )
-        if str(config.run.method) == CENTRALISED:
+        if config.run.method_description.gathers:
             return shares.train, shares.everywhere, shares.everywhere, shares.notes
         return (*shares.splits[number], shares.everywhere, shares.notes)
 

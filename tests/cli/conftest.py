@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit.core.config import RunConfig
+from fedsplit.core.config import NOT_GIVEN, RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = [sys.executable, "-m", "fedsplit.cli.main"]
@@ -68,6 +68,6 @@ def echo_app(tmp_path: Path) -> Path:
     """A copy of the echo app with all of fedsplit's settings."""
     app = tmp_path / "echo"
     shutil.copytree(Path(__file__).parent / "echo_app", app)
-    config = "".join(f"{k} = {json.dumps(v)}\n" for k, v in RunConfig().flat().items())
+    config = "".join(f"{key} = {json.dumps(NOT_GIVEN)}\n" for key in RunConfig.defaults())
     (app / "pyproject.toml").write_text(PYPROJECT + config, encoding="utf-8")
     return app

@@ -39,13 +39,13 @@ def test_own_superlink_keeps_folder_and_sites(echo_app: Path) -> None:
 
 def test_app_settings_are_the_base(echo_app: Path) -> None:
     file = echo_app / "pyproject.toml"
-    file.write_text(file.read_text().replace("rounds = 5", "rounds = 7"))
+    file.write_text(file.read_text().replace('\nrounds = "default"', "\nrounds = 7"))
     assert prepare({}, app=echo_app).config.train.rounds == 7
 
 
 def test_key_that_the_app_does_not_declare(echo_app: Path) -> None:
     file = echo_app / "pyproject.toml"
-    file.write_text(file.read_text().replace("lora-rank = 8\n", ""))
+    file.write_text(file.read_text().replace('lora-rank = "default"\n', ""))
     with pytest.raises(ConfigError, match="does not declare lora-rank"):
         prepare({"lora-rank": 4}, app=echo_app)
 
@@ -107,8 +107,8 @@ def test_a_recipe_is_told_and_what_was_given_goes_along(echo_app: Path) -> None:
     request = prepare({"recipe": "shared", "rounds": 5, "sites": 4}, app=echo_app)
     assert "lora-learning-rate=0.006 (0.0015 a step, for 4 sites)" in request.told
     assert request.told[-1].startswith("rounds=5, as given; the recipe has 4 to 16")
-    # 5 is the default: Flower could not tell that it was given.
-    assert request.overrides["recipe-keeps"] == "rounds"
+    # 5 is the default, and Flower is told that it was given all the same.
+    assert request.overrides["rounds"] == 5
     assert "cut" not in request.overrides
     assert prepare({"rounds": 5}, app=echo_app).told == ()
 

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.common.config import fuse_dicts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedsplit.core.config import RunConfig, parse_set
+from fedsplit.core.config import NOT_GIVEN, RunConfig, parse_set
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import ConfigError
 
@@ -26,20 +27,22 @@ def faults(flat: dict[str, Any]) -> str:
     return str(caught.value)
 
 
-def test_pyproject_holds_the_same_defaults() -> None:
+def test_pyproject_has_every_key_as_not_given() -> None:
+    """Flower merges what was given onto this table, and checks the keys alone: so what was given is known."""
     table = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["tool"]["flwr"]["app"]["config"]
-    flat = RunConfig().flat()
-    assert table == flat
-    # 600 == 600.0 and 0 == False, but Flower types overrides after these values.
-    assert {k: type(v) for k, v in table.items()} == {k: type(v) for k, v in flat.items()}
     assert list(table) == list(RunConfig.keys())
+    assert set(table.values()) == {NOT_GIVEN}
+    assert RunConfig.from_flat(table).flat() == RunConfig.from_flat({}).flat()
+    assert not RunConfig.from_flat(table).given
+    fused = fuse_dicts(table, {"rounds": 7, "learning-rate": 0.5, "encoder-insecure": True})
+    assert RunConfig.from_flat(fused).given == {"rounds", "learning-rate", "encoder-insecure"}
 
 
 def test_flat_round_trip() -> None:
     config = RunConfig.from_flat({"cut": "0,4;2,2", "rounds": 9, "encoder-insecure": True})
-    assert RunConfig.from_flat(config.flat()) == config
+    assert RunConfig.resolved(config.flat()) == config
     assert config.flat()["encoder-insecure"] is True
-    assert hash(RunConfig.from_flat(config.flat())) == hash(config)
+    assert hash(RunConfig.resolved(config.flat())) == hash(config)
 
 
 def test_flat_values_are_what_flower_carries() -> None:
@@ -228,7 +231,7 @@ def test_arbitrary_flat_dicts_raise_config_errors_alone(flat: dict[str, Any]) ->
         config = RunConfig.from_flat(flat)
     except ConfigError:
         return
-    assert RunConfig.from_flat(config.flat()) == config
+    assert RunConfig.resolved(config.flat()) == config
     assert config.placement.cuts
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from fedsplit.core.config import RunConfig
+from fedsplit.core.config import FIELDS, RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.methods import METHODS
@@ -20,7 +20,7 @@ def test_every_method_resolves_from_its_name_alone(name: str) -> None:
     flat = config.flat()
     assert all(flat[key] == value for key, value in METHODS[name].fixes.items())
     # Flower hands all keys back, resolved ones too.
-    assert RunConfig.from_flat(flat) == config
+    assert RunConfig.resolved(flat) == config
     assert METHODS[name].summary.endswith(".")
     assert METHODS[name].source
 
@@ -29,6 +29,42 @@ def test_every_method_resolves_from_its_name_alone(name: str) -> None:
 def test_every_key_of_a_method_is_a_setting(name: str) -> None:
     method = METHODS[name]
     assert {*method.fixes, *method.prefers, *method.one_of} <= set(RunConfig.keys())
+
+
+def _others(key: str, value: Any) -> list[Any]:
+    """Values of a key that are not this one; its default among them, where that is another."""
+    kind, default = FIELDS[key][2].annotation, RunConfig.defaults()[key]
+    if kind is bool:
+        return [not value]
+    numbers = [value + 1] if kind is int else []
+    return [v for v in (*get_args(kind), *numbers, default) if v not in (value, "auto")]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_was_given_and_a_method_would_overrule_is_refused(name: str) -> None:
+    """Also at the key's default, which somebody may want as much as another value."""
+    for key, value in METHODS[name].fixes.items():
+        for other in _others(key, value):
+            with pytest.raises(ConfigError) as caught:
+                RunConfig.from_flat({"method": name, key: other})
+            said = f"{key}={str(other).lower()}: method={name} means {key}={str(value).lower()}; leave {key} out, or"
+            assert f"{said} choose another method" in str(caught.value)
+    if METHODS[name].placement == "device":
+        with pytest.raises(ConfigError, match=r"cut=1,5: .* leave cut out"):
+            RunConfig.from_flat({"method": name, "cut": "1,5"})
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_default_that_was_given_is_taken_or_refused(name: str) -> None:
+    method = METHODS[name]
+    for key in {*method.prefers, *method.one_of}:
+        default = RunConfig.defaults()[key]
+        if key in method.one_of and default not in (*method.one_of[key], "auto"):
+            with pytest.raises(ConfigError, match=f"{key}={default} does not fit"):
+                RunConfig.from_flat({"method": name, key: default})
+        elif (name, key) != ("fedvz-device", "optimizer"):  # refused: zeroth order steps by SGD
+            taken = RunConfig.from_flat({"method": name, key: default}).flat()[key]
+            assert default in (taken, "auto")
 
 
 def test_a_device_method_runs_every_block_on_the_device() -> None:
@@ -138,4 +174,4 @@ def test_a_run_starts_from_ridge_unless_something_else_brings_a_classifier(
         ).train.loss
         == "softmax"
     )
-    assert RunConfig.from_flat(config.flat()) == config
+    assert RunConfig.resolved(config.flat()) == config

@@ -20,7 +20,7 @@ def test_a_name_in_any_script_is_a_name(name: str, tmp_path: Path) -> None:
     config = RunConfig.from_flat({"task": name, "run-name": name})
     assert config.task.name == config.run.run_name == normalised(name)
     (tmp_path / config.task.name).mkdir()
-    assert RunConfig.from_flat(config.flat()) == config
+    assert RunConfig.resolved(config.flat()) == config
 
 
 def test_one_word_typed_on_two_systems_is_one_name() -> None:

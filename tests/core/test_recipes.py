@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
-from fedsplit.core import recipes
-from fedsplit.core.config import RunConfig
+from fedsplit.core.config import NOT_GIVEN, RunConfig
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.recipes import RECIPES
 
-FLOWER = RunConfig.defaults()
+FLOWER = dict.fromkeys(RunConfig.keys(), NOT_GIVEN)
 """Flower hands over every key, given or not."""
 
 
@@ -31,17 +30,12 @@ def test_a_recipe_fits_every_backbone_and_any_sites(
     config = settled(recipe, blocks, sites, samples)
     config.check_blocks(blocks)
     # What a run keeps in config.json, and what sites are sent, is read back as it is.
-    assert RunConfig.from_flat(config.flat()) == config
+    assert RunConfig.resolved(config.flat()) == config
     assert config.fitted(blocks, sites=sites, samples=samples) == config
     assert config.run.method == RECIPES[recipe].sets["method"]
     assert config.module.classifier_init == "ridge"
     told = config.recipe_told(blocks, sites=sites, samples=samples)
     assert not any("as given" in line for line in told)
-
-
-def test_what_is_kept_need_not_be_written_again() -> None:
-    config = RunConfig.from_flat({"recipe": "tail", "recipe-keeps": "method,cut"})
-    assert (config.run.method, config.train.loss) == ("fedv", "balanced-softmax")
 
 
 def test_what_a_recipe_adapts() -> None:
@@ -82,21 +76,20 @@ def test_what_was_given_wins_and_is_told() -> None:
     assert "batch-size=4, as given; the recipe has 8" in told
 
 
-def test_a_default_that_was_given_is_named_to_be_kept() -> None:
-    keeps = recipes.given("shared", {"rounds": 5, "cut": "0,12", "seed": 0}, FLOWER)
-    assert keeps == "rounds"
+def test_a_default_that_was_given_wins_too() -> None:
     assert settled("shared", 12, 20, 480).train.rounds == 8
-    config = settled("shared", 12, 20, 480, recipe_keeps=keeps)
-    assert config.train.rounds == 5
-    assert "rounds=5, as given; the recipe has 8" in config.recipe_told(12, sites=20, samples=480)
-    assert recipes.given("", {"rounds": 5}, FLOWER) == ""
+    config = settled("shared", 12, 20, 480, rounds=5, cut="1,5")
+    assert (config.train.rounds, config.placement.cut) == (5, "1,5")
+    told = config.recipe_told(12, sites=20, samples=480)
+    assert "rounds=5, as given; the recipe has 8" in told
+    assert "cut=1,5, as given; the recipe has 0,12" in told
 
 
 def test_a_method_that_was_given_is_taken_as_it_is() -> None:
     """The rate of a copy that all sites step would break copies of which each has its own."""
     config = settled("shared", 12, 20, 480, method="fedyolo")
     assert (config.run.method, config.placement.encoder_training) == ("fedyolo", "frozen")
-    assert config.train.lora_learning_rate == FLOWER["lora-learning-rate"]
+    assert config.train.lora_learning_rate == RunConfig.defaults()["lora-learning-rate"]
     assert (
         settled("shared", 12, 20, 480, encoder_training="hosted").train.lora_learning_rate == 0.0005
     )
@@ -105,7 +98,7 @@ def test_a_method_that_was_given_is_taken_as_it_is() -> None:
 def test_before_the_roll_call_the_rate_is_open() -> None:
     config = RunConfig.from_flat({"recipe": "shared"}).fitted(12)
     assert config.placement.cut == "0,12"
-    assert config.train.lora_learning_rate == FLOWER["lora-learning-rate"]
+    assert config.train.lora_learning_rate == RunConfig.defaults()["lora-learning-rate"]
     assert "rounds: 4 to 16, by the samples that the sites have" in config.recipe_told(12, sites=20)
 
 

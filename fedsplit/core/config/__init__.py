@@ -17,8 +17,10 @@ from fedsplit.core.config.placement import PlacementSection
 from fedsplit.core.config.run import RunSection, unknown_method
 from fedsplit.core.config.run_config import (
     FIELDS,
+    NOT_GIVEN,
     RESUME_KEYS,
     SECTIONS,
+    Origin,
     RunConfig,
     marked,
     parse_set,
@@ -33,6 +35,8 @@ __all__ = [
     "LinkSection",
     "Mark",
     "ModuleSection",
+    "NOT_GIVEN",
+    "Origin",
     "PARTITIONS",
     "PlacementSection",
     "RESUME_KEYS",

@@ -29,15 +29,10 @@ def across(c: RunConfig) -> list[Check]:
 
 def _method(c: RunConfig) -> list[Check]:
     placement = c.run.method_description.placement
-    cut, local = c.placement.cut, c.placement.local
-    default_cut = cut == type(c.placement).model_fields["cut"].default
+    cut = c.placement.cut
     return [
         (
-            placement == "device" and not local and not default_cut,
-            f"cut={cut}: method={c.run.method} runs the whole model on the device; leave cut out",
-        ),
-        (
-            placement == "split" and local,
+            placement == "split" and c.placement.local,
             f"cut={cut} leaves nothing on the server, method={c.run.method} is a split; use e.g. cut=1,5",
         ),
     ]
@@ -95,6 +90,10 @@ def _target(c: RunConfig) -> list[Check]:
             number and c.train.personalisation == "fed-rod",
             f"{'recipe=personal' if c.run.recipe == 'personal' else 'personalisation=fed-rod'} is made for classes; with "
             f"target=number use method=ditto",
+        ),
+        (
+            number and c.module.calibrate,
+            "calibrate=true scales a classifier; leave it out with target=number",
         ),
         (
             number and c.module.classifier_init == "class-means",

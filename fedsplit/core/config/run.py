@@ -8,7 +8,7 @@ from pydantic import Field, field_validator
 
 from fedsplit.core.config.flat import suggestion
 from fedsplit.core.config.section import ANEW, SERVERS_OWN, Section, a_name
-from fedsplit.core.methods import METHODS, Method
+from fedsplit.core.methods import DEFAULT, METHODS, Method
 from fedsplit.core.names import MAX_RUN_CHARS
 
 
@@ -17,9 +17,7 @@ class RunSection(Section):
 
     recipe: Literal["", "closed-form", "shared", "shared-full", "tail", "personal"] = ""
     """Recommended settings, adapted to the backbone and the sites (docs/how-to/choose-a-method.md). Other settings that you give win."""
-    recipe_keeps: str = ""
-    """Comma-separated keys that were given at their default values; a recipe leaves them. `fedsplit run` writes this key."""
-    method: str = "fedv"
+    method: str = DEFAULT
     """A name for several of the keys below (docs/reference/methods.md)."""
     seed: int = Field(default=0, ge=0, lt=2**32)
     """Sets the module's start, the order of the batches and, in simulation, partition and test split."""

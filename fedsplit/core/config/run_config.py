@@ -1,12 +1,14 @@
 """A run's settings: its sections, what needs several of them, and the one door for flat kebab-case keys.
 
-`RunConfig.from_flat` reads `context.run_config` or `--set` pairs and reports every fault of a config
-at once. Defaults here equal `[tool.flwr.app.config]` in pyproject.toml (a test holds them together).
+`RunConfig.from_flat` reads `context.run_config` or `--set` pairs, reports every fault of a config at once, and keeps what
+was given. `[tool.flwr.app.config]` in pyproject.toml has the same keys (a test holds them together), each at the word
+"default".
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -26,7 +28,20 @@ from fedsplit.core.config.task import TaskSection
 from fedsplit.core.config.train import TrainSection
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import ConfigError
-from fedsplit.core.methods import Value, apply
+from fedsplit.core.methods import DEFAULT, METHODS, Value, apply
+
+NOT_GIVEN = "default"
+"""The value of a key that was not given. All keys of `[tool.flwr.app.config]` have it: Flower hands over every key."""
+
+
+class Origin(Enum):
+    """Where a key's value comes from."""
+
+    DEFAULT = "default"
+    GIVEN = "given"
+    RECIPE = "recipe"
+    METHOD = "method"
+    AUTOMATIC = "automatic"
 
 
 class RunConfig(BaseModel):
@@ -41,6 +56,8 @@ class RunConfig(BaseModel):
     train: TrainSection = TrainSection()
     server: ServerSection = ServerSection()
     link: LinkSection = LinkSection()
+    origins: Mapping[str, Origin] = {}
+    """Key -> where its value comes from; a key that is not here is at its default."""
 
     @model_validator(mode="after")
     def _check_together(self) -> RunConfig:
@@ -70,7 +87,9 @@ class RunConfig(BaseModel):
         if not self.run.recipe:
             return self
         found = recipes.fitted(self, blocks=blocks, sites=sites, samples=samples)
-        return type(self).from_flat(self.flat() | recipes.changes(self, found))
+        changes = recipes.changes(self, found)
+        origins = {**self.origins, **dict.fromkeys(changes, Origin.RECIPE)}
+        return self.resolved(self.flat() | changes).model_copy(update={"origins": origins})
 
     def recipe_told(self, blocks: int, *, sites: int = 0, samples: int = 0) -> list[str]:
         """What the recipe chose and what it left as given, a line each; empty without one. For a fitted config."""
@@ -92,22 +111,54 @@ class RunConfig(BaseModel):
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, Any]) -> RunConfig:
-        """Read Flower's flat kebab-case keys. Raises one ConfigError that lists every fault."""
-        known = set(cls.keys())
-        faults = [unknown(key, known) for key in flat if key not in known]
-        defaults = cls.defaults()
-        with_recipe = recipes.apply({k: v for k, v in flat.items() if k in known}, defaults)
-        settled, more = apply(with_recipe, defaults)
-        faults += more
+        """Read the keys that somebody gave, and settle the others by recipe, method and defaults.
+
+        A key at the word "default" was not given: Flower hands over all keys. Raises one ConfigError that lists
+        every fault, and among them what was given and the method would overrule.
+        """
+        given = {k: v for k, v in flat.items() if v != NOT_GIVEN}
+        faults = [unknown(key, set(FIELDS)) for key in given if key not in FIELDS]
+        given = {k: v for k, v in given.items() if k in FIELDS}
+        chosen = recipes.apply(given)
+        settled, more = apply(chosen)
+        config = cls._read(settled, [*faults, *more])
+        origins = {key: _origin(key, value, given, chosen) for key, value in settled.items()}
+        return config.model_copy(update={"origins": origins})
+
+    @classmethod
+    def resolved(cls, flat: Mapping[str, Any]) -> RunConfig:
+        """Read back what `flat` gave: settled already, so that nothing is open and nothing is overruled.
+
+        For the settings of a run that is resumed, and of an order. Raises ConfigError as `from_flat` does.
+        """
+        faults = [unknown(key, set(FIELDS)) for key in flat if key not in FIELDS]
+        config = cls._read({k: v for k, v in flat.items() if k in FIELDS}, faults)
+        return config.model_copy(update={"origins": dict.fromkeys(FIELDS, Origin.GIVEN)})
+
+    @classmethod
+    def _read(cls, flat: Mapping[str, Value], faults: list[str]) -> RunConfig:
+        """The settings at these keys; `faults` are those that are known already."""
         try:
-            config = cls.model_validate(_nested(settled))
+            config = cls.model_validate(_nested(flat))
         except ValidationError as err:
-            faults += [fault(e) for e in err.errors()]
+            faults = [*faults, *(fault(e) for e in err.errors())]
         if faults:
             raise ConfigError(
                 "the run's settings have faults:\n" + "\n".join(f"  - {f}" for f in faults)
             )
         return config
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The keys that somebody gave, also those at their default."""
+        return frozenset(k for k, origin in self.origins.items() if origin is Origin.GIVEN)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal settings; where they come from decides how they are adapted and told, not what they are."""
+        return isinstance(other, RunConfig) and self._sections() == other._sections()
+
+    def __hash__(self) -> int:
+        return hash(tuple(self._sections()))
 
     @classmethod
     def of(cls, **fields: Value) -> RunConfig:
@@ -144,8 +195,9 @@ class RunConfig(BaseModel):
 
 
 SECTIONS: dict[str, type[Section]] = {
-    name: field.annotation  # type: ignore[misc]
+    name: field.annotation
     for name, field in RunConfig.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 }
 FIELDS: dict[str, tuple[str, str, FieldInfo]] = {
     field.alias or kebab(name): (section, name, field)
@@ -166,7 +218,27 @@ RESUME_KEYS = marked(Mark.ANEW)
 
 def parse_set(pairs: list[str]) -> Flat:
     """Read `KEY=VALUE` pairs of the command line, typed by the key. Raises ConfigError for one without `=`."""
-    return read_pairs(pairs, {key: field.annotation for key, (_, _, field) in FIELDS.items()})
+    flat = read_pairs(pairs, {key: field.annotation for key, (_, _, field) in FIELDS.items()})
+    if unsaid := [key for key, value in flat.items() if value == NOT_GIVEN]:
+        raise ConfigError(
+            f"{unsaid[0]}={NOT_GIVEN}: the word stands for a key that is not given; leave {unsaid[0]} out, or choose "
+            f"another value"
+        )
+    return flat
+
+
+def _origin(
+    key: str, value: Value, given: Mapping[str, Value], chosen: Mapping[str, Value]
+) -> Origin:
+    """Where a settled value comes from; `chosen`: what was given with what the recipe set."""
+    if key in given and given[key] == value:
+        return Origin.GIVEN
+    if key in chosen and chosen[key] == value:
+        return Origin.RECIPE
+    method = METHODS.get(str(chosen.get("method", DEFAULT)))
+    if method is not None and value == {**method.prefers, **method.fixes}.get(key):
+        return Origin.METHOD
+    return Origin.AUTOMATIC
 
 
 def _nested(flat: Mapping[str, Value]) -> dict[str, dict[str, Value]]:

@@ -101,10 +101,11 @@ class RollCaller:
         self._check_enough(heard, len(calls))
         ordered = sorted(calls.items(), key=lambda item: (item[1].number, item[1].site))
         # Centralised training is one site's, which in simulation holds everybody's samples.
-        most = 1 if self.config.run.method == "centralised" else len(ordered)
+        gathers = self.config.run.method_description.gathers
+        most = 1 if gathers else len(ordered)
         if self.config.server.sites and not self.config.server.roster_names:
             most = min(most, self.config.server.sites)
-        if self.config.run.method != "centralised":
+        if not gathers:
             for _, call in ordered[most:]:
                 self._absent(
                     call.site,

@@ -50,8 +50,9 @@ def settle(config: RunConfig) -> RunConfig:
     if not config.run.resume:
         return config
     saved = RunDir.reopen(Path(config.run.runs_dir), config.run.resume).read_config()["config"]
-    new = config.flat()
-    return RunConfig.from_flat(saved | {key: new[key] for key in ("resume", *RESUME_KEYS)})
+    known, new = set(RunConfig.keys()), config.flat()
+    went = {key: value for key, value in saved.items() if key in known}
+    return RunConfig.resolved(went | {key: new[key] for key in ("resume", *RESUME_KEYS)})
 
 
 class Run:
@@ -174,7 +175,7 @@ class Run:
             # Without rounds solving the classifier is all the training there is.
             if start is not None and self.config.train.rounds:
                 arrays = messages.to_arrays(start.onto(strategy.module, spec))
-        if self.config.run.method != "local-only":
+        if not self.config.run.method_description.alone:
             yield from strategy.turns(
                 self.grid, arrays, self.config.train.rounds, first_round=first
             )

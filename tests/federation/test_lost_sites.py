@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,29 @@ def test_too_few_sites_left_ends_the_run_in_words(tmp_path: Path) -> None:
         run.go()
     assert run.summary is not None
     assert run.summary.outcome == "failed"
+
+
+def test_an_error_that_nobody_foresaw_leaves_an_account_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a status that says `training` for ever."""
+    config = settings(tmp_path, cut="6,6", rounds=2, max_samples=60)
+    with prepared(config, simulated(2)) as (run, net):
+        push = net.push_messages
+
+        def breaks(orders: Iterable[Message]) -> Iterable[str]:
+            orders = list(orders)
+            if orders[0].metadata.group_id == "2":
+                raise KeyError("\x1b[1m of Flower")
+            return push(orders)
+
+        monkeypatch.setattr(net, "push_messages", breaks)
+        with pytest.raises(KeyError):
+            run.go()
+    summary = run.dir.read_summary()
+    assert summary is not None
+    assert (summary.outcome, summary.rounds_done) == ("failed", 1)
+    assert "an error that fedsplit does not know: KeyError: '\\x1b[1m of" in summary.reason
+    status = json.loads((run.dir.path / "status.json").read_text())
+    assert (status["phase"], status["message"]) == ("failed", summary.reason)
+    assert (run.dir.path / "module").is_dir()

@@ -4,11 +4,12 @@ Flower's own `send_and_receive` sleeps 3 s between polls and returns everything 
 ours saves up to 3 s a round and lets metrics appear as sites finish.
 
 Whose a reply is, the order says that it answers: Flower itself answers for a node that is gone, from a number that is
-no site's.
+no site's. A reply that Flower cannot put together from the parts that a node pushed ends no run.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,13 +17,29 @@ from typing import Generic, TypeVar
 
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
+from flwr.common.logger import LOGGER_NAME
 from flwr.serverapp import Grid
+from google.protobuf.message import DecodeError
+
+from fedsplit.core.foreign import printable
 
 POLL_S = 0.2
 # In deployment sites work at the same time, so all have their order at once; a simulation works through them
 # with a few actors, and messages that only wait would hold a module each.
 WINDOW = 10_000
 WINDOW_SIMULATED = 32
+
+# What Flower raises where the parts of a message do not make one: it takes bytes of a node for its own.
+_MALFORMED = (
+    AssertionError,
+    AttributeError,
+    DecodeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+_log = logging.getLogger(LOGGER_NAME)
 
 K = TypeVar("K")
 
@@ -60,11 +77,20 @@ class Post(Generic[K]):
         """What has come by now: (the order, its reply)."""
         if not self.out:
             return
-        # Only ids still outstanding: one that was pulled before comes back as an error.
-        for reply in self._grid.pull_messages(list(self.out)):
-            sent = self.out.pop(reply.metadata.reply_to_message_id, None)
-            if sent is not None:
-                yield sent, reply
+        try:
+            # Only ids still outstanding: one that was pulled before comes back as an error.
+            for reply in self._grid.pull_messages(list(self.out)):
+                sent = self.out.pop(reply.metadata.reply_to_message_id, None)
+                if sent is not None:
+                    yield sent, reply
+        except _MALFORMED as err:
+            # Whose it was, Flower says at the next look: it has that reply no longer.
+            _log.warning(
+                "Flower cannot put together an answer that came (%s: %s); it is lost, and so is what came in the same "
+                "moment",
+                type(err).__name__,
+                printable(err),
+            )
 
 
 def gone(reply: Message) -> bool:

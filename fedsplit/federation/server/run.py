@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from fedsplit.core.aggregation import capped
 from fedsplit.core.config import RESUME_KEYS, RunConfig
 from fedsplit.core.errors import ConfigError, FedsplitError, RunDirError
-from fedsplit.core.foreign import MAX_CLASSES
+from fedsplit.core.foreign import MAX_CLASSES, printable
 from fedsplit.core.notes import fit
 from fedsplit.core.orders import LocalOnly
 from fedsplit.core.records import SUMMARY_MARK, Outcome, Status, Summary
@@ -118,12 +118,22 @@ class Run:
                     yield
             self._finish("complete", "")
         except FedsplitError as err:
-            try:
-                self._finish("failed", str(err))
-            except RunDirError as full:
-                # What went wrong first is what the user has to know.
-                _log.error("the summary could not be kept: %s", full)
+            self._fail(str(err))
             raise
+        except Exception as err:
+            # The outermost handler of a run: what nobody foresaw leaves an account of it too.
+            self._fail(
+                f"an error that fedsplit does not know: {type(err).__name__}: {printable(err)}; the ServerApp's log "
+                f"has its traceback"
+            )
+            raise
+
+    def _fail(self, reason: str) -> None:
+        try:
+            self._finish("failed", reason)
+        except RunDirError as full:
+            # What went wrong first is what the user has to know.
+            _log.error("the summary could not be kept: %s", full)
 
     def _train(self) -> Iterator[None]:
         goes_on = bool(self.config.run.resume) and self.dir.has_checkpoint

@@ -96,8 +96,9 @@ class TaskRuns:
             next(task.turns)
         except StopIteration:
             return False
-        except FedsplitError as err:
-            _log.error("task %s failed, the others go on: %s", task.name, err)
+        except Exception as err:  # noqa: BLE001 - the outermost handler of a task's run
+            known = isinstance(err, FedsplitError)
+            _log.error("task %s failed, the others go on: %s", task.name, err, exc_info=not known)
             return False
         return True
 

@@ -8,6 +8,7 @@ Shapes: N samples, F features that enter the last linear layer, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ from fedsplit.training.task import CLASSIFICATION, Task
 
 Floats = NDArray[np.float64]
 GRAM, MOMENT = "statistics.gram", "statistics.moment"
+# More than what float32 on the wire rounds off, in shares of the sums' own size.
+ROUNDING = 1e-3
 TEMPERATURES: Floats = np.geomspace(1e-3, 1e3, 121)
 """Where the temperature is looked for: a twentieth of a decade apart, finer than accuracy can tell."""
 
@@ -69,6 +72,24 @@ class FeatureStatistics:
     def class_sums(self) -> Floats:
         """Sum of the features of each class, [C, F]."""
         return self.moment[:-1].T
+
+    @property
+    def possible(self) -> bool:
+        """Can they be of any samples? Products of vectors with themselves, summed, have no direction of negative length."""
+        joint = np.block([[self.gram, self.moment], [self.moment.T, np.diag(self.counts)]])
+        size = np.abs(np.diag(joint))
+        scale = np.sqrt(np.maximum(size, 1e-12 * max(size.max(), 1.0)))
+        try:
+            np.linalg.cholesky(joint / np.outer(scale, scale) + ROUNDING * np.eye(len(joint)))
+        except np.linalg.LinAlgError:
+            return False
+        return True
+
+    @property
+    def length(self) -> float:
+        """Root mean square of a feature."""
+        squares, samples = np.diag(self.gram)[:-1], float(self.gram[-1, -1])
+        return math.sqrt(max(float(squares.mean()) / samples, 0.0)) if samples > 0 else 0.0
 
     def add(self, features_NF: ArrayLike, labels_N: ArrayLike) -> FeatureStatistics:
         """With more samples; sums are in float64. Whole labels are classes, others numbers.
@@ -139,6 +160,10 @@ class FeatureStatistics:
             raise UpdateError(
                 f"feature statistics count {found.counts.sum():g} labels and {gram[-1, -1]:g} samples; they "
                 f"must be of the same samples"
+            )
+        if not found.possible:
+            raise UpdateError(
+                "feature statistics are sums of no samples that can be; look at that site"
             )
         return found
 

@@ -6,6 +6,7 @@ started and has its last one solved.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,11 @@ from fedsplit.training.closed_form import (
     ridge,
     scaled_alpha,
 )
+
+# Fewer sites than this have no majority.
+QUORUM = 3
+# Far above what all samples of a site can lose, and small enough to be added up.
+MAX_LOSS = 1e15
 
 
 def check_start(config: RunConfig, backbone: Backbone) -> None:
@@ -58,9 +64,9 @@ class ClosedFormStart:
         self._nll = np.zeros(len(TEMPERATURES))
 
     @property
-    def sites(self) -> int:
-        """How many sites are in the sums."""
-        return len(self._fit)
+    def sites(self) -> frozenset[str]:
+        """Who is in the sums."""
+        return frozenset(self._fit)
 
     @property
     def wanted(self) -> dict[str, tuple[int, ...]]:
@@ -89,6 +95,25 @@ class ClosedFormStart:
         if weight < samples:
             fit, held_out = fit.scaled(weight / samples), held_out.scaled(weight / samples)
         self._fit[site], self._held_out[site] = fit, held_out
+
+    def without_the_far(self, ratio: float) -> dict[str, str]:
+        """Take out the sites whose features are more than `ratio` times as large as the median's; site -> why.
+
+        One frozen backbone makes them all. Fewer than three sites have no majority, and 0 is no bound.
+        """
+        if not ratio or len(self._fit) < QUORUM:
+            return {}
+        lengths = {site: (self._fit[site] + self._held_out[site]).length for site in self._fit}
+        usual = statistics.median(lengths.values())
+        why = {
+            site: f"its features are {length / usual:.3g} times as large as is usual in this run (the median of its "
+            f"sites), max-update-ratio={ratio:g}; look at that site's data and backbone"
+            for site, length in sorted(lengths.items())
+            if length > ratio * usual > 0
+        }
+        for site in why:
+            del self._fit[site], self._held_out[site]
+        return why
 
     def provisional(self) -> ModuleTensors:
         """The classifier's last layer without the held-out samples, to be calibrated on them."""
@@ -119,9 +144,10 @@ class ClosedFormStart:
     def add_nll(self, nll: Sequence[float]) -> None:
         """Take in one site's losses over the temperatures. Raises UpdateError when they cannot be right."""
         values = np.asarray(nll, dtype=np.float64)
-        if values.shape != self._nll.shape or not np.isfinite(values).all():
+        # `not` and `<=`, so that NaN is none of them either.
+        if values.shape != self._nll.shape or not (np.abs(values) <= MAX_LOSS).all():
             raise UpdateError(
-                f"calibration wants {len(self._nll)} finite losses, {len(values)} came; install the same "
-                f"fedsplit version on both ends"
+                f"calibration wants {len(self._nll)} losses of at most {MAX_LOSS:g}, {len(values)} numbers came; "
+                f"install the same fedsplit version on both ends"
             )
         self._nll += values

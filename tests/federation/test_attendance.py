@@ -167,6 +167,53 @@ def test_of_two_nodes_with_one_name_the_one_that_had_it_before_keeps_it(tmp_path
     )
 
 
+def test_of_two_nodes_with_one_name_the_other_follows_when_the_first_is_gone(
+    tmp_path: Path,
+) -> None:
+    """A SuperNode that was restarted in the roll call: the node that it was answers too, and is gone a minute later."""
+
+    def leaves(place: int, message: Message) -> bool:
+        return place == 2 and message.metadata.group_id == "2"
+
+    nodes = [
+        n | {"site": name}
+        for n, name in zip(simulated(3), ("line-a", "line-b", "line-b"), strict=True)
+    ]
+    (tmp_path / known_nodes.FILE).write_text(json.dumps({"line-b": 102}))
+    config = small(tmp_path, rounds=4)
+    with prepared(config, nodes, in_simulation=False, leaves=leaves) as (run, net):
+        run.go()
+    assert {m.site for m in run.ledger.metrics if m.round == 4} == {"line-a", "line-b"}
+    to_second = [m.metadata.message_type for m in net.sent if net.place(m) == 3]
+    assert to_second[:2] == ["query", "train"]
+
+
+def test_a_node_that_was_gone_in_the_roll_call_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def sleeps(place: int, message: Message) -> bool:
+        asked.append(place)
+        return place == 2 and asked.count(2) == 1
+
+    with prepared(
+        small(tmp_path), named(2), in_simulation=False, leaves=sleeps
+    ) as (run, net):  # fmt: skip
+        config, looks = net.nodes[102], []
+        listed = net.get_node_ids
+
+        def wakes() -> list[int]:
+            looks.append(None)
+            if len(looks) == 4:
+                net.nodes[102] = config
+            return list(listed())
+
+        monkeypatch.setattr(net, "get_node_ids", wakes)
+        summary = run.go()
+    assert (summary.outcome, [s.name for s in summary.sites]) == ("complete", ["line-a", "line-b"])
+
+
 @pytest.mark.parametrize("text", ["", "[", '["a"]', '{"a": "1"}', '{"a": true}', "[" * 100_000])
 def test_known_nodes_that_are_damaged_count_as_none(text: str, tmp_path: Path) -> None:
     (tmp_path / known_nodes.FILE).write_text(text)

@@ -11,7 +11,7 @@ from flwr.app import Message
 
 from fedsplit.core.aggregation import Update, capped
 from fedsplit.core.config import RunConfig
-from fedsplit.core.orders import DELTA, Answer, Order, RollCall
+from fedsplit.core.orders import DELTA, STATISTICS, Answer, Calibration, Order, RollCall
 from fedsplit.core.records import RoundMetrics
 from fedsplit.federation import messages
 from fedsplit.federation.server.combine.guard import Guard, Version
@@ -299,3 +299,72 @@ def test_honest_sites_are_not_refused(choice: dict[str, Any], tmp_path: Path) ->
         summary = run.go()
     assert summary.left_out == ()
     assert not any("undone" in note for note in summary.notes)
+
+
+# Before the first round.
+
+
+def larger(told: dict[str, Any]) -> None:
+    """Sums of the same samples with features a million times as large."""
+    for name, array in told.items():
+        if name.endswith("moment"):
+            array[:-1] *= 1e6
+            continue
+        rows = int((2 * array.size) ** 0.5)
+        i, j = np.triu_indices(rows)
+        array *= np.where(i < rows - 1, 1e6, 1.0) * np.where(j < rows - 1, 1e6, 1.0)
+
+
+def negative(told: dict[str, Any]) -> None:
+    """A feature whose squares add up to less than nothing: no ridge can be solved with it."""
+    told["fit/statistics.gram"][0] *= -1e6
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(larger, "e+05 times as large as is usual"), (negative, "sums of no samples that can be")],
+)
+def test_sums_that_would_undo_those_of_the_others_are_refused(
+    change: Any, words: str, tmp_path: Path
+) -> None:
+    def tamper(at: int, message: Message, reply: Message) -> Message:
+        record = reply.content.array_records.get(STATISTICS) if reply.has_content() else None
+        if at == 2 and record is not None:
+            told = {name: array.numpy().copy() for name, array in record.items()}
+            change(told)
+            reply.content[STATISTICS] = messages.to_arrays(told)
+        return reply
+
+    ridge = settings(tmp_path, cut="6,6", max_samples=240, rounds=0, method="closed-form")
+    with prepared(ridge, simulated(3), tamper=tamper) as (run, _):
+        summary = run.go()
+    (left,) = summary.left_out
+    assert (summary.outcome, left.site) == ("partial", "site-1")
+    assert words in left.reason
+    assert summary.accuracy_global is not None
+    assert summary.accuracy_global > 0.7
+
+
+def test_a_calibration_of_others_numbers_is_refused(tmp_path: Path) -> None:
+    def forged(at: int, message: Message, reply: Message) -> Message:
+        record = reply.content.config_records.get(messages.ANSWER)
+        if at == 1 or record is None or '"nll"' not in str(record["json"]):
+            return reply
+        told = messages.read(reply.content, messages.ANSWER, Calibration)
+        if at == 2:
+            metrics = told.metrics.model_copy(update={"site": "site-0", "round": 1})
+            told = told.model_copy(update={"metrics": metrics})
+        else:
+            told = told.model_copy(update={"nll": (1.7e308,) * len(told.nll)})
+        reply.content[messages.ANSWER] = messages.write(messages.ANSWER, told)[messages.ANSWER]
+        return reply
+
+    ridge = settings(
+        tmp_path, cut="6,6", max_samples=240, rounds=1, classifier_init="ridge", min_sites=1
+    )
+    with prepared(ridge, simulated(3), tamper=forged) as (run, _):
+        summary = run.go()
+    told = {a.site: a.reason for a in summary.left_out}
+    assert "it answered for ('site-0', 1)" in told["site-1"]
+    assert "losses of at most 1e+15" in told["site-2"]
+    assert len([m for m in run.ledger.metrics if m.round == 1]) == 3

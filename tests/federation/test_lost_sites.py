@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from flwr.app import Message
 
-from fedsplit.core.errors import FederationError
+from fedsplit.core.errors import DataError, FederationError
+from fedsplit.federation import messages
 from tests.federation.conftest import prepared, settings, simulated
 
 
@@ -80,3 +81,23 @@ def test_an_error_that_nobody_foresaw_leaves_an_account_too(
     status = json.loads((run.dir.path / "status.json").read_text())
     assert (status["phase"], status["message"]) == ("failed", summary.reason)
     assert (run.dir.path / "module").is_dir()
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_sites_that_cannot_train_alone(failing: int, tmp_path: Path) -> None:
+    def broken(place: int, message: Message, reply: Message) -> Message:
+        if place > failing or message.metadata.message_type == "query":
+            return reply
+        return messages.fault_reply(DataError("a.jpg is no image"), message, site="")
+
+    config = settings(tmp_path, method="local-only", rounds=1, max_samples=60, min_sites=1)
+    with prepared(config, simulated(2), tamper=broken) as (run, _):
+        if failing == 2:
+            with pytest.raises(FederationError, match=r"the start got 0 useful answers.*a\.jpg"):
+                run.go()
+        else:
+            run.go()
+    summary = run.summary
+    assert summary is not None
+    assert summary.outcome == ("failed" if failing == 2 else "partial")
+    assert "it could not train alone: a.jpg is no image" in summary.left_out[0].reason

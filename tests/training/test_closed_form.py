@@ -299,3 +299,22 @@ def test_class_means_need_a_bias(tiny: dict[str, Path]) -> None:
 
 def _passes(model: object, batches: object) -> object:
     return closed_form._passes(model, batches, closed_form.Flow())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("features", [FEATURES, 300])
+def test_sums_of_samples_are_possible_and_others_are_refused(features: int) -> None:
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, CLASSES, 50)
+    found = summed(1e3 * rng.normal(size=(50, features)) + 1e4, labels)
+    sizes = {"features": features, "classes": CLASSES}
+    arrays = found.arrays()
+    assert FeatureStatistics.of(arrays, **sizes).possible
+    assert FeatureStatistics.empty(features, CLASSES).possible
+    first = np.zeros_like(arrays[GRAM])
+    first[0] = 1.0
+    for bad in (
+        {GRAM: arrays[GRAM] * (1 - 2 * first), MOMENT: arrays[MOMENT]},
+        {GRAM: arrays[GRAM], MOMENT: arrays[MOMENT] * np.float32([[30]] * features + [[1]])},
+    ):
+        with pytest.raises(UpdateError, match="sums of no samples that can be"):
+            FeatureStatistics.of(bad, **sizes)

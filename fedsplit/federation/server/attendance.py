@@ -8,7 +8,7 @@ never before: who shouts a name must not push out the site that has it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -33,12 +33,13 @@ class Attendance:
         sites: Sequence[Site],
         *,
         asked: Iterable[int],
+        claims: Mapping[int, RollCall],
         grid: Grid,
         question: Question,
         ledger: Ledger,
         on_update: Callable[[str], None],
     ) -> None:
-        """`sites` is what the roll call found among the nodes `asked`."""
+        """`sites` is what the roll call found among the nodes `asked`; `claims`: other nodes that say a site's name."""
         self.sites = tuple(sites)
         self._grid, self._question, self._ledger = grid, question, ledger
         self._say = on_update
@@ -47,6 +48,9 @@ class Attendance:
         self._claims: dict[int, RollCall] = {}
         """Nodes that say the name of a site whose own node is still connected."""
         self._next_look = 0.0
+        for node, call in claims.items():
+            if _by_name(self.sites, call.site) is not None:
+                self._claim(node, call)
 
     def look(self) -> list[Site]:
         """The sites that are at another node since the last look. Takes no time where nobody is new."""
@@ -55,8 +59,8 @@ class Attendance:
         self._next_look = time.monotonic() + LOOK_S
         here = set(self._grid.get_node_ids())
         for node in sorted(here - self._seen):
-            self._seen.add(node)
-            self._post.send(node, self._question.order(node))
+            if self._post.send(node, self._question.order(node)):
+                self._seen.add(node)
         for sent, reply in self._post.replies():
             self._hear(sent.whose, reply)
         return [site for node in list(self._claims) if (site := self._settled(node, here))]
@@ -73,13 +77,21 @@ class Attendance:
             time.sleep(POLL_S)
 
     def _hear(self, node: int, reply: Message) -> None:
-        if gone(reply) or self._question.not_held(reply) is not None:
+        if gone(reply):
+            # It is asked anew where it comes back.
+            self._seen.discard(node)
+            return
+        if self._question.not_held(reply) is not None:
             return
         try:
             call = self._question.call_of(reply)
         except FedsplitError as err:
             self._say(f"a node that came while the run lasts takes no part: {printable(str(err))}")
-            return
+        else:
+            self._claim(node, call)
+
+    def _claim(self, node: int, call: RollCall) -> None:
+        """A node says that it is a site."""
         site = _by_name(self.sites, call.site)
         if site is None:
             self._say(
@@ -102,11 +114,14 @@ class Attendance:
         """The site that the node now is, if it is one."""
         if node not in here:
             del self._claims[node]
+            self._seen.discard(node)
             return None
         site = _by_name(self.sites, self._claims[node].site)
         assert site is not None
         if site.node_id in here:
             return None
+        # Should the node that it was come back, it is asked again, as any that says this name.
+        self._seen.discard(site.node_id)
         site.node_id, site.call = node, self._claims.pop(node)
         self._ledger.calls[site.name] = site.call
         self._say(f"{site.name} is back, as another node")

@@ -39,6 +39,11 @@ class Site:
     call: RollCall
 
 
+def round_name(round_: int) -> str:
+    """For people: round 0 is what comes before the first one."""
+    return f"round {round_}" if round_ else "the start"
+
+
 # How long after its deadline an order still takes an answer: word of how late it is.
 LATE_S = 60.0
 # A site may take the steps of so many times the samples that it counts for.

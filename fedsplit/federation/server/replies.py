@@ -6,6 +6,7 @@ How messages travel is exchange.py's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import TypeVar
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -24,8 +25,7 @@ from fedsplit.core.errors import (
     UpdateError,
 )
 from fedsplit.core.foreign import printable
-from fedsplit.core.notes import fit
-from fedsplit.core.orders import DELTA, SCALARS, Answer
+from fedsplit.core.orders import DELTA, SCALARS, Answer, Calibration
 from fedsplit.core.records import Phase, RoundMetrics, Status
 from fedsplit.federation import messages
 from fedsplit.federation.server.attendance import Attendance
@@ -33,7 +33,7 @@ from fedsplit.federation.server.books.ledger import Ledger
 from fedsplit.federation.server.books.replay_log import Scalars
 from fedsplit.federation.server.books.run_dir import RunDir
 from fedsplit.federation.server.exchange import Post, exchange, expired, gone
-from fedsplit.federation.server.orders import Orders, Site
+from fedsplit.federation.server.orders import Orders, Site, round_name
 from fedsplit.model.module import ModuleTensors
 from fedsplit.training.rank_pruning import kept_rank
 from fedsplit.training.replay import replayed, scalars_shape
@@ -46,6 +46,7 @@ _LASTING = frozenset(kind.__name__ for kind in (BackboneError, ConfigError, Data
 
 # A site's errors that a module of absurd values causes.
 _STUCK = (DivergedError.__name__, ProtocolError.__name__)
+_Measured = TypeVar("_Measured", Answer, Calibration)
 
 
 class Replies:
@@ -157,20 +158,20 @@ class Replies:
                 late = f"its answer came after {sent.age_s:.0f} s, deadline-s={wait_s:g}; raise deadline-s"
                 why = printable(fault.message if fault else late)
                 self._ledger.explain(round_, sent.whose.name, why)
-                self._say(f"round {round_}: {sent.whose.name} was late: {why}")
+                self._say(f"{round_name(round_)}: {sent.whose.name} was late: {why}")
         self._late = [entry for entry in self._late if entry[2].out][-LATE_ROUNDS:]
 
     def site_of(self, reply: Message) -> Site:
         """Whose reply it is: the site's that was sent the order. Flower answers itself for a site that is gone."""
         return self._by_order[reply.metadata.reply_to_message_id]
 
-    def read(self, round_: int, name: str, reply: Message) -> Answer:
+    def read(self, round_: int, name: str, reply: Message, part: type[_Measured]) -> _Measured:
         """The answer of site `name`. Raises FederationError where it is none, or does not fit what was asked."""
-        answer = messages.answer_of(reply, Answer)
+        answer = messages.answer_of(reply, part)
         told = (answer.metrics.site, answer.metrics.round)
         if told != (name, round_):
             raise FederationError(f"it answered for {told}, ({name!r}, {round_}) was asked")
-        numbers = answer.metrics
+        numbers: RoundMetrics = answer.metrics
         call = self._ledger.calls[name]
         # Files may vanish while the run lasts; none may come.
         fewer = range(min(1, call.test_samples), call.test_samples + 1)
@@ -197,7 +198,7 @@ class Replies:
         """The reply's update when it passes its checks; a bad one is refused by name. `module`: what was sent."""
         site = self.site_of(reply)
         try:
-            answer = self.read(round_, site.name, reply)
+            answer = self.read(round_, site.name, reply, Answer)
         except FedsplitError:
             return None  # Noted when it came in.
         received = self._orders.received(site, module)
@@ -248,7 +249,7 @@ class Replies:
     def left_out(self, round_: int, name: str, reason: str) -> None:
         """Note that a site is missing from a round."""
         self._ledger.absent(round_, name, reason)
-        self._say(f"round {round_}: {name} left out: {reason}")
+        self._say(f"{round_name(round_)}: {name} left out: {reason}")
 
     def check_enough(self, round_: int, useful: int, *, done: int) -> None:
         """Raise FederationError below `min-sites` useful replies; `done` rounds are kept by then.
@@ -265,7 +266,8 @@ class Replies:
             else f"no round was finished, resume={self._run_dir.name} starts it again"
         )
         text = (
-            f"round {round_} got {useful} useful updates, min-sites={self._config.server.min_sites} are wanted "
+            f"{round_name(round_)} got {useful} useful {'updates' if round_ else 'answers'}, "
+            f"min-sites={self._config.server.min_sites} are wanted "
             f"({lost}); {kept}"
         )
         raise RoundLostError(text, why=lost) if self._may_pass else FederationError(text)
@@ -279,7 +281,7 @@ class Replies:
     def _note(self, round_: int, name: str, reply: Message) -> None:
         """Account for one reply as it comes in."""
         try:
-            answer = self.read(round_, name, reply)
+            answer = self.read(round_, name, reply, Answer)
         except FedsplitError as err:
             if not gone(reply):
                 # What it holds is no longer certain: whole modules from now on.
@@ -301,7 +303,7 @@ class Replies:
         for now, before, kind in counts:
             note = f"{name}: {now} of its {before} {kind} samples are left, the others are gone or changed since roll call"
             if now < before and note not in self._ledger.notes:
-                self._ledger.notes = fit([*self._ledger.notes, note])
+                self._ledger.note(note)
                 self._say(note)
 
     def _status(self, phase: Phase, round_: int) -> None:

@@ -77,7 +77,9 @@ class RollCaller:
     known: Mapping[str, int] = field(default_factory=dict)
     """Names of sites and the nodes that had them in the run before."""
     asked: set[int] = field(default_factory=set)
-    """Every node that was asked, once `sites` has been called."""
+    """Every node that was asked and is not gone, once `sites` has been called."""
+    claims: dict[int, RollCall] = field(default_factory=dict)
+    """Those of them that say a name which another one has."""
 
     @property
     def config(self) -> RunConfig:
@@ -89,8 +91,8 @@ class RollCaller:
         if self.question.simulated:
             self._check_simulation(len(list(self.grid.get_node_ids())))
         heard = self._gather()
-        self.asked.update(heard.asked)
         nodes = heard.asked - heard.gone
+        self.asked.update(nodes)
         if len(nodes) < self.config.server.min_sites:
             raise FederationError(
                 f"{len(nodes)} sites are connected after {self.config.server.deadline_s:g} s, "
@@ -140,8 +142,11 @@ class RollCaller:
         shown = ""
         while True:
             heard.here = set(self.grid.get_node_ids())
+            # Who comes back after it was gone, as a computer that slept does, is asked anew.
+            heard.asked -= heard.gone - heard.here
             for node in sorted(heard.here - heard.asked):
                 heard.asked.add(node)
+                heard.gone.discard(node)
                 if not post.send(node, self.question.order(node)):
                     heard.gone.add(node)
             shown = self._show(len(heard.here), shown)
@@ -204,6 +209,7 @@ class RollCaller:
             calls[claims[0]] = heard.calls[claims[0]]
             for node in claims[1:]:
                 if node in heard.here:
+                    self.claims[node] = heard.calls[node]
                     self._absent(
                         f"node {node}",
                         f"another site is called {name!r} too; give each its own name",
@@ -262,7 +268,7 @@ class RollCaller:
         _log.warning("%s left out: %s", printable(who), printable(reason))
 
     def _tell(self, note: str) -> None:
-        self.ledger.notes = fit([*self.ledger.notes, note])
+        self.ledger.note(note)
         _log.warning("%s", note)
 
     def _site(self, node: int, call: RollCall, place: int) -> Site:

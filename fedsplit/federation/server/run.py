@@ -206,6 +206,7 @@ class Run:
         return Attendance(
             sites,
             asked=caller.asked,
+            claims=caller.claims,
             grid=self.grid,
             question=question,
             ledger=self.ledger,

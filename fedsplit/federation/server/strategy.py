@@ -18,7 +18,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.lora_rules import rule_of
-from fedsplit.core.orders import OrderKind
+from fedsplit.core.orders import LocalOnly, OrderKind
 from fedsplit.federation import messages
 from fedsplit.federation.server import before_rounds
 from fedsplit.federation.server.attendance import Attendance
@@ -30,7 +30,7 @@ from fedsplit.federation.server.combine.combiner import Combiner
 from fedsplit.federation.server.combine.guard import Guard, Version
 from fedsplit.federation.server.endpoint import Endpoint
 from fedsplit.federation.server.exchange import WINDOW, WINDOW_SIMULATED
-from fedsplit.federation.server.orders import Orders, Site
+from fedsplit.federation.server.orders import Orders, Site, round_name
 from fedsplit.federation.server.replies import Replies
 from fedsplit.federation.server.twice import Twice
 from fedsplit.model import module
@@ -213,11 +213,17 @@ class SplitStrategy(Strategy):
     def compare_local_only(self, grid: Grid, arrays: ArrayRecord) -> None:
         """Let every site train alone, for as many epochs as the run has, and note what it reaches."""
         self.module = _tensors(arrays)
-        self._publish(0)
-        for name, alone in before_rounds.local_only(
-            grid, self._orders, self._replies, self.module, on_update=self._say
-        ):
-            self.ledger.local_only[name] = alone
+
+        def alone() -> dict[str, LocalOnly]:
+            self._publish(0)
+            found = before_rounds.local_only(grid, self._orders, self._replies, self.module)
+            reached = dict(found)
+            if self.config.run.method == "local-only":
+                # There it is all the training of the run.
+                self._replies.check_enough(0, len(reached), done=0)
+            return reached
+
+        self.ledger.local_only.update(self._twice.do(0, alone))
 
     def closed_form_start(self, grid: Grid, arrays: ArrayRecord) -> ArrayRecord:
         """The module with its classifier solved from the sites' summed statistics, calibrated if wanted."""
@@ -306,7 +312,7 @@ class SplitStrategy(Strategy):
             self._orders.version(round_),
             packed,
             wait_s=self.config.server.deadline_s,
-            on_update=lambda text: self._say(f"round {round_}: {text}"),
+            on_update=lambda text: self._say(f"{round_name(round_)}: {text}"),
         )
 
     def _once_more(self, kind: OrderKind, round_: int) -> Callable[[Site], Iterator[Message]]:

@@ -5,15 +5,14 @@ What the first time cost is not counted, what happened is told.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from fedsplit.core.errors import EncoderError, FederationError, RoundLostError
-from fedsplit.core.notes import fit
 from fedsplit.federation.server.attendance import Attendance
-from fedsplit.federation.server.books.ledger import Ledger
+from fedsplit.federation.server.books.ledger import Absence, Ledger
 from fedsplit.federation.server.books.run_dir import RunDir
-from fedsplit.federation.server.orders import Orders
+from fedsplit.federation.server.orders import Orders, round_name
 
 T = TypeVar("T")
 
@@ -36,11 +35,12 @@ class Twice:
 
     def do(self, round_: int, work: Callable[[], T]) -> T:
         """What `work` returns, which publishes the round's version and sends its orders. Raises FederationError."""
+        before = list(self._ledger.absences)
         try:
             return work()
         except RoundLostError as err:
             first = err
-        absences = self._begin_again(round_, first)
+        absences = self._begin_again(round_, first, before)
         try:
             return work()
         except (RoundLostError, EncoderError) as err:
@@ -50,15 +50,18 @@ class Twice:
                 raise FederationError(f"{err} (it was done twice)") from err
             raise FederationError(f"{first}. It could not be done once more: {err}") from err
 
-    def _begin_again(self, round_: int, lost: RoundLostError) -> list[tuple[int, str, str]]:
-        """As if the round had not begun, but that it is told; the absences of the first time."""
-        what = f"round {round_} is done once more" if round_ else "the start is done once more"
-        note = f"{what}: {lost.why}"
+    def _begin_again(
+        self, round_: int, lost: RoundLostError, before: Sequence[Absence]
+    ) -> list[Absence]:
+        """As if the round had not begun, but that it is told; the absences of the first time, without those `before`."""
+        note = f"{round_name(round_)} is done once more: {lost.why}"
         self._say(note)
-        self._ledger.notes = fit([*self._ledger.notes, note])
-        absences = self._ledger.forget(round_)
+        self._ledger.note(note)
+        forgotten = self._ledger.forget(round_)
+        # What comes before the first round is several steps, all of round 0.
+        self._ledger.absences += [a for a in forgotten if a in before]
         self._run_dir.forget_after(round_ - 1)
         self._orders.begin_again(round_)
         config = self._orders.config
         self._attendance.wait_for(config.server.min_sites, timeout_s=config.server.deadline_s)
-        return absences
+        return [a for a in forgotten if a not in before]

@@ -16,6 +16,9 @@ from fedsplit.core.records import LeftOut, Outcome, RoundMetrics, SiteSummary, S
 from fedsplit.core.scores import CLASS_SCORES, Scores, Scoring, Tally, added
 from fedsplit.model.backbone import Backbone
 
+Absence = tuple[int, str, str]
+"""(round, site, reason); round 0 is all that comes before the first round."""
+
 
 @dataclass
 class Ledger:
@@ -27,8 +30,7 @@ class Ledger:
     calls: dict[str, RollCall] = field(default_factory=dict)
     cuts: dict[str, str] = field(default_factory=dict)
     metrics: list[RoundMetrics] = field(default_factory=list)
-    absences: list[tuple[int, str, str]] = field(default_factory=list)
-    """(round, site, reason); round 0 is the roll call."""
+    absences: list[Absence] = field(default_factory=list)
     local_only: dict[str, LocalOnly] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     """What the run itself found odd, a sentence each."""
@@ -49,7 +51,7 @@ class Ledger:
         """Take back that a site was lost in a round: it is asked once more."""
         self.absences = [a for a in self.absences if a[:2] != (round_, site)]
 
-    def forget(self, round_: int) -> list[tuple[int, str, str]]:
+    def forget(self, round_: int) -> list[Absence]:
         """Drop what the run's sites did in a round that is done again; the absences that went with it."""
         self.metrics = [m for m in self.metrics if m.round != round_]
         gone = [a for a in self.absences if a[0] == round_ and a[1] in self.calls]

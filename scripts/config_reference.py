@@ -34,6 +34,22 @@ A key that you give always counts, also at its default value. A recipe keeps it.
 [method](methods.md) means another value, the run is refused. `[tool.flwr.app.config]` of
 `pyproject.toml` lists every key with the word `default`: the key is not given.
 
+## A run file
+
+`fedsplit run job.toml` reads the settings from a TOML file. The keys stand in tables; this page has
+one section for each table. `--set` overrides the file. Paths are relative to the working directory.
+
+    [run]
+    method = "fedprox"
+
+    [train]
+    rounds = 10
+    learning-rate = 0.01
+
+[`fedsplit config show job.toml`](cli.md#fedsplit-config-show) shows the result.
+
+## Sites and resumed runs
+
 A site may override `data`, `cut` and `encoder-tls-ca` in its [node config](node-config.md). A
 resumed run keeps its settings; [resume](../how-to/resume.md) lists the few that may change.
 """
@@ -95,7 +111,14 @@ def _table(name: str, section: type[Section]) -> list[str]:
     """One section: its table's name in a run file, and a row a key."""
     text = meanings(section)
     about = " ".join(str(section.__doc__).split())
-    lines = [f"## {name}", "", about, "", "| key | type | default | meaning |", "|---|---|---|---|"]
+    lines = [
+        f"## `[{name}]`",
+        "",
+        about,
+        "",
+        "| key | type | default | meaning |",
+        "|---|---|---|---|",
+    ]
     for field_name, field in section.model_fields.items():
         kind = type_of(field.annotation)
         if limits := bounds_of(field.metadata):

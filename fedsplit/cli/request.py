@@ -52,8 +52,7 @@ def prepare(
 ) -> RunRequest:
     """Merge and check everything that can be checked here. Raises ConfigError."""
     found = find_app(app)
-    known = set(RunConfig.keys())
-    merged: Flat = {k: v for k, v in found.config.items() if k in known and v != NOT_GIVEN}
+    merged = given_by(found)
     saved: Flat = {}
     local = superlink is None
     if resume is not None:
@@ -91,6 +90,12 @@ def prepare(
 
         request = replace(request, warnings=tuple(check_here(config)))
     return request
+
+
+def given_by(app: AppDir) -> Flat:
+    """The settings that an app's own pyproject.toml gives: those of its keys that are not at the word "default"."""
+    known = set(RunConfig.keys())
+    return {k: v for k, v in app.config.items() if k in known and v != NOT_GIVEN}
 
 
 def _recipe_told(config: RunConfig) -> tuple[str, ...]:

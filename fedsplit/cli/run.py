@@ -23,13 +23,32 @@ AppOption = Annotated[
 ]
 
 
+def _job(path: Path | None) -> Path | None:
+    """A run file; `rounds=10` in its place is a slip."""
+    if path is not None and "=" in path.name and not path.exists():
+        raise typer.BadParameter(f"{path} is no file; settings go behind --set, e.g. --set {path}")
+    return path
+
+
+JobArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[JOB.toml]",
+        help="A run file: settings in tables, e.g. [train] rounds = 10.",
+        callback=_job,
+    ),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="A setting, e.g. --set rounds=10; may be repeated."
+    ),
+]
+
+
 def run(
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="A setting, e.g. --set rounds=10; may be repeated."
-        ),
-    ] = None,
+    job: JobArgument = None,
+    settings: SetOption = None,
     superlink: Annotated[
         str | None,
         typer.Option(
@@ -50,8 +69,10 @@ def run(
     """
     from fedsplit.cli.request import prepare
     from fedsplit.core.config import parse_set
+    from fedsplit.core.config.run_file import read_run_file
 
-    given, out = parse_set(settings or []), Output(as_json=as_json)
+    given = ({} if job is None else read_run_file(job)) | parse_set(settings or [])
+    out = Output(as_json=as_json)
     with out.if_long("checking settings, backbone and data ..."):
         request = prepare(given, app=app, superlink=superlink, resume=resume)
     raise typer.Exit(run_request(request, out))

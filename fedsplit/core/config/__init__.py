@@ -6,6 +6,7 @@
     misfits.py      what does not fit a backbone of some depth
     flat.py         the command line's pairs, and errors in words
     run_config.py   RunConfig: the sections together, and the one door for flat keys
+    run_file.py     a run's TOML file: the same keys in tables
 
 A new key is a field with a line of prose in its section, a line of `[tool.flwr.app.config]` in pyproject.toml, and
 its row in docs/reference/config.md, which `scripts/config_reference.py` writes.

@@ -79,6 +79,12 @@ class RunConfig(BaseModel):
             return (Cut(blocks, blocks),)
         return self.placement.cuts
 
+    def on_device(self, blocks: int) -> RunConfig:
+        """With the cut that a method of whole devices means on a backbone of `blocks` blocks."""
+        cut = ";".join(str(cut) for cut in self.cuts_on(blocks))
+        origins = {**self.origins, "cut": Origin.METHOD}
+        return self.changed(cut=cut).model_copy(update={"origins": origins})
+
     def fitted(self, blocks: int, *, sites: int = 0, samples: int = 0) -> RunConfig:
         """With what its recipe adapts to a backbone, to the number of sites and their samples in all; 0: not known yet.
 

@@ -1,0 +1,102 @@
+"""A run file: TOML with the settings of one run, in tables named as the sections. Any bytes give settings or a ConfigError.
+
+    [train]
+    rounds = 10
+
+Says where each fault is, all of them at once; what a value may be is `RunConfig.from_flat`'s word.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedsplit.core.config.flat import Flat, suggestion, unknown
+from fedsplit.core.config.run_config import FIELDS, NOT_GIVEN, SECTIONS
+from fedsplit.core.errors import ConfigError
+from fedsplit.core.foreign import printable
+
+MAX_FILE_BYTES = 1 << 20
+_MOST_FAULTS = 100
+
+
+def read_run_file(path: Path) -> Flat:
+    """The settings that a run file gives, as flat keys. Raises ConfigError."""
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as err:
+        reason = getattr(err, "strerror", None) or str(err)
+        raise ConfigError(
+            f"run file {printable(path)} cannot be read: {reason}; give the path of a TOML file"
+        ) from err
+    return parse_run_file(data, where=printable(path))
+
+
+def parse_run_file(data: bytes, *, where: str) -> Flat:
+    """The same from a file's bytes; `where` names it in errors."""
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(
+            f"run file {where} is larger than {MAX_FILE_BYTES} bytes; is it a run file?"
+        )
+    try:
+        # RecursionError: brackets nested a thousand deep. ValueError: bad UTF-8, bad TOML, endless numbers.
+        tables = tomllib.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as err:
+        raise ConfigError(
+            f"run file {where} is not TOML: {printable(err)}; correct it there"
+        ) from err
+    faults = [fault for name, table in tables.items() for fault in _faults(name, table)]
+    if faults:
+        more = len(faults) - _MOST_FAULTS
+        shown = faults[:_MOST_FAULTS] + ([f"and {more} more"] if more > 0 else [])
+        raise ConfigError(
+            f"run file {where} has faults; no run was started:\n"
+            + "\n".join(f"  - {fault}" for fault in shown)
+        )
+    return {key: value for table in tables.values() for key, value in table.items()}
+
+
+def _faults(name: str, table: Any) -> Iterator[str]:
+    """What is wrong with one entry of the file's top level."""
+    shown = printable(name, limit=100)
+    if not isinstance(table, dict):
+        if name in SECTIONS and name not in FIELDS:
+            yield f"{name} is a table; write its keys below [{name}]"
+        else:
+            place = f"put it into table [{FIELDS[name][0]}]" if name in FIELDS else _tables(name)
+            yield f"{shown} stands outside the tables; {place}"
+    elif name not in SECTIONS:
+        yield f"unknown table [{shown}]; {_tables(name)}"
+    else:
+        for key, value in table.items():
+            yield from (f"[{name}] {fault}" for fault in _faults_of_key(name, key, value))
+
+
+def _faults_of_key(table: str, key: str, value: Any) -> Iterator[str]:
+    if key not in FIELDS:
+        there = {k for k, (section, _, _) in FIELDS.items() if section == table}
+        yield unknown(printable(key, limit=100), there if _near(key, there) else set(FIELDS))
+    elif FIELDS[key][0] != table:
+        yield f"{key} belongs into table [{FIELDS[key][0]}]; move it there"
+    elif not isinstance(value, str | int | float):
+        yield f"{key} is {_kind(value)}; a text, a number, true or false is wanted"
+    elif value == NOT_GIVEN:
+        yield f'{key} = "{NOT_GIVEN}": the word stands for a key that is not given; leave {key} out'
+
+
+def _near(key: str, keys: set[str]) -> bool:
+    """Is something in `keys` meant?"""
+    return suggestion(key, keys, "none").startswith("did you mean")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, dict):
+        return "a table"
+    return "an array" if isinstance(value, list) else "a date or a time"
+
+
+def _tables(name: str) -> str:
+    return suggestion(name, SECTIONS, "there are the tables")

@@ -60,13 +60,13 @@ def test_a_late_site_is_named_with_what_it_needed(tmp_path: Path) -> None:
         if place == 2 and message.metadata.group_id == "1":
             # As if it had stood behind another order.
             message.metadata.__dict__["_created_at"] -= 100
-            object.__setattr__(config, "deadline_s", 6.0)
+            object.__setattr__(config.server, "deadline_s", 6.0)
         return False
 
     def held_back(place: int, message: Message, reply: Message) -> Message:
         if place == 2 and message.metadata.group_id == "1":
             time.sleep(7.0)
-            object.__setattr__(config, "deadline_s", 60.0)
+            object.__setattr__(config.server, "deadline_s", 60.0)
         return reply
 
     hooks = {"silent": waited, "tamper": held_back}

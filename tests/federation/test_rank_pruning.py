@@ -58,7 +58,7 @@ def test_a_pruned_site_gets_and_sends_less(tmp_path: Path) -> None:
 def test_a_resumed_run_knows_the_ranks(tmp_path: Path) -> None:
     whole = go(tmp_path / "a")
     config = settings(tmp_path / "b", **PRUNING)
-    object.__setattr__(config, "deadline_s", 2.0)
+    object.__setattr__(config.server, "deadline_s", 2.0)
     away = prepared(config, simulated(2), silent=lambda _, m: m.metadata.group_id == "4")
     with away as (run, _), pytest.raises(FederationError):
         run.go()

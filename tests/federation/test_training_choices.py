@@ -163,7 +163,7 @@ def test_momentum_at_the_server_survives_a_resume(tmp_path: Path) -> None:
 
     runs = tmp_path / "b"
     config = settings(runs, **(SMALL | same))
-    object.__setattr__(config, "deadline_s", 1.0)
+    object.__setattr__(config.server, "deadline_s", 1.0)
     away = prepared(config, simulated(2), silent=lambda _, m: m.metadata.group_id == "3")
     with away as (run, _), pytest.raises(FederationError):
         run.go()

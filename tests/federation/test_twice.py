@@ -93,11 +93,11 @@ def test_all_sites_are_silent(undisturbed: dict[str, np.ndarray], tmp_path: Path
         if message.metadata.group_id != "2" or len(lost) == 2:
             # A round's deadline is looked at before its orders go out.
             if message.metadata.group_id == "1" and not lost:
-                object.__setattr__(config, "deadline_s", 2.0)
+                object.__setattr__(config.server, "deadline_s", 2.0)
             return False
         lost.append(place)
         if len(lost) == 2:
-            object.__setattr__(config, "deadline_s", 60.0)
+            object.__setattr__(config.server, "deadline_s", 60.0)
         return True
 
     with prepared(config, simulated(2), silent=silent) as (run, _):
@@ -111,7 +111,7 @@ def test_a_round_that_is_lost_twice_ends_the_run(tmp_path: Path) -> None:
 
     def leaves(place: int, message: Message) -> bool:
         lost = message.metadata.group_id == "2"
-        object.__setattr__(config, "deadline_s", 1.0 if lost else 60.0)
+        object.__setattr__(config.server, "deadline_s", 1.0 if lost else 60.0)
         return lost
 
     with (

@@ -192,7 +192,7 @@ def test_encoder_dies_in_a_round(
             encoder.process.send_signal(how)
             encoder.process.wait(timeout=10)
             # How long the run waits for another encoder.
-            object.__setattr__(config, "deadline_s", 5.0)
+            object.__setattr__(config.server, "deadline_s", 5.0)
 
         with prepared(config) as run:
             strategy_checkpoint = run.dir.save_checkpoint
@@ -237,7 +237,7 @@ def test_run_goes_on_with_the_sites_that_need_no_encoder(
         def die() -> None:
             encoder.process.kill()
             encoder.process.wait(timeout=10)
-            object.__setattr__(config, "deadline_s", 5.0)
+            object.__setattr__(config.server, "deadline_s", 5.0)
 
         monkeypatch.setattr(Killing, "happens", staticmethod(die))
         with prepared(config) as run, pytest.raises(FedsplitError) as caught:

@@ -17,7 +17,7 @@ from fedsplit.model import module
 from fedsplit.model.local_encoder import LocalEncoder
 from fedsplit.model.split import SplitModel, device_part, server_part, whole_model
 from fedsplit.training import data
-from fedsplit.training.flops import of_sample
+from fedsplit.training.flops import DeviceFlops
 from fedsplit.training.site_data import SiteData
 from tests.federation.test_pruning import CLASSES, SMALL, of_round, sites_of, trained
 
@@ -114,7 +114,7 @@ def test_it_costs_the_device_an_epoch_and_the_line_nothing(tmp_path: Path) -> No
         assert first.bytes_activation_up == second.bytes_activation_up
         # The welcome has the session's number, of which few are shorter than the others.
         assert abs(first.bytes_activation_down - second.bytes_activation_down) < 8
-        one = of_sample(model, all_of(own))
+        one = DeviceFlops().of_sample(model, all_of(own))
         more = 2 * len(own.train) * (one.head_step + one.tail_step)
         assert second.flops_device - first.flops_device == more
 

@@ -15,7 +15,7 @@ from fedsplit.federation.server.run import Run
 from fedsplit.model import module
 from fedsplit.model.split import whole_model
 from fedsplit.training import data
-from fedsplit.training.flops import of_sample
+from fedsplit.training.flops import DeviceFlops
 from fedsplit.training.site_data import SiteData
 from fedsplit.training.site_settings import SiteSettings
 from tests.federation.conftest import prepared, settings, simulated
@@ -80,7 +80,7 @@ def test_pruned_samples_cost_a_forward_and_no_training(tmp_path: Path) -> None:
     _, alone = trained(tmp_path / "c", **HEAD_TAIL | {"cut": "6,6"}, keep_hardest=0.5)
     for metrics, own in zip(of_round(alone), sites_of(alone), strict=True):
         batch = next(iter(data.batches(own.examples, own.train[:1], own.transform, batch_size=1)))
-        one = of_sample(whole, batch)
+        one = DeviceFlops().of_sample(whole, batch)
         n, tests = len(own.train), 2 * len(own.test)
         forwards = (n + tests) * (one.head + one.tail)
         assert metrics.flops_device == forwards + round(0.5 * n) * (one.head_step + one.tail_step)

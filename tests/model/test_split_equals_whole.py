@@ -36,8 +36,8 @@ from tests.model.whole import (
 from tests.tiny import CONFIGS, save
 
 TEXTS = [name for name in CONFIGS if FAMILIES[name].kind == "text"]
-# Variants of LoRA and adapters run the same code in every family: one of each sort is enough for them.
-VARIANTS = ("low rank", "last blocks", "last adapters")
+# Variants of LoRA, adapters and full modules run the same code in every family: one of each sort is enough for them.
+VARIANTS = ("low rank", "last blocks", "last adapters", "full blocks")
 CASES = [(f, k) for f in CONFIGS for k in SPECS if k not in VARIANTS or f in ("vit", "roberta")]
 
 

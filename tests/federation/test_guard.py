@@ -212,7 +212,7 @@ def says(node: int, samples: int) -> Any:
         content = reply.content
         if message.metadata.group_id == "0":
             call = messages.read(content, messages.ANSWER, RollCall)
-            part: Any = call.model_copy(update={"samples": samples})
+            part: Any = call.model_copy(update={"samples": samples, "test_samples": samples})
         else:
             answer = messages.read(content, messages.ANSWER, Answer)
             if answer.metrics.loss is None:
@@ -255,6 +255,7 @@ def test_a_claim_of_many_samples_counts_for_little_and_is_told(tmp_path: Path) -
     with prepared(wide, simulated(3), tamper=says(2, 10**9)) as (run, net):
         summary = run.go()
     assert any("site-1 says 1000000000 samples and counts for 1" in n for n in summary.notes)
+    assert any("site-1 says 1000000000 test samples, more than all" in n for n in summary.notes)
     orders = [messages.read(m.content, messages.ORDER, Order) for m in net.sent]
     steps = [o.stream.grant.max_steps for o in orders if o.stream is not None]
     assert max(steps) < 1000

@@ -292,16 +292,26 @@ class Run:
         return scale
 
     def _note_caps(self, sites: Sequence[Site]) -> None:
-        """Say whose samples count for less than the site says."""
+        """Say whose samples count for less than the site says, and whose tests are most of all tests."""
+        share = self.config.server.max_site_share
         samples = {site.name: site.call.samples for site in sites}
-        for name, weight in capped(samples, self.config.server.max_site_share).items():
-            if weight < samples[name]:
-                note = (
-                    f"{name} says {samples[name]} samples and counts for {weight}: max-site-share="
-                    f"{self.config.server.max_site_share:g}, or three times the median's"
-                )
-                self.ledger.note(note)
-                _log.warning("%s", note)
+        tests = {site.name: site.call.test_samples for site in sites}
+        notes = [
+            f"{name} says {samples[name]} samples and counts for {weight}: max-site-share={share:g}, or three times "
+            f"the median's"
+            for name, weight in capped(samples, share).items()
+            if weight < samples[name]
+        ]
+        # No weight of an average: a test is a sum, and nobody but the site can count it.
+        notes += [
+            f"{name} says {tests[name]} test samples, more than all other sites together: the scores of all sites are "
+            f"mostly its own"
+            for name, most in capped(tests, share).items()
+            if most < tests[name]
+        ]
+        for note in notes:
+            self.ledger.note(note)
+            _log.warning("%s", note)
 
     def _write_config(
         self, classes: tuple[str, ...], sites: Sequence[Site], scale: Scale | None = None

@@ -25,6 +25,7 @@ from torch import nn
 
 from benchmarks import vit_tiny
 from benchmarks.paired import Progress, Round, interleave, median, quiet, spread
+from fedsplit.core.config import TrainSection
 from fedsplit.core.cut import Cut
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
@@ -37,7 +38,7 @@ from fedsplit.training.zeroth_order import ZerothOrder, train_zeroth_order
 BATCH = 16
 FORWARDS = " by forwards"
 CUTS = ("0,12", "2,10", "0,8", f"0,8{FORWARDS}", "6,6", f"6,6{FORWARDS}")
-SETTINGS = TrainSettings(epochs=1, learning_rate=1e-3)
+SETTINGS = TrainSettings(train=TrainSection(learning_rate=1e-3, lora_learning_rate=0.0), epochs=1)
 MIB = 1 << 20
 
 
@@ -101,7 +102,7 @@ def _train_whole(backbone: Backbone, batches: list[Batch]) -> None:
     for parameter in held:
         parameter.requires_grad_(True)
     model = SplitModel(whole, Cut(backbone.blocks, backbone.blocks), None)
-    optimizer = torch.optim.AdamW(held, lr=SETTINGS.learning_rate)
+    optimizer = torch.optim.AdamW(held, lr=SETTINGS.train.learning_rate)
     for batch in batches:
         loss = nn.functional.cross_entropy(model(batch.inputs, batch.mask), batch.labels)
         optimizer.zero_grad(set_to_none=True)

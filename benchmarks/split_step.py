@@ -26,6 +26,7 @@ import torch
 
 from benchmarks import vit_tiny
 from benchmarks.paired import Progress, interleave, median, quiet, spread, with_ratio
+from fedsplit.core.config import TrainSection
 from fedsplit.core.cut import Cut
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
@@ -38,7 +39,7 @@ from fedsplit.transport.client import StreamEncoder
 
 CUT = Cut(1, 11)
 BATCH = 16
-SETTINGS = TrainSettings(epochs=1, learning_rate=1e-3)
+SETTINGS = TrainSettings(train=TrainSection(learning_rate=1e-3, lora_learning_rate=0.0), epochs=1)
 
 
 @dataclass

@@ -55,7 +55,7 @@ def _backbone(config: RunConfig) -> None:
     config.check_blocks(backbone.blocks)
     check_backbone(backbone, image_size=config.task.image_size)
     check_start(config, backbone)
-    spec = ModuleSpec.of(config, config.task.class_names or config.task.stand_in)
+    spec = ModuleSpec.of(config.module, config.task.class_names or config.task.stand_in)
     if faults := module.spec_faults(backbone, spec):
         raise ConfigError("\n  - ".join(faults))
     if config.run.start_module:

@@ -85,7 +85,7 @@ def _record(config: RunConfig, givers: dict[str, str], *, changed: bool) -> dict
         origin = config.origins.get(key, Origin.DEFAULT)
         giver = givers[key] if origin is Origin.GIVEN else origin.value
         if not changed or origin is not Origin.DEFAULT:
-            found[key] = {"table": FIELDS[key][0], "value": value, "from": giver}
+            found[key] = {"table": FIELDS[key].section, "value": value, "from": giver}
     return found
 
 

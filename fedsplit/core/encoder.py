@@ -8,12 +8,13 @@ features, K perturbed forwards of a step.
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedsplit.core.config import TrainSection
 from fedsplit.core.cut import Cut
 
 Array = NDArray[np.float32]
@@ -72,6 +73,7 @@ class HostedEncoder(Encoder, Protocol):
         ...
 
 
+EncoderMode = Literal["hosted", "shared", "zeroth-order"]
 Estimator = Literal["forward", "central", "one-point"]
 Directions = Literal["gaussian", "sphere"]
 
@@ -85,7 +87,7 @@ class EncoderTraining(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mode: Literal["hosted", "shared", "zeroth-order"]
+    mode: EncoderMode
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(gt=0, le=1e6, allow_inf_nan=False)
     """Of this round: a schedule's factor is already in it."""
@@ -106,6 +108,25 @@ class EncoderTraining(BaseModel):
     directions: Directions = "gaussian"
     seed: int = Field(default=0, ge=0, lt=1 << 63)
     """Of the directions; with the probe's number within the session it makes them."""
+
+    @classmethod
+    def of(
+        cls, train: TrainSection, mode: EncoderMode, round_: int, **of_session: Any
+    ) -> EncoderTraining:
+        """What a run's settings of training ask for in a round; `of_session`: lora, weight, leave and seed."""
+        rate = train.lora_learning_rate or train.learning_rate
+        return cls(
+            mode=mode,
+            optimizer=train.optimizer,
+            learning_rate=rate * train.learning_rate_factor(max(round_, 1)),
+            weight_decay=train.weight_decay,
+            clip_norm=train.clip_norm,
+            estimator=train.zo_estimator,
+            queries=train.zo_queries,
+            epsilon=train.zo_epsilon,
+            directions=train.zo_directions,
+            **of_session,
+        )
 
 
 class Grant(BaseModel):

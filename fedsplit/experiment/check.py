@@ -68,7 +68,7 @@ def fits(config: RunConfig) -> list[str]:
 def _model_faults(config: RunConfig) -> tuple[str, ...]:
     try:
         backbone = Backbone.find(config.placement.backbone)
-        spec = ModuleSpec.of(config, config.task.class_names or config.task.stand_in)
+        spec = ModuleSpec.of(config.module, config.task.class_names or config.task.stand_in)
         faults = module.spec_faults(backbone, spec)
     except (BackboneError, ConfigError) as err:
         return tuple(faults_of(err))

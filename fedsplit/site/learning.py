@@ -130,7 +130,7 @@ def _fed_rod(
     # Balanced softmax keeps the generic classifier from the site's mix of classes. A fixed one needs no such care, and
     # a site of one class would teach the blocks in front of it nothing.
     fixed = work.config.module.classifier_training == "fixed"
-    generic = settings if fixed else replace(settings, loss="balanced-softmax")
+    generic = settings if fixed else settings.having(loss="balanced-softmax")
     loss, state = train_fed_rod(run.model, work.epoch, generic, saved=mine, **run.training)
     with PersonalClassifier(run.model.part, state.tensors, None) as personal:
         test = work.tested(run, work.own.test, adjust=personal.logits)
@@ -142,24 +142,13 @@ def settings_of(work: SiteWork, rounds: Sequence[int]) -> TrainSettings:
     c = work.config
     factors = [c.train.learning_rate_factor(r) for r in rounds]
     return TrainSettings(
+        train=c.train,
         epochs=c.train.local_epochs * len(rounds),
-        learning_rate=c.train.learning_rate,
         task=work.task,
-        lora_learning_rate=c.train.lora_learning_rate,
-        optimizer=c.train.optimizer,
-        weight_decay=c.train.weight_decay,
         in_flight=c.link.in_flight,
         schedule=tuple(f for f in factors for _ in range(c.train.local_epochs)),
-        loss=c.train.loss_kind,
         class_counts=work.class_counts(),
-        label_smoothing=c.train.label_smoothing,
-        clip_norm=c.train.clip_norm,
-        accumulate=c.train.accumulate,
-        proximal_mu=c.train.proximal_mu,
-        rank_penalty=c.train.rank_penalty,
         rank_kept=kept_rank(c.module.rank_pruning, work.order.rank),
-        precision=c.train.precision,
-        augmentation=c.train.augmentation,
         augmentation_key=f"{c.run.seed}/{work.site.name}/{work.order.round}",
         server_mode=c.placement.encoder_training if work.order.stream else "frozen",
     )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +144,7 @@ class SiteRound(SiteWork):
                 module.load(run.model.part, tensors | self._own_start(run, tensors))
             rounds = range(1, self.config.train.rounds + 1)
             # Alone there is no average to stay near, and no rank to save traffic by.
-            settings = replace(settings_of(self, rounds), proximal_mu=0.0, rank_penalty=0.0)
+            settings = settings_of(self, rounds).having(proximal_mu=0.0, rank_penalty=0.0)
             train(run.model, self.epoch, settings, **run.training)
             own = self.tested(run, self.own.test)
             everywhere = self.tested(run, self.own.test_everywhere)

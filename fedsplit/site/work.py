@@ -277,7 +277,9 @@ class SiteWork:
     def spec(self) -> ModuleSpec:
         """The module at this site's rank."""
         order = self.order
-        return ModuleSpec.of(self.config, order.classes or (), rank=order.rank, numbers=order.scale)
+        return ModuleSpec.of(
+            self.config.module, order.classes or (), rank=order.rank, numbers=order.scale
+        )
 
     @functools.cached_property
     def plan(self) -> Plan:

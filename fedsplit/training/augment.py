@@ -12,9 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from fedsplit.core.config.train import Augmentation
 from fedsplit.core.errors import ConfigError
 from fedsplit.training.data import Batch
-from fedsplit.training.settings import Augmentation
 
 _PART_OF_SIDE = 8
 """Padding of the random crop: 4 pixels of 32, the usual one of CIFAR."""

@@ -20,11 +20,11 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 def class_loss(settings: TrainSettings) -> Loss:
     """The loss of classes that the settings ask for."""
-    if settings.loss == "one-vs-all":
-        return one_vs_all(settings.label_smoothing)
-    if settings.loss == "balanced-softmax":
-        return balanced_softmax(settings.class_counts, settings.label_smoothing)
-    return softmax(settings.label_smoothing)
+    if settings.train.loss_kind == "one-vs-all":
+        return one_vs_all(settings.train.label_smoothing)
+    if settings.train.loss_kind == "balanced-softmax":
+        return balanced_softmax(settings.class_counts, settings.train.label_smoothing)
+    return softmax(settings.train.label_smoothing)
 
 
 def softmax(label_smoothing: float = 0.0) -> Loss:

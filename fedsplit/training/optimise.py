@@ -32,8 +32,10 @@ def is_classifier(part: Part, name: str) -> bool:
 
 def learning_rates(part: Part, settings: TrainSettings) -> dict[str, float]:
     """Name -> learning rate of each tensor that trains: the classifier's or the other one."""
-    other = settings.lora_learning_rate or settings.learning_rate
-    return {n: settings.learning_rate if is_classifier(part, n) else other for n in trained(part)}
+    other = settings.train.lora_learning_rate or settings.train.learning_rate
+    return {
+        n: settings.train.learning_rate if is_classifier(part, n) else other for n in trained(part)
+    }
 
 
 class Stepper:
@@ -48,7 +50,7 @@ class Stepper:
         self._optimizer = optimizer(
             self._parameters, learning_rates(part, settings), settings=settings
         )
-        self._anchor = _anchor(self._parameters, anchor) if settings.proximal_mu else {}
+        self._anchor = _anchor(self._parameters, anchor) if settings.train.proximal_mu else {}
         self._sums: dict[str, Tensor] = {}
         self._batches = self._samples = 0
 
@@ -64,16 +66,16 @@ class Stepper:
         if self._parameters or loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
         self._batches += 1
-        if self._settings.accumulate > 1:
+        if self._settings.train.accumulate > 1:
             self._add(samples)
-        if self._batches == self._settings.accumulate:
+        if self._batches == self._settings.train.accumulate:
             self.step()
 
     def step(self) -> None:
         """Step with what is in; nothing where nothing is."""
         if not self._batches:
             return
-        if self._settings.accumulate > 1:
+        if self._settings.train.accumulate > 1:
             for name, sum_ in self._sums.items():
                 self._parameters[name].grad = sum_ / self._samples
             self._sums, self._samples = {}, 0
@@ -81,11 +83,13 @@ class Stepper:
         for name, received in self._anchor.items():
             parameter = self._parameters[name]
             if parameter.grad is not None:
-                parameter.grad.add_(parameter.detach() - received, alpha=self._settings.proximal_mu)
-        if self._settings.rank_penalty:
-            press(self._parameters, self._settings.rank_kept, self._settings.rank_penalty)
-        if self._settings.clip_norm:
-            nn.utils.clip_grad_norm_(self._parameters.values(), self._settings.clip_norm)
+                parameter.grad.add_(
+                    parameter.detach() - received, alpha=self._settings.train.proximal_mu
+                )
+        if self._settings.train.rank_penalty:
+            press(self._parameters, self._settings.rank_kept, self._settings.train.rank_penalty)
+        if self._settings.train.clip_norm:
+            nn.utils.clip_grad_norm_(self._parameters.values(), self._settings.train.clip_norm)
         self._optimizer.step()
 
     def _add(self, samples: int) -> None:
@@ -103,14 +107,14 @@ def optimizer(
     """The settings' optimiser with one parameter group a learning rate."""
     # The classifier's group comes last, as its rate is `learning_rate`; it may be the only one.
     groups: dict[float, list[nn.Parameter]] = {}
-    for name in sorted(parameters, key=lambda n: rates[n] == settings.learning_rate):
+    for name in sorted(parameters, key=lambda n: rates[n] == settings.train.learning_rate):
         groups.setdefault(rates[name], []).append(parameters[name])
     # Where only the encoder trains nothing does here; torch takes an empty group, but not no group.
-    groups = groups or {settings.learning_rate: []}
-    kind = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.SGD
+    groups = groups or {settings.train.learning_rate: []}
+    kind = torch.optim.AdamW if settings.train.optimizer == "adamw" else torch.optim.SGD
     return kind(
         [{"params": of, "lr": rate, "initial_lr": rate} for rate, of in groups.items()],
-        weight_decay=settings.weight_decay,
+        weight_decay=settings.train.weight_decay,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ def train_ditto(
     names = set(trained(model.part))
     start = {n: t for n, t in saved.items() if n in names}
     _check_shapes(start, received)
-    pulled = replace(settings, proximal_mu=ditto_lambda)
+    pulled = settings.having(proximal_mu=ditto_lambda)
     with holding(model.part, {**received, **start}):
         loss = train(model, batches, pulled, meter=meter, anchor=received, cache=cache)
         now = module.read(model.part)
@@ -123,9 +123,9 @@ class PersonalClassifier:
         }
         self._input = LastInput(part)
         self._loss_sum, self._samples = 0.0, 0
-        rates = dict.fromkeys(start, settings.learning_rate if settings else 0.0)
+        rates = dict.fromkeys(start, settings.train.learning_rate if settings else 0.0)
         self._optimizer = optimizer(self._own, rates, settings=settings) if settings else None
-        self._loss = softmax(settings.label_smoothing if settings else 0.0)
+        self._loss = softmax(settings.train.label_smoothing if settings else 0.0)
 
     def __enter__(self) -> PersonalClassifier:
         self._input.__enter__()

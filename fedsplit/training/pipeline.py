@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedsplit.core.config.train import Precision
 from fedsplit.model.split import SplitModel
 from fedsplit.model.trunk import autocast
 from fedsplit.training.activation_cache import CacheView, Lookup
 from fedsplit.training.data import Batch
 from fedsplit.training.meter import WaitMeter
-from fedsplit.training.settings import Precision
 
 
 @dataclass(frozen=True, kw_only=True)

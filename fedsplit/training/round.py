@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
+from fedsplit.core.config.train import Precision
 from fedsplit.core.errors import ConfigError, DivergedError
 from fedsplit.core.scores import Tally, added
 from fedsplit.model.split import SplitModel
@@ -24,7 +25,7 @@ from fedsplit.training.data import Batch
 from fedsplit.training.meter import WaitMeter
 from fedsplit.training.optimise import Arrays, Stepper
 from fedsplit.training.pipeline import Flow
-from fedsplit.training.settings import Precision, TrainSettings
+from fedsplit.training.settings import TrainSettings
 from fedsplit.training.task import CLASSIFICATION, Task
 
 __all__ = ["Batches", "TrainSettings", "WaitMeter", "evaluate", "train"]
@@ -79,13 +80,13 @@ def train(
     `anchor` is what the proximal term pulls to; without one, what the model holds now. Raises DivergedError
     when the loss stops being finite, ConfigError for settings that do not fit the model.
     """
-    check(settings.augmentation, model.part.family.kind)
+    check(settings.train.augmentation, model.part.family.kind)
     check_cache(model, settings, cache)
     flow = Flow(
-        in_flight=settings.in_flight, meter=meter, cache=cache, precision=settings.precision
+        in_flight=settings.in_flight, meter=meter, cache=cache, precision=settings.train.precision
     )
     stepper = Stepper(model.part, settings, anchor=anchor)
-    total = MeanLoss(settings.learning_rate)
+    total = MeanLoss(settings.train.learning_rate)
     for epoch in range(settings.epochs):
         stepper.set_factor(settings.factor(epoch))
         for loss, logits_BC, batch in _losses(
@@ -129,16 +130,16 @@ class MeanLoss:
 def augmented(batches: Batches, epoch: int, settings: TrainSettings) -> Iterator[Batch]:
     """The epoch's batches, flipped and cropped as the settings ask."""
     key = f"{settings.augmentation_key}/{epoch}"
-    return (augment(batch, settings.augmentation, key) for batch in batches(epoch))
+    return (augment(batch, settings.train.augmentation, key) for batch in batches(epoch))
 
 
 def check_cache(model: SplitModel, settings: TrainSettings, cache: CacheView | None) -> None:
     """Raise ConfigError where activations are not the same each time."""
     if cache is None:
         return
-    if settings.augmentation != "none":
+    if settings.train.augmentation != "none":
         raise ConfigError(
-            f"augmentation={settings.augmentation} makes every epoch's images new, so there is nothing to "
+            f"augmentation={settings.train.augmentation} makes every epoch's images new, so there is nothing to "
             f"keep; use cache-activations=false or augmentation=none"
         )
     if model.head_trains() or settings.server_mode != "frozen":
@@ -183,8 +184,8 @@ def _probed_losses(
             "device-training=tail"
         )
     loss_of_batch = settings.task.loss(settings)
-    for batch, z_K, settle in pipeline.probed(model, batches, settings.precision):
-        logits = [pipeline.tail(model, z, batch.mask, settings.precision) for z in z_K]
+    for batch, z_K, settle in pipeline.probed(model, batches, settings.train.precision):
+        logits = [pipeline.tail(model, z, batch.mask, settings.train.precision) for z in z_K]
         losses_K = torch.stack([loss_of_batch(logits_BC, batch.labels) for logits_BC in logits])
         # Whoever asks for the next batch has found the loss to be finite and has trained the tail.
         yield losses_K.mean(), logits[-1], batch

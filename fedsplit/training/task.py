@@ -87,7 +87,11 @@ class Regression(Task):
 
     def loss(self, settings: TrainSettings) -> Loss:
         """The mean squared error, or Huber's with its bend at one deviation."""
-        measure = nn.functional.huber_loss if settings.loss == "huber" else nn.functional.mse_loss
+        measure = (
+            nn.functional.huber_loss
+            if settings.train.loss_kind == "huber"
+            else nn.functional.mse_loss
+        )
 
         def loss(outputs_BC: Tensor, labels_B: Tensor) -> Tensor:
             return measure(outputs_BC[:, 0], self.targets(labels_B))

@@ -66,11 +66,11 @@ def train_zeroth_order(
     _check(model, settings)
     check_cache(model, settings, cache)
     flow = Flow(
-        in_flight=settings.in_flight, meter=meter, cache=cache, precision=settings.precision
+        in_flight=settings.in_flight, meter=meter, cache=cache, precision=settings.train.precision
     )
     measured = Measured(model, zo, settings.task.loss(settings), settings)
     rates = learning_rates(model.part, settings)
-    total = MeanLoss(settings.learning_rate)
+    total = MeanLoss(settings.train.learning_rate)
     scalars: list[Scalars] = []
     steps = count()
     with torch.no_grad():
@@ -88,7 +88,7 @@ def train_zeroth_order(
                     zo,
                     rates,
                     settings.factor(epoch),
-                    settings.weight_decay,
+                    settings.train.weight_decay,
                 )
                 measured.restore()
                 centre = losses[0] if zo.estimator == "forward" else float(np.mean(losses))
@@ -145,7 +145,7 @@ class Measured:
         self, model: SplitModel, zo: ZerothOrder, loss: Loss, settings: TrainSettings
     ) -> None:
         self._model, self._zo, self._loss = model, zo, loss
-        self._precision = settings.precision
+        self._precision = settings.train.precision
         self._parameters = trained(model.part)
         self.values: ModuleTensors = {
             n: p.detach().cpu().numpy().copy() for n, p in self._parameters.items()
@@ -225,13 +225,13 @@ def _stepped(
 
 
 def _check(model: SplitModel, settings: TrainSettings) -> None:
-    check(settings.augmentation, model.part.family.kind)
+    check(settings.train.augmentation, model.part.family.kind)
     faults = [
         f"{name} needs a gradient"
         for name, used in (
-            ("clip_norm", settings.clip_norm),
-            ("accumulate", settings.accumulate > 1),
-            ("proximal_mu", settings.proximal_mu),
+            ("clip_norm", settings.train.clip_norm),
+            ("accumulate", settings.train.accumulate > 1),
+            ("proximal_mu", settings.train.proximal_mu),
             (f"encoder-training={settings.server_mode}", settings.server_mode != "frozen"),
         )
         if used

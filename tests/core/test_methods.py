@@ -33,7 +33,7 @@ def test_every_key_of_a_method_is_a_setting(name: str) -> None:
 
 def _others(key: str, value: Any) -> list[Any]:
     """Values of a key that are not this one; its default among them, where that is another."""
-    kind, default = FIELDS[key][2].annotation, RunConfig.defaults()[key]
+    kind, default = FIELDS[key].field.annotation, RunConfig.defaults()[key]
     if kind is bool:
         return [not value]
     numbers = [value + 1] if kind is int else []

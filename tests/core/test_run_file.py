@@ -25,7 +25,7 @@ def test_every_key_has_its_place_in_a_table() -> None:
         for table in SECTIONS
         for line in (
             f"[{table}]",
-            *(f"{k} = {json.dumps(flat[k])}" for k, (of, _, _) in FIELDS.items() if of == table),
+            *(f"{k} = {json.dumps(flat[k])}" for k, of in FIELDS.items() if of.section == table),
         )
     ]
     assert parsed("\n".join(lines)) == flat

@@ -38,7 +38,7 @@ def one_step(weight: Tensor, bias: Tensor, features: Tensor, labels: Tensor) -> 
 
 def test_a_shortcut_is_the_model_without_the_encoders_blocks(tmp_path: Path) -> None:
     _, run = trained(tmp_path, **SMALL)
-    spec = module.ModuleSpec.of(run.config, CLASSES)
+    spec = module.ModuleSpec.of(run.config.module, CLASSES)
     tensors = module.initial(run.backbone, spec, seed=3)
     shape = tensors["classifier.weight"].shape
     # A classifier of zeros would make all models alike.
@@ -63,7 +63,7 @@ def test_a_shortcut_is_the_model_without_the_encoders_blocks(tmp_path: Path) -> 
 
 def test_no_shortcut_where_the_server_pools(tmp_path: Path) -> None:
     _, run = trained(tmp_path, **SMALL)
-    spec = module.ModuleSpec.of(run.config, CLASSES)
+    spec = module.ModuleSpec.of(run.config.module, CLASSES)
     cut = Cut(1, 6)
     part = device_part(run.backbone, cut, spec)
     model = SplitModel(part, cut, LocalEncoder(server_part(run.backbone, spec), cut))
@@ -80,7 +80,7 @@ def test_a_site_learns_from_the_shortcut_first(keep: float, tmp_path: Path) -> N
         tmp_path / "b", **same | {"batch_size": 256}, local_loss_epochs=1, keep_hardest=keep, optimizer="sgd",
         learning_rate=1.0, lr_schedule="constant", step_back=False,
     )  # fmt: skip
-    whole = whole_model(run.backbone, module.ModuleSpec.of(run.config, CLASSES), before)
+    whole = whole_model(run.backbone, module.ModuleSpec.of(run.config.module, CLASSES), before)
     start = [torch.from_numpy(before[f"classifier.{n}"].copy()) for n in ("weight", "bias")]
     ends, sizes = [], []
     for own in sites_of(run):
@@ -105,7 +105,7 @@ def test_it_costs_the_device_an_epoch_and_the_line_nothing(tmp_path: Path) -> No
     local_module, local = trained(tmp_path / "b", **HEAD_TAIL, local_loss_epochs=2)
     assert any(not np.array_equal(plain_module[n], local_module[n]) for n in plain_module)
     cut = Cut(1, 5)
-    spec = module.ModuleSpec.of(local.config, CLASSES)
+    spec = module.ModuleSpec.of(local.config.module, CLASSES)
     part = device_part(local.backbone, cut, spec)
     module.load(part, module.initial(local.backbone, spec, seed=0))
     model = SplitModel(part, cut, LocalEncoder(server_part(local.backbone, spec), cut))

@@ -67,7 +67,7 @@ def test_scoring_alone_changes_nothing_but_the_costs(tmp_path: Path) -> None:
 def test_pruned_samples_cost_a_forward_and_no_training(tmp_path: Path) -> None:
     _, all_ = trained(tmp_path / "a", **HEAD_TAIL, local_epochs=3)
     _, half = trained(tmp_path / "b", **HEAD_TAIL, local_epochs=3, keep_hardest=0.5)
-    spec = module.ModuleSpec.of(half.config, CLASSES)
+    spec = module.ModuleSpec.of(half.config.module, CLASSES)
     whole = whole_model(half.backbone, spec, module.initial(half.backbone, spec, seed=0))
     for first, second, own in zip(of_round(all_), of_round(half), sites_of(half), strict=True):
         n, kept = len(own.train), round(0.5 * len(own.train))
@@ -95,7 +95,7 @@ def test_a_site_learns_from_the_hardest_alone(cut: str, tmp_path: Path) -> None:
         tmp_path / "b", **same | {"batch_size": 256}, keep_hardest=0.4, optimizer="sgd", learning_rate=1.0,
         lr_schedule="constant",
     )  # fmt: skip
-    spec = module.ModuleSpec.of(run.config, CLASSES)
+    spec = module.ModuleSpec.of(run.config.module, CLASSES)
     weight = torch.from_numpy(before["classifier.weight"].copy()).requires_grad_()
     model = whole_model(run.backbone, spec, before)
     moves, sizes = [], []

@@ -120,7 +120,7 @@ def test_every_kind_of_classifier_keeps_its_rows(tiny: dict[str, Path], tmp_path
             config = settings(
                 tmp_path, module=kind, start_module=str(tmp_path / f"{family}-{kind}")
             )
-            known = module.ModuleSpec.of(config, ("b", "c"))
+            known = module.ModuleSpec.of(config.module, ("b", "c"))
             draw = np.random.default_rng(0)
             tensors = {
                 n: draw.normal(size=s).astype(np.float32)
@@ -129,7 +129,7 @@ def test_every_kind_of_classifier_keeps_its_rows(tiny: dict[str, Path], tmp_path
             module.export(Path(config.run.start_module), backbone, known, tensors)
             start = StartModule.read(config, backbone)
             assert start is not None
-            spec = module.ModuleSpec.of(config, start.classes(["a", "c"]))
+            spec = module.ModuleSpec.of(config.module, start.classes(["a", "c"]))
             assert spec.classes == ("a", "b", "c")
             now = start.onto(module.initial(backbone, spec, seed=0), spec)
             last = module.final_linear(backbone, spec)

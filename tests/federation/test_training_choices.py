@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedsplit.core.config import NOT_GIVEN
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.records import Summary
 from fedsplit.federation.server.run import Run
@@ -64,7 +65,7 @@ def test_a_closed_form_classifier_is_the_centralised_one(tmp_path: Path, partiti
     sites = [SiteSettings.from_node(node, node_id=1) for node in simulated(3)]
     own = [open_site(run.config, site, backbone, classes) for site in sites]
     everyone = np.concatenate([site.train for site in own])
-    spec = module.ModuleSpec.of(run.config, classes)
+    spec = module.ModuleSpec.of(run.config.module, classes)
     model = whole_model(backbone, spec, module.initial(backbone, spec, seed=0))
     batches = data.batches(own[0].examples, everyone, own[0].transform, batch_size=64)
     total = collect(model, batches)
@@ -339,7 +340,7 @@ def test_a_recipe_is_settled_at_roll_call_and_kept(tmp_path: Path) -> None:
 
     flat = {
         "recipe": "shared",
-        "cut": "1,5",
+        "cut": NOT_GIVEN,  # in place of the cut of `settings`
         "rounds": 2,
         "max_samples": 60,
         "classifier_init": "ridge",

@@ -243,11 +243,11 @@ def test_a_spec_is_read_from_the_settings() -> None:
     config = RunConfig.from_flat(
         {"module": "lora", "lora-rank": 4, "lora-alpha": 9, "lora-targets": " q_proj, ,fc1"}
     )
-    assert ModuleSpec.of(config, CLASSES) == ModuleSpec(
+    assert ModuleSpec.of(config.module, CLASSES) == ModuleSpec(
         classes=CLASSES, rank=4, alpha=9, targets=("q_proj", "fc1")
     )
     for kind in ("classifier", "prompt", "adapter", "full"):
-        assert ModuleSpec.of(RunConfig.from_flat({"module": kind}), CLASSES).kind == kind
+        assert ModuleSpec.of(RunConfig.from_flat({"module": kind}).module, CLASSES).kind == kind
 
 
 # What PEFT reads.

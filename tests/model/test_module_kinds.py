@@ -237,12 +237,15 @@ def test_a_low_rank_is_a_high_one_padded_with_zeros(vit: Backbone) -> None:
 
 def test_a_sites_spec_has_the_runs_scale() -> None:
     config = RunConfig.from_flat({"lora-rank": 8, "lora-alpha": 4, "lora-ranks": "2;8"})
-    site, server = ModuleSpec.of(config, CLASSES, rank=2), ModuleSpec.of(config, CLASSES)
+    site, server = (
+        ModuleSpec.of(config.module, CLASSES, rank=2),
+        ModuleSpec.of(config.module, CLASSES),
+    )
     assert (site.rank, server.rank) == (2, 8)
     assert site.scale == server.scale == 0.5
     flora = RunConfig.from_flat({"lora-aggregation": "flora", "module-blocks": 2})
-    assert ModuleSpec.of(flora, CLASSES).merged
-    assert ModuleSpec.of(flora, CLASSES).last_blocks == 2
+    assert ModuleSpec.of(flora.module, CLASSES).merged
+    assert ModuleSpec.of(flora.module, CLASSES).last_blocks == 2
 
 
 def test_a_full_part_owns_what_it_trains(vit: Backbone) -> None:

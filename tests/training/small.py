@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedsplit.core.config import TrainSection
 from fedsplit.core.cut import Cut
 from fedsplit.core.encoder import Array, Encoder, Mask, Want
 from fedsplit.core.errors import UnreachableError
@@ -98,8 +99,9 @@ def local(
 
 
 def settings(**other: Any) -> TrainSettings:
-    values: dict[str, Any] = {"epochs": 2, "learning_rate": 0.01}
-    return TrainSettings(**(values | other))
+    values: dict[str, Any] = {"learning_rate": 0.01, "lora_learning_rate": 0.0} | other
+    own = {name: values.pop(name) for name in {*values} - TrainSection.model_fields.keys()}
+    return TrainSettings(train=TrainSection(**values), **({"epochs": 2} | own))
 
 
 def same_bits(first: ModuleTensors, second: ModuleTensors) -> bool:

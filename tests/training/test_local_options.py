@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import ConfigError
 from fedsplit.model import module
@@ -232,14 +233,19 @@ def test_hardware_without_bf16_is_named(tiny: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("wrong", "named"),
     [
-        ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
-        ({"clip_norm": -1.0}, "clip_norm=-1.0"),
+        ({"label_smoothing": 1.0}, "label-smoothing=1.0"),
+        ({"clip_norm": -1.0}, "clip-norm=-1.0"),
         ({"accumulate": 0}, "accumulate=0"),
-        ({"proximal_mu": -0.1}, "proximal_mu=-0.1"),
-        ({"schedule": (1.0,)}, r"schedule=\(1.0,\)"),
-        ({"accumulate": 0, "clip_norm": -1.0}, "clip_norm.*; accumulate"),
+        ({"proximal_mu": -0.1}, "proximal-mu=-0.1"),
+        ({"rank_penalty": -1.0}, "rank-penalty=-1.0"),
+        ({"accumulate": 0, "clip_norm": -1.0}, r"(?s)clip-norm.*accumulate"),
     ],
 )
 def test_a_wrong_setting_is_named(wrong: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
-        settings(**wrong)
+        RunConfig.of(**wrong)
+
+
+def test_a_schedule_has_a_factor_an_epoch() -> None:
+    with pytest.raises(ConfigError, match=r"schedule=\(1.0,\)"):
+        settings(schedule=(1.0,))

@@ -11,14 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fedsplit.core.errors import ConfigError
 from fedsplit.core.lora_pairs import later_norm, layers, product, without_later
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.split import whole_model
 from fedsplit.training.rank_pruning import kept_rank, press, prune
-from fedsplit.training.settings import TrainSettings
 
 SPEC = ModuleSpec(classes=("a", "b"), rank=4, alpha=8)
 
@@ -112,8 +110,3 @@ def test_nothing_to_prune(backbone: Backbone) -> None:
     assert prune(part, start, rank=4, share=1.0) == 4
     assert prune(part, start, rank=1, share=0.2) == 1
     assert all(np.array_equal(t, less[n]) for n, t in module.read(part).items())
-
-
-def test_a_penalty_below_zero() -> None:
-    with pytest.raises(ConfigError, match="rank_penalty=-1 must be 0"):
-        TrainSettings(epochs=1, learning_rate=0.1, rank_penalty=-1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
@@ -42,6 +42,15 @@ class Origin(Enum):
     RECIPE = "recipe"
     METHOD = "method"
     AUTOMATIC = "automatic"
+
+
+class Key(NamedTuple):
+    """Where a key of the outside is kept."""
+
+    section: str
+    name: str
+    """Of the field in its section."""
+    field: FieldInfo
 
 
 class RunConfig(BaseModel):
@@ -183,7 +192,7 @@ class RunConfig(BaseModel):
     @classmethod
     def defaults(cls) -> Flat:
         """Every key with its default."""
-        return {key: field.default for key, (_, _, field) in FIELDS.items()}
+        return {name: key.field.default for name, key in FIELDS.items()}
 
     @classmethod
     def keys(cls) -> tuple[str, ...]:
@@ -205,17 +214,17 @@ SECTIONS: dict[str, type[Section]] = {
     for name, field in RunConfig.model_fields.items()
     if isinstance(field.annotation, type) and issubclass(field.annotation, Section)
 }
-FIELDS: dict[str, tuple[str, str, FieldInfo]] = {
-    field.alias or kebab(name): (section, name, field)
+FIELDS: dict[str, Key] = {
+    field.alias or kebab(name): Key(section, name, field)
     for section, kind in SECTIONS.items()
     for name, field in kind.model_fields.items()
 }
-"""Key -> its section, its name there, and its field."""
+"""Every key, in the order of the sections."""
 
 
 def marked(mark: Mark) -> tuple[str, ...]:
     """The keys whose field carries a mark."""
-    return tuple(key for key, (_, _, field) in FIELDS.items() if mark in field.metadata)
+    return tuple(name for name, key in FIELDS.items() if mark in key.field.metadata)
 
 
 RESUME_KEYS = marked(Mark.ANEW)
@@ -224,7 +233,7 @@ RESUME_KEYS = marked(Mark.ANEW)
 
 def parse_set(pairs: list[str]) -> Flat:
     """Read `KEY=VALUE` pairs of the command line, typed by the key. Raises ConfigError for one without `=`."""
-    flat = read_pairs(pairs, {key: field.annotation for key, (_, _, field) in FIELDS.items()})
+    flat = read_pairs(pairs, {name: key.field.annotation for name, key in FIELDS.items()})
     if unsaid := [key for key, value in flat.items() if value == NOT_GIVEN]:
         raise ConfigError(
             f"{unsaid[0]}={NOT_GIVEN}: the word stands for a key that is not given; leave {unsaid[0]} out, or choose "
@@ -251,5 +260,5 @@ def _nested(flat: Mapping[str, Value]) -> dict[str, dict[str, Value]]:
     """Section -> key -> value."""
     nested: dict[str, dict[str, Value]] = {}
     for key, value in flat.items():
-        nested.setdefault(FIELDS[key][0], {})[key] = value
+        nested.setdefault(FIELDS[key].section, {})[key] = value
     return nested

@@ -66,7 +66,9 @@ def _faults(name: str, table: Any) -> Iterator[str]:
         if name in SECTIONS and name not in FIELDS:
             yield f"{name} is a table; write its keys below [{name}]"
         else:
-            place = f"put it into table [{FIELDS[name][0]}]" if name in FIELDS else _tables(name)
+            place = (
+                f"put it into table [{FIELDS[name].section}]" if name in FIELDS else _tables(name)
+            )
             yield f"{shown} stands outside the tables; {place}"
     elif name not in SECTIONS:
         yield f"unknown table [{shown}]; {_tables(name)}"
@@ -77,10 +79,10 @@ def _faults(name: str, table: Any) -> Iterator[str]:
 
 def _faults_of_key(table: str, key: str, value: Any) -> Iterator[str]:
     if key not in FIELDS:
-        there = {k for k, (section, _, _) in FIELDS.items() if section == table}
+        there = {k for k, of in FIELDS.items() if of.section == table}
         yield unknown(printable(key, limit=100), there if _near(key, there) else set(FIELDS))
-    elif FIELDS[key][0] != table:
-        yield f"{key} belongs into table [{FIELDS[key][0]}]; move it there"
+    elif FIELDS[key].section != table:
+        yield f"{key} belongs into table [{FIELDS[key].section}]; move it there"
     elif not isinstance(value, str | int | float):
         yield f"{key} is {_kind(value)}; a text, a number, true or false is wanted"
     elif value == NOT_GIVEN:

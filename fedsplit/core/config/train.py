@@ -9,6 +9,10 @@ from pydantic import Field
 
 from fedsplit.core.config.section import Check, Section
 
+LossKind = Literal["softmax", "one-vs-all", "balanced-softmax", "squared", "huber"]
+Augmentation = Literal["none", "flip", "crop+flip"]
+Precision = Literal["fp32", "bf16"]
+
 
 class TrainSection(Section):
     """How sites train."""
@@ -49,13 +53,13 @@ class TrainSection(Section):
     """Largest gradient norm of a step on the device; 0: no limit."""
     accumulate: int = Field(default=1, ge=1, le=1024)
     """Number of batches whose gradients make one optimiser step."""
-    loss: Literal["auto", "softmax", "one-vs-all", "balanced-softmax", "squared", "huber"] = "auto"
+    loss: Literal["auto", LossKind] = "auto"
     """For classes: cross-entropy, one yes-or-no question for each class, or cross-entropy balanced by the site's mix of classes. For numbers: squared error or Huber's loss. auto: squared for numbers; softmax for classes, but balanced-softmax if no setting of the classifier is given and it trains on from ridge."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
     """Share of the label that is spread over all classes."""
-    augmentation: Literal["none", "flip", "crop+flip"] = "none"
+    augmentation: Augmentation = "none"
     """Random changes of training images."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Precision = "fp32"
     """Arithmetic of the device's blocks in training. bf16 needs a CPU, or a GPU that supports it."""
     proximal_mu: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """FedProx: weight of the squared distance to the received module."""
@@ -114,9 +118,7 @@ class TrainSection(Section):
         return self.site_local != "none" or self.sync_every > 1
 
     @property
-    def loss_kind(
-        self,
-    ) -> Literal["softmax", "one-vs-all", "balanced-softmax", "squared", "huber"]:
+    def loss_kind(self) -> LossKind:
         """The loss; `from_flat` has settled an auto already."""
         return "softmax" if self.loss == "auto" else self.loss
 

@@ -243,25 +243,16 @@ class Orders:
         # Sites draw directions of their own; sessions of a shared copy must agree on everything.
         zeroth = c.placement.encoder_training == "zeroth-order"
         seed = direction_seed(c, site=site.name, round_=round_) if zeroth else 0
-        return EncoderTraining(
-            # Who trains alone shares no copy.
-            mode="hosted"
-            if kind == "local-only" and c.placement.encoder_training == "shared"
-            else c.placement.encoder_training,
-            optimizer=c.train.optimizer,
-            learning_rate=(c.train.lora_learning_rate or c.train.learning_rate)
-            * c.train.learning_rate_factor(max(round_, 1)),
-            weight_decay=c.train.weight_decay,
-            clip_norm=c.train.clip_norm,
+        # Who trains alone shares no copy.
+        alone = kind == "local-only" and c.placement.encoder_training == "shared"
+        drawn = sampled_block(c, site=site.name, cut=site.cut, round_=round_)
+        return EncoderTraining.of(
+            c.train,
+            "hosted" if alone else c.placement.encoder_training,
+            round_,
             lora="B" if c.module.lora_aggregation == "ffa" else "both",
             weight=weights[site.name] / sum(weights.values()),
-            leave=sampled_block(c, site=site.name, cut=site.cut, round_=round_)
-            if kind == "train"
-            else 0,
-            estimator=c.train.zo_estimator,
-            queries=c.train.zo_queries,
-            epsilon=c.train.zo_epsilon,
-            directions=c.train.zo_directions,
+            leave=drawn if kind == "train" else 0,
             seed=seed,
         )
 

@@ -154,7 +154,7 @@ class Run:
         self._ranges = {site.call.pixel_max for site in sites}
         self._note_caps(sites)
         scale = self._scale(sites, start, goes_on=goes_on)
-        spec = ModuleSpec.of(self.config, classes, numbers=scale)
+        spec = ModuleSpec.of(self.config.module, classes, numbers=scale)
         self._write_config(classes, sites, scale)
         strategy = self._strategy = SplitStrategy(
             config=self.config,

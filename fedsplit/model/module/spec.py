@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsplit.core.config import RunConfig
+from fedsplit.core.config import ModuleSection
 from fedsplit.core.scores import Scale
 
 ModuleTensors = dict[str, NDArray[np.float32]]
@@ -72,25 +72,25 @@ class ModuleSpec:
     @classmethod
     def of(
         cls,
-        config: RunConfig,
+        section: ModuleSection,
         classes: tuple[str, ...],
         rank: int | None = None,
         numbers: Scale | None = None,
     ) -> ModuleSpec:
-        """The module that a run's settings ask for; `rank` is a site's own where it is not the run's."""
+        """The module that a run's section asks for; `rank` is a site's own where it is not the run's."""
         return cls(
             classes=classes,
             numbers=numbers,
-            kind=config.module.kind,
-            rank=rank or config.module.lora_rank,
-            max_rank=config.module.lora_rank,
-            alpha=config.module.lora_alpha,
-            targets=tuple(t.strip() for t in config.module.lora_targets.split(",") if t.strip()),
-            merged=config.module.kind == "lora" and config.module.lora_aggregation == "flora",
-            prompt_tokens=config.module.prompt_tokens,
-            deep_prompt=config.module.prompt_depth == "all",
-            adapter_width=config.module.adapter_width,
-            last_blocks=config.module.module_blocks,
+            kind=section.kind,
+            rank=rank or section.lora_rank,
+            max_rank=section.lora_rank,
+            alpha=section.lora_alpha,
+            targets=tuple(t.strip() for t in section.lora_targets.split(",") if t.strip()),
+            merged=section.kind == "lora" and section.lora_aggregation == "flora",
+            prompt_tokens=section.prompt_tokens,
+            deep_prompt=section.prompt_depth == "all",
+            adapter_width=section.adapter_width,
+            last_blocks=section.module_blocks,
         )
 
 

@@ -99,7 +99,8 @@ def _score_table(summary: Summary) -> Table:
     """The main score of each site, and beside the present one the others."""
     scoring = summary.scoring
     more = list(score_words.others(summary.scores, scoring))
-    interval = " (in brackets its 95 % interval)" if scoring.target == "class" else ""
+    shares = scoring.target == "class"
+    interval = " (in brackets its 95 % interval)" if shares else " (in the unit of the numbers)"
     table = _table(
         f"{_capital(scoring.main)} on each site's own test samples{interval}",
         "Site", "Cut", "Trains on", "Tests on", "Before", "Now", *more, "Own model", "Alone", "Rounds missed",

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.records import RoundMetrics
-from fedsplit.core.scores import CLASS_SCORES, NUMBER_SCORES, Spread, Tally, added, agreed
+from fedsplit.core.scores import CLASS_SCORES, NUMBER_SCORES, Scale, Spread, Tally, added, agreed
 from tests.core.test_records import METRICS
 
 
@@ -150,3 +150,17 @@ def test_files_of_numbers_have_scores_and_no_accuracy() -> None:
     assert told["sums_global"] == sums
     assert told["correct_global"] is None
     assert RoundMetrics.model_validate(told) == metrics
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [{"mean": math.nan}, {"mean": math.inf}, {"mean": 2e30}, {"deviation": -1.0}, {"deviation": math.nan},
+     {"deviation": 1e31}, {"mean": "x"}, {"more": 1}],
+)  # fmt: skip
+def test_what_a_site_says_of_its_numbers_is_bounded(raw: dict[str, Any]) -> None:
+    good = {"mean": 1.0, "deviation": 0.0}
+    assert Spread.model_validate(good).deviation == 0
+    with pytest.raises(ValidationError):
+        Spread.model_validate(good | raw)
+    with pytest.raises(ValidationError):
+        Scale.model_validate(good)

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from flwr.app import Message
 from flwr.common.logger import LOGGER_NAME
 from PIL import Image
 
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import ConfigError, FederationError
 from fedsplit.core.records import Summary
-from fedsplit.federation.server.run import Run
+from fedsplit.federation.server.run import Run, settle
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.split import whole_model
 from fedsplit.report import write_plots
@@ -58,9 +59,7 @@ def test_sites_learn_a_number_of_their_images(
     nodes: list[dict[str, Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     runs = tmp_path / "runs"
-    config = settings(
-        runs, target="number", label_column="wear", classifier_init="auto", compare_local_only=True
-    )
+    config = settings(runs, target="number", label_column="wear", classifier_init="auto")
     logging.getLogger(LOGGER_NAME).addHandler(caplog.handler)
     try:
         run, summary = finished(config, nodes, in_simulation=False)
@@ -125,6 +124,19 @@ def test_ridge_over_sites_predicts_as_ridge_of_all_samples_in_one_place(tmp_path
     errors = pooled.predict(np.concatenate(x["test"])) - np.concatenate(y["test"])
     assert summary.scores["rmse"] == pytest.approx(np.sqrt((errors**2).mean()), rel=1e-3)
     assert summary.scores["mae"] == pytest.approx(np.abs(errors).mean(), rel=1e-3)
+
+
+def test_a_resumed_run_keeps_its_scale_and_its_best(tmp_path: Path) -> None:
+    def lost(node: int, message: Message) -> bool:
+        return message.metadata.group_id == "2" and node == 1
+
+    common: dict[str, Any] = {"target": "number", "max_samples": 80, "early_stop_rounds": 2}
+    _, whole = finished(settings(tmp_path, run_name="whole", **common), simulated(2))
+    broken = settings(tmp_path, run_name="broken", deadline_s=3.0, **common)
+    with pytest.raises(FederationError, match="resume=broken"):
+        finished(broken, simulated(2), silent=lost)
+    _, resumed = finished(settle(settings(tmp_path, run_name="", resume="broken")), simulated(2))
+    assert resumed.scores_by_round == whole.scores_by_round
 
 
 def test_a_run_on_numbers_goes_on_from_an_earlier_module_on_its_scale(

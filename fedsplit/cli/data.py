@@ -35,7 +35,7 @@ def data(
     ] = Path("contact-sheet.png"),
     as_json: JsonFlag = False,
 ) -> None:
-    """Show classes, sizes, pixel range, text lengths, doubles, the split and what would be left out. Trains nothing.
+    """Show classes or numbers, sizes, pixel range, text lengths, doubles, the split and what would be left out. Trains nothing.
 
     Exit codes: 0 the source can be read, 2 it cannot.
     """

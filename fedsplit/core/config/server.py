@@ -24,7 +24,7 @@ class ServerSection(Section):
     participation: float = Field(default=1.0, gt=0, le=1)
     """Share of the sites that train in a round, drawn again each round. All sites are tested at the end."""
     early_stop_rounds: int = Field(default=0, ge=0)
-    """End after this many rounds without a better global accuracy, and keep the best module; 0: never."""
+    """End after this many rounds without a better global accuracy (of numbers: MAE), and keep the best module; 0: never."""
     server_optimizer: Literal["mean", "momentum", "adam", "yogi"] = "mean"
     """What the server does with the mean update: apply it, or take a step of FedAvgM, FedAdam or FedYogi."""
     server_learning_rate: float = Field(default=1.0, gt=0, allow_inf_nan=False)
@@ -40,7 +40,7 @@ class ServerSection(Section):
     max_site_share: float = Field(default=0.5, ge=0.5, le=1)
     """Largest share of the average for one site's samples, or three times the median's share if that is more; 1: no limit."""
     step_back: bool = True
-    """Undo a round in which most sites lost more than 10 points, or after which most cannot train."""
+    """Undo a round in which most sites lost more than 10 points (of numbers: 0.1 of R2), or after which most cannot train."""
     compare_local_only: bool = False
     """Also train every site alone for as many epochs, and report its accuracy."""
 

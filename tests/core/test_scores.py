@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from fedsplit.core.errors import ConfigError
-from fedsplit.core.records import RoundMetrics
+from fedsplit.core.records import RoundMetrics, Summary
 from fedsplit.core.scores import CLASS_SCORES, NUMBER_SCORES, Scale, Spread, Tally, added, agreed
 from tests.core.test_records import METRICS
+from tests.report import samples
 
 
 def right(correct: float, of: int) -> Tally:
@@ -74,6 +75,19 @@ def test_the_files_of_a_task_with_classes_have_their_own_names() -> None:
     told = json.loads(metrics.model_dump_json())
     assert (told["correct_global"], told["correct_personal"]) == (2, 3)
     assert not {"sums_global", "sums_personal"} & told.keys()
+
+
+def test_the_summary_of_classes_has_accuracies_and_no_scores() -> None:
+    summary = samples.summary(samples.metrics(), accuracy_local_only=None)
+    assert summary.scores == {"accuracy": 0.9}
+    assert summary.scores_by_round[0] == {"accuracy": summary.accuracy_by_round[0]}
+    assert summary.scores_local_only is None
+    assert summary.sites[0].scores_before == {"accuracy": 0.3}
+    told = json.loads(summary.model_dump_json())
+    names = {*told, *told["sites"][0]}
+    assert {"accuracy_global", "accuracy_local_only", "accuracy_before", "accuracy"} <= names
+    assert not [name for name in names if name.startswith(("scores", "target"))]
+    assert Summary.model_validate(told) == summary
 
 
 # Numbers.

@@ -62,7 +62,8 @@ def test_sites_learn_a_number_of_their_images(
     config = settings(runs, target="number", label_column="wear", classifier_init="auto")
     logging.getLogger(LOGGER_NAME).addHandler(caplog.handler)
     try:
-        run, summary = finished(config, nodes, in_simulation=False)
+        with caplog.at_level("INFO", logger=LOGGER_NAME):
+            run, summary = finished(config, nodes, in_simulation=False)
     finally:
         logging.getLogger(LOGGER_NAME).removeHandler(caplog.handler)
     assert summary.outcome == "complete"

@@ -20,7 +20,8 @@ from fedsplit.model.split import whole_model
 from fedsplit.report.read import read_summary
 from fedsplit.training import data
 from fedsplit.training.round import evaluate
-from fedsplit.training.site_data import SiteSettings, open_site
+from fedsplit.training.site_data import SiteSources
+from fedsplit.training.site_settings import SiteSettings
 
 _BATCH = 64
 
@@ -41,6 +42,7 @@ def chain(
     """The rows of each stage as it is done. Raises FederationError when a run is not complete."""
     backbone = Backbone.find(plan.backbone)
     done: list[Trained] = []
+    sources = SiteSources()
     before: Path | None = None
     for task in tasks:
         config = _config(plan, task, way=way, seed=seed, runs=runs, start=before)
@@ -55,7 +57,9 @@ def chain(
                 seed=seed,
                 trained=task.name,
                 task=earlier.task.name,
-                accuracy=accuracy(backbone, earlier, _now(backbone, earlier, done[-1], way)),
+                accuracy=accuracy(
+                    sources, backbone, earlier, _now(backbone, earlier, done[-1], way)
+                ),
                 bytes_round=summary.bytes_module // summary.rounds_done,
                 bytes_round_full_model=summary.bytes_full_model // summary.rounds_done,
             )
@@ -99,12 +103,14 @@ def _now(backbone: Backbone, earlier: Trained, last: Trained, way: str) -> Modul
     }
 
 
-def accuracy(backbone: Backbone, of: Trained, tensors: ModuleTensors) -> float:
+def accuracy(
+    sources: SiteSources, backbone: Backbone, of: Trained, tensors: ModuleTensors
+) -> float:
     """Share of the test samples of all the task's sites that come out right."""
     site = SiteSettings.from_node(
         {"partition-id": 0, "num-partitions": of.config.server.sites}, node_id=1
     )
-    own = open_site(of.config, site, backbone, of.spec.classes)
+    own = sources.open(of.config, site, backbone, of.spec.classes)
     batches = data.batches(own.examples, own.test_everywhere, own.transform, batch_size=_BATCH)
-    score = evaluate(whole_model(backbone, of.spec, tensors), batches)
-    return score.correct / score.total
+    found = evaluate(whole_model(backbone, of.spec, tensors), batches)
+    return found.sums["correct"] / found.samples

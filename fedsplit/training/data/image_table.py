@@ -1,6 +1,6 @@
 """Images with a number each: a folder with a table `labels.csv`, which names a file and its number in each line.
 
-What folder:PATH is where the target is a number. Images may lie in folders below. Called by folder.py.
+What folder:PATH is where the target is a number. Images may lie in folders below.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Labels that are numbers: read strictly, so that a typing error becomes a message and no target.
-
-Called by examples.py, and by image_table.py, which knows the line that a number stands on.
-"""
+"""Labels that are numbers: read strictly, so that a typing error becomes a message and no target."""
 
 from __future__ import annotations
 

@@ -149,7 +149,8 @@ def _resumed(runs_dir: Path, name: str, *, must_exist: bool) -> Flat:
 
 def _check_resumed(saved: Flat, settings: Flat) -> None:
     """A resumed run is the same run: say so rather than drop a setting silently."""
-    changed = [k for k, v in settings.items() if k not in RESUME_KEYS and saved.get(k, v) != v]
+    # Of a run on another machine nothing is known here, and the server takes no other key anew.
+    changed = [k for k, v in settings.items() if k not in RESUME_KEYS and saved.get(k) != v]
     if changed:
         raise ConfigError(
             f"a resumed run keeps the settings it was started with; {', '.join(changed)} cannot be set anew "

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsplit.cli.request import SIMULATED_SITES, prepare, to_toml
-from fedsplit.core.config import RunConfig
+from fedsplit.core.config import RESUME_KEYS, RunConfig
 from fedsplit.core.errors import ConfigError
 
 
@@ -76,6 +76,15 @@ def test_resumed_run_keeps_its_settings(echo_app: Path, tmp_path: Path) -> None:
     ) == (9, 3, 5.0)
     assert request.config.run.resume == request.config.run.run_name == "mine"
     assert request.run_dir == tmp_path / "runs" / "mine"
+    # The server has the rest from the run's folder.
+    assert request.overrides.keys() == {"resume", "run-name", *RESUME_KEYS}
+
+
+def test_resumed_run_elsewhere_takes_what_it_takes_anew(echo_app: Path) -> None:
+    request = prepare({"deadline-s": 5.0}, app=echo_app, superlink="plant", resume="mine")
+    assert request.overrides == {"resume": "mine", "run-name": "mine", "deadline-s": 5.0}
+    with pytest.raises(ConfigError, match="rounds cannot be set anew"):
+        prepare({"rounds": 9}, app=echo_app, superlink="plant", resume="mine")
 
 
 def test_resumed_run_refuses_other_settings(echo_app: Path, tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_a_task_that_fails_leaves_the_other_and_can_be_gone_on_with(
 def test_a_run_that_was_stopped_goes_on_with_each_task_where_it_was(
     tmp_path: Path, bars: str
 ) -> None:
-    class StoppedError(Exception):
+    class StoppedError(BaseException):
         pass
 
     def stop(node: int, message: Message) -> bool:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 
+import fedsplit
 from fedsplit.core.config import FIELDS, RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.methods import METHODS
 
+PACKAGE = Path(fedsplit.__file__).parent
 EXTRA: dict[str, dict[str, Any]] = {}
 
 
@@ -65,6 +69,21 @@ def test_a_default_that_was_given_is_taken_or_refused(name: str) -> None:
         elif (name, key) != ("fedvz-device", "optimizer"):  # refused: zeroth order steps by SGD
             taken = RunConfig.from_flat({"method": name, key: default}).flat()[key]
             assert default in (taken, "auto")
+
+
+def test_no_other_file_asks_for_a_method_by_its_name() -> None:
+    """What a method does differently is a property of its description. Recipes name the method that they set."""
+    other_words = {
+        "closed-form",
+        "local-only",
+        "ditto",
+        "fed-rod",
+    }  # a recipe, an order, personal models
+    own = {PACKAGE / "core" / "methods.py", PACKAGE / "core" / "recipes.py"}
+    for path in sorted({*PACKAGE.rglob("*.py")} - own):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+        assert not texts & (METHODS.keys() - other_words), path
 
 
 def test_a_device_method_runs_every_block_on_the_device() -> None:

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import click
 import typer
 
 from fedsplit.cli.console import Output
@@ -23,10 +24,12 @@ AppOption = Annotated[
 ]
 
 
-def _job(path: Path | None) -> Path | None:
+def _job(context: typer.Context, path: Path | None) -> Path | None:
     """A run file; `rounds=10` in its place is a slip."""
     if path is not None and "=" in path.name and not path.exists():
-        raise typer.BadParameter(f"{path} is no file; settings go behind --set, e.g. --set {path}")
+        raise click.UsageError(
+            f"there is no file {path}; settings go behind --set, e.g. {context.command_path} --set {path}"
+        )
     return path
 
 

@@ -74,4 +74,4 @@ def test_run_reads_the_file_and_tells_its_faults(
     said = capsys.readouterr().err
     assert "rounds=5: method=closed-form means rounds=0; leave rounds out, or choose" in said
     assert main.call(["run", "rounds=3"]) == 2
-    assert "settings go behind --set, e.g. --set rounds=3" in capsys.readouterr().err
+    assert "settings go behind --set, e.g. fedsplit run --set rounds=3" in capsys.readouterr().err

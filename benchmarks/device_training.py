@@ -78,6 +78,8 @@ def _means(runs: list[dict[str, Any]]) -> dict[str, float]:
 class _Tap:
     """An encoder that keeps the gradients it is sent, as the server could."""
 
+    trains = False
+
     def __init__(self, encoder: LocalEncoder) -> None:
         self._encoder = encoder
         self.seen: list[Array] = []

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from fedsplit.core.records import SiteSummary, Status, Summary
 from fedsplit.federation.engine.in_process import InProcessGrid
 from fedsplit.federation.server.endpoint import hosted
 from fedsplit.federation.server.run import Run
-from fedsplit.federation.site import answer
+from fedsplit.federation.site import answer, new_runtime
 from fedsplit.trunk.process import hosting
 from tests.federation.conftest import simulated
 from tests.system.flower import BIN, ROOT, fedsplit
@@ -155,7 +156,7 @@ def test_in_process_grid_makes_the_same_module(flower: Path, tmp_path: Path) -> 
         endpoint = hosted(
             config, address=server.address, key=key, publish=host.publish, collect=host.collect
         )
-        with InProcessGrid(simulated(2), answer) as grid:
+        with InProcessGrid(simulated(2), partial(answer, runtime=new_runtime())) as grid:
             Run(grid, config, endpoint, simulated=True).go()
     far, near = (
         load_file(run / "module" / "adapter_model.safetensors")

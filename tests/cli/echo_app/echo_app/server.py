@@ -16,11 +16,12 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Write status, metrics and summary as the real app does."""
     config = context.run_config
-    task, rounds = str(config["task"]), int(config["rounds"])
+    task = str(config["task"])
     if task == "boom":
         raise FederationError(
             "4 sites wanted, got 1:\n  - start more sites\n  - or lower min-sites"
         )
+    rounds = int(config["rounds"])
     nodes = list(grid.get_node_ids())
     sites = tuple(f"site-{i}" for i in range(len(nodes)))
     run_dir = Path(str(config["runs-dir"])) / str(config["run-name"])

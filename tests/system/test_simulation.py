@@ -175,6 +175,14 @@ def test_key_that_the_app_does_not_have_is_refused_before_anything_starts(
     assert "Traceback" not in refused.stdout + refused.stderr
 
 
+def test_given_key_that_the_method_overrules_is_refused_though_it_is_the_default(
+    superlink: ManagedSuperLink, flower: Path
+) -> None:
+    del flower  # its superlink runs
+    told = superlink.flwr("run", ".", "--stream", "--run-config", "method='closed-form' rounds=5")
+    assert "rounds=5: method=closed-form means rounds=0" in told.stdout + told.stderr
+
+
 def test_superlink_that_is_ended_leaves_no_process(
     flower: Path, superlink: ManagedSuperLink
 ) -> None:

@@ -87,12 +87,9 @@ class Trunk:
 
         family = self._family
         make_mask = getattr(masking_utils, _MASKS[family.causal, layer_type])
-        mask = make_mask(
-            config=self._base.config,
-            inputs_embeds=h_BTD,
-            attention_mask=mask_BT,
-            past_key_values=None,
-        )
+        # By place: the name of the cache, which causal masks ask for, changes between versions of transformers.
+        no_cache = (None,) if family.causal else ()
+        mask = make_mask(self._base.config, h_BTD, mask_BT, *no_cache)
         taken = {"attention_mask": mask, **dict(family.block_kwargs)}
         if family.rotary:
             rotary = getattr(self._base, family.rotary)

@@ -7,17 +7,16 @@ asks it. Any bytes give a Grid or a ConfigError.
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fedsplit.core import toml_file
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.names import MAX_TASK_CHARS, RULE, is_name, normalised
 
-MAX_FILE_BYTES = 1 << 20
 MAX_CELLS = 20_000
 MAX_CANDIDATES = 256
 
@@ -176,26 +175,13 @@ class Grid(_Table):
 
 def read_grid(path: Path) -> Grid:
     """Read a grid file. Raises one ConfigError that lists every fault of its form."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as err:
-        reason = getattr(err, "strerror", None) or str(err)
-        raise ConfigError(
-            f"grid {path} cannot be read: {reason}; give the path of a TOML file"
-        ) from err
+    data = toml_file.read_bytes(path, "grid")
     return parse_grid(data, where=str(path))
 
 
 def parse_grid(data: bytes, *, where: str) -> Grid:
     """A grid from a file's bytes; `where` names it in errors. Raises ConfigError."""
-    if len(data) > MAX_FILE_BYTES:
-        raise ConfigError(f"grid {where} is larger than {MAX_FILE_BYTES} bytes; is it a grid file?")
-    try:
-        # RecursionError: brackets nested a thousand deep. ValueError: bad UTF-8, bad TOML, endless numbers.
-        table = tomllib.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as err:
-        raise ConfigError(f"grid {where} is not TOML: {str(err)[:300]}; correct it there") from err
+    table = toml_file.parse(data, "grid", where=where)
     try:
         return Grid.model_validate(table)
     except ValidationError as err:

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsplit.core.config import FIELDS, SECTIONS, RunConfig
-from fedsplit.core.config.run_file import MAX_FILE_BYTES, parse_run_file, read_run_file
+from fedsplit.core.config.run_file import parse_run_file, read_run_file
 from fedsplit.core.errors import ConfigError
+from fedsplit.core.toml_file import MAX_FILE_BYTES
 
 
 def parsed(text: str) -> dict[str, object]:

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedsplit.core import toml_file
 from fedsplit.core.errors import ConfigError
-from fedsplit.experiment import grid as grid_file
 from fedsplit.experiment.cells import Faults, expand
 from fedsplit.experiment.grid import Grid, parse_grid, read_grid
 
@@ -51,7 +51,7 @@ def test_a_method_table_holds_settings_and_its_own_keys() -> None:
         (b"\xff\xfe", "not TOML"),
         (b"a=" + b"[" * 5000, "not TOML"),
         (b"a=" + b"9" * 6000, "not TOML"),
-        (b"#" * (grid_file.MAX_FILE_BYTES + 1), "larger than"),
+        (b"#" * (toml_file.MAX_FILE_BYTES + 1), "larger than"),
     ],
 )
 def test_what_is_no_toml_is_said(data: bytes, part: str) -> None:
@@ -148,7 +148,7 @@ def test_any_table_is_a_grid_or_a_config_error(table: dict[str, Any], named: boo
     if named:
         table["experiment"] = {"name": "x"}
         table["methods"] = [{**m, "name": f"m{i}"} for i, m in enumerate(table["methods"])]
-    with patch.object(grid_file.tomllib, "loads", return_value=table):
+    with patch.object(toml_file.tomllib, "loads", return_value=table):
         try:
             grid = parse_grid(b"", where="fuzz")
         except ConfigError:

@@ -8,46 +8,28 @@ Says where each fault is, all of them at once; what a value may be is `RunConfig
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fedsplit.core import toml_file
 from fedsplit.core.config.flat import Flat, suggestion, unknown
 from fedsplit.core.config.run_config import FIELDS, NOT_GIVEN, SECTIONS
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.foreign import printable
 
-MAX_FILE_BYTES = 1 << 20
 _MOST_FAULTS = 100
 
 
 def read_run_file(path: Path) -> Flat:
     """The settings that a run file gives, as flat keys. Raises ConfigError."""
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-    except (OSError, ValueError) as err:
-        reason = getattr(err, "strerror", None) or str(err)
-        raise ConfigError(
-            f"run file {printable(path)} cannot be read: {reason}; give the path of a TOML file"
-        ) from err
+    data = toml_file.read_bytes(path, "run file")
     return parse_run_file(data, where=printable(path))
 
 
 def parse_run_file(data: bytes, *, where: str) -> Flat:
     """The same from a file's bytes; `where` names it in errors."""
-    if len(data) > MAX_FILE_BYTES:
-        raise ConfigError(
-            f"run file {where} is larger than {MAX_FILE_BYTES} bytes; is it a run file?"
-        )
-    try:
-        # RecursionError: brackets nested a thousand deep. ValueError: bad UTF-8, bad TOML, endless numbers.
-        tables = tomllib.loads(data.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as err:
-        raise ConfigError(
-            f"run file {where} is not TOML: {printable(err)}; correct it there"
-        ) from err
+    tables = toml_file.parse(data, "run file", where=where)
     faults = [fault for name, table in tables.items() for fault in _faults(name, table)]
     if faults:
         more = len(faults) - _MOST_FAULTS

@@ -20,6 +20,8 @@ PLANTED = [
     (SITE, "import fedsplit.federation.engine.in_process"),
     ("fedsplit/site/round.py", "import fedsplit.transport.server"),
     ("fedsplit/site/work.py", "import fedsplit.trunk.host"),
+    ("fedsplit/plant/site/folder.py", "import fedsplit.plant.server.folder"),
+    ("fedsplit/plant/settings_file.py", "import fedsplit.plant.site.folder"),
     (EXPERIMENT, "import grpc"),
     (EXPERIMENT, "import flwr"),
 ]

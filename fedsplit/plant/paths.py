@@ -1,0 +1,39 @@
+"""The public port's paths and headers: what nginx forwards, what the services answer, what a site asks for."""
+
+from __future__ import annotations
+
+FLEET = "/v1/fleet"
+FLEET_CALLS = (
+    "activate-node",
+    "deactivate-node",
+    "send-node-heartbeat",
+    "pull-messages",
+    "get-run",
+    "get-fab",
+    "pull-object",
+    "push-object",
+    "push-messages",
+    "confirm-message-received",
+)
+"""What a SuperNode asks of a SuperLink, POST all of them; nothing else of Flower is public."""
+ENCODER_CALLS = ("/fedsplit.v1.Encoder/Steps", "/fedsplit.v1.Encoder/Capabilities")
+"""What a site asks of the encoder. Publishing and collecting are the ServerApp's, on loopback."""
+
+HELLO = "/fedsplit/v1/hello"
+JOIN = "/fedsplit/v1/join"
+RENEW = "/fedsplit/v1/renew"
+REPORT = "/fedsplit/v1/report"
+BACKBONE = "/fedsplit/v1/backbone"
+MANIFEST = f"{BACKBONE}/manifest"
+FILES = f"{BACKBONE}/files"
+TENSORS = f"{BACKBONE}/tensors"
+
+AUTHORISE = "/internal/authorise"
+"""Of the control service, for the proxy alone: may the certificate with this serial in?"""
+
+PROXY_HEADER = "x-fedsplit-proxy"
+"""The secret that proxy and services share. Without it the two below are anybody's words."""
+SITE_HEADER = "x-fedsplit-site"
+"""The verified certificate's common name; empty without a certificate."""
+SERIAL_HEADER = "x-fedsplit-serial"
+"""Its serial number, capital hexadecimal digits."""

@@ -1,0 +1,145 @@
+"""A site folder: where everything of a site's machine lies, and what its site.toml says.
+
+docs/reference/site-folder.md describes every file and key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
+
+from fedsplit.core.config.section import Section, read_by
+from fedsplit.core.cut import Cut
+from fedsplit.core.foreign import Name
+from fedsplit.plant.settings_file import read_settings
+
+SETTINGS = "site.toml"
+WHAT = "site folder"
+
+
+def _a_cut_or_nothing(text: str) -> object:
+    return Cut.parse(text) if text else None
+
+
+class SiteSection(Section):
+    """Who the site is, and what it trains on."""
+
+    name: Name
+    address: str = Field(min_length=3, max_length=300)
+    """HOST:PORT of the server's one public port."""
+    task: str = Field(min_length=1, max_length=64)
+    """The task that the data is for."""
+    data: str = Field(min_length=1, max_length=4096)
+    """The source, e.g. folder:/data/line-a."""
+    cut: Annotated[str, read_by(_a_cut_or_nothing)] = ""
+    """The site's own cut "a,b"; empty: the run's."""
+    backbone_sha256: str = ""
+    """The backbone that was fetched when the site joined."""
+
+
+class ReadingSection(Section):
+    """How the source is read. docs/reference/node-config.md has the words."""
+
+    text_column: str = ""
+    label_column: str = ""
+    classes: str = ""
+    pixel_max: float = Field(default=0.0, ge=0)
+
+
+class MachineSection(Section):
+    """What of the machine the site may use."""
+
+    threads: int = Field(default=0, ge=0)
+    """Threads for computing; 0: all."""
+    memory_mb: int = Field(default=0, ge=0)
+    """Megabytes that may be kept between rounds; 0: by what is free at the start."""
+
+
+class RetentionSection(Section):
+    """What is kept, and how much of it."""
+
+    runs: int = Field(default=50, ge=1)
+    """Runs whose records and state are kept; the oldest go first."""
+    log_mb: int = Field(default=20, ge=1, le=10_000)
+    """Megabytes of logs of each process."""
+
+
+class SiteFile(Section):
+    """site.toml."""
+
+    site: SiteSection
+    reading: ReadingSection = ReadingSection()
+    machine: MachineSection = MachineSection()
+    retention: RetentionSection = RetentionSection()
+
+
+@dataclass(frozen=True)
+class SiteFolder:
+    """Paths below a site folder. Nothing is read but `settings`, at first use. Raises ConfigError there."""
+
+    path: Path
+
+    @classmethod
+    def at(cls, path: Path) -> SiteFolder:
+        """The folder at `path`, made absolute, with settings that can be read. Raises ConfigError."""
+        folder = cls(path.expanduser().resolve())
+        _ = folder.settings
+        return folder
+
+    @cached_property
+    def settings(self) -> SiteFile:
+        """What site.toml says."""
+        return read_settings(self.path / SETTINGS, SiteFile, what=WHAT)
+
+    @property
+    def ca(self) -> Path:
+        return self.path / "ca.pem"
+
+    @property
+    def certificate(self) -> Path:
+        return self.path / "site.pem"
+
+    @property
+    def certificate_key(self) -> Path:
+        return self.path / "site-key.pem"
+
+    @property
+    def node_key(self) -> Path:
+        """The SuperNode's private key (OpenSSH); its public half ends in .pub."""
+        return self.path / "node-key"
+
+    @property
+    def superexec_secret(self) -> Path:
+        return self.path / "secrets" / "superexec.secret"
+
+    @property
+    def backbones(self) -> Path:
+        """The store of backbone parts."""
+        return self.path / "backbones"
+
+    @property
+    def kept(self) -> Path:
+        """The site's own state between rounds: node config `state-dir`."""
+        return self.path / "state"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def present(self) -> Path:
+        """What is true while the site runs."""
+        return self.path / "run"
+
+    @property
+    def state(self) -> Path:
+        return self.present / "state.json"
+
+    @property
+    def doing(self) -> Path:
+        """What the resident runtime does now."""
+        return self.present / "runtime.json"

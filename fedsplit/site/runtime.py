@@ -95,7 +95,9 @@ class SiteRuntime:
                 number=number,
                 pixel_max=own.examples.pixel_max,
                 spread=own.spread,
-                notes=fit((*own.notes, *_proxy_note(config))),
+                notes=fit(
+                    (*own.notes, *_proxy_note(site.encoder_address or config.link.encoder_address))
+                ),
             )
         except ValidationError as err:
             first = err.errors()[0]
@@ -143,12 +145,12 @@ def _record(order: Order, site: SiteSettings, run_id: int) -> Record:
     return Record(folder, site.name, f"{run_id}/{order.run}")
 
 
-def _proxy_note(config: RunConfig) -> tuple[str, ...]:
+def _proxy_note(address: str) -> tuple[str, ...]:
     """That a proxy stands before the encoder, which gRPC does not say when it fails there."""
-    variable = proxy_variable(config.link.encoder_address, os.environ)
+    variable = proxy_variable(address, os.environ)
     if not variable:
         return ()
     return (
-        f"{variable} is set where the SuperNode runs, and catches the encoder's address {config.link.encoder_address}; if the "
-        f"encoder is not reached, add its host to no_proxy there",
+        f"{variable} is set where the SuperNode runs, and catches the encoder's address {address}; if the encoder is not "
+        f"reached, add its host to no_proxy there",
     )

@@ -54,7 +54,8 @@ def dial_stream(
     while True:
         try:
             return StreamEncoder(
-                how.address,
+                # A site may see another address than the run's settings name: a proxy, a tunnel.
+                site.encoder_address or how.address,
                 how.token,
                 how.grant,
                 codec=config.link.codec,

@@ -10,6 +10,7 @@ from fedsplit.core.cut import Cut
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.foreign import MAX_NAME_CHARS, printable
 from fedsplit.core.tasks import parse_classes, parse_held
+from fedsplit.transport.wiring import host_of
 
 NodeConfig = Mapping[str, str | int | float | bool]
 # What a site may say of itself; the first two are Flower's own in simulation.
@@ -24,6 +25,8 @@ NODE_KEYS = (
     "pixel-max",
     "tasks",
     "cut",
+    "backbone-dir",
+    "encoder-address",
     "encoder-tls-ca",
     "encoder-tls-cert",
     "encoder-tls-key",
@@ -63,6 +66,10 @@ class SiteSettings:
     """The only names of classes that leave the site; empty: those that its labels have."""
     pixel_max: float = 0.0
     """The value that is white in the site's own images; 0: the run's, or found out from them."""
+    encoder_address: str = ""
+    """HOST:PORT at which this site reaches the encoder; empty: the run's."""
+    backbone_dir: str = ""
+    """Folder of backbones by digest, looked into before the run's own name of one; empty: none."""
 
     @classmethod
     def from_node(cls, node: NodeConfig, *, node_id: int) -> SiteSettings:
@@ -102,6 +109,11 @@ class SiteSettings:
             cut = Cut.parse(str(node["cut"])) if "cut" in node else None
         except ConfigError as err:
             faults.append(str(err))
+        address = str(node.get("encoder-address", ""))
+        try:
+            host_of(address or "unset:0")
+        except ConfigError as err:
+            faults.append(f"encoder-address: {err}")
         tasks: dict[str, str] = {}
         try:
             tasks = parse_held(str(node.get("tasks", "")))
@@ -127,6 +139,8 @@ class SiteSettings:
             label_column=str(node.get("label-column", cls.label_column)),
             classes=parse_classes(str(node.get("classes", ""))),
             pixel_max=float(white) if isinstance(white, int | float) else 0.0,
+            encoder_address=address,
+            backbone_dir=str(node.get("backbone-dir", "")),
         )
 
     def for_task(self, config: RunConfig) -> SiteSettings | None:

@@ -19,7 +19,9 @@ from tests.transport.conftest import make_grant
 def asked(monkeypatch: pytest.MonkeyPatch, node: dict[str, Any], **how: Any) -> dict[str, Any]:
     """What a stream is opened with."""
     found: dict[str, Any] = {}
-    monkeypatch.setattr(dial, "StreamEncoder", lambda *_, **options: found.update(options))
+    monkeypatch.setattr(
+        dial, "StreamEncoder", lambda address, *_, **options: found.update(options, address=address)
+    )
     order = {
         "address": "plant:9095",
         "token": "t",
@@ -66,3 +68,17 @@ def test_a_simulated_site_takes_the_runs_ca(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_without_tls_on_either_side_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked(monkeypatch, {"data": "digits"})["tls"] is None
+
+
+def test_a_site_dials_its_own_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"data": "digits", "encoder-address": "proxy.example:443", "encoder-tls-ca": "system"}
+    assert asked(monkeypatch, own)["address"] == "proxy.example:443"
+    assert asked(monkeypatch, {"data": "digits"})["address"] == "plant:9095"
+
+
+@pytest.mark.parametrize("bad", ["proxy.example", "proxy.example:https", ":443", "::1:443"])
+def test_an_address_of_its_own_is_one(bad: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"(?s)encoder-address: .*HOST:PORT|encoder-address: .*brackets"
+    ):
+        SiteSettings.from_node({"encoder-address": bad}, node_id=1)

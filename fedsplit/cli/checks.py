@@ -17,13 +17,16 @@ from fedsplit.core.errors import BackboneError, ConfigError, DataError, Fedsplit
 Look = Callable[[], None]
 
 
-def check_here(config: RunConfig) -> list[str]:
-    """What should be known before a run that may start. Raises what is wrong: the one error, or a ConfigError that lists several."""
+def check_here(config: RunConfig, *, data: bool = True) -> list[str]:
+    """What should be known before a run that may start. Raises what is wrong: the one error, or a ConfigError that lists several.
+
+    `data`: the run's source is on this machine, and not at its sites.
+    """
     warnings: list[str] = []
     faults: list[FedsplitError] = []
     for look in (_backbone, _runs_dir, _encoder):
         _try(lambda look=look: look(config), faults)  # type: ignore[misc]
-    if not any(isinstance(fault, BackboneError) for fault in faults):
+    if data and not any(isinstance(fault, BackboneError) for fault in faults):
         for name in config.task.sources:
             _try(lambda name=name: warnings.extend(_task(config.of_task(name))), faults)  # type: ignore[misc]
     texts = list(dict.fromkeys(str(fault) for fault in faults))

@@ -39,7 +39,8 @@ def execute(request: RunRequest, progress: Progress) -> Ended:
     files = RunFiles(request.run_dir)
     try:
         if request.superlink is not None:
-            commands = FlowerCommands(request.superlink, flower_environment())
+            home = request.federation.flower_home if request.federation is not None else None
+            commands = FlowerCommands(request.superlink, flower_environment(home))
             return _submit_and_follow(request, commands, files, progress, simulating=None)
         progress.say("starting Flower on this machine ...")
         with LocalSuperLink() as link:
@@ -188,6 +189,8 @@ def _left_elsewhere(
 ) -> str:
     """What a run on another's SuperLink leaves when this command is stopped, and how to go on."""
     link = request.superlink
+    if request.federation is not None:
+        link = f"{link} (with FLWR_HOME={request.federation.flower_home})"
     if run_id is None:
         return "stopped before the run was with Flower; nothing was started"
     if files.snapshot().summarised:
@@ -231,5 +234,4 @@ def _what_is_left(request: RunRequest, files: RunFiles) -> str:
 
 
 def _resume_command(request: RunRequest) -> str:
-    where = f"--superlink {request.superlink} " if request.superlink is not None else ""
-    return f"fedsplit run {where}--resume {request.config.run.run_name}"
+    return f"fedsplit run {request.where}--resume {request.config.run.run_name}"

@@ -17,6 +17,8 @@ from fedsplit.core.errors import ConfigError
 from fedsplit.core.foreign import read_json
 from fedsplit.core.names import MAX_RUN_CHARS, MAX_TASK_CHARS, is_name, normalised
 from fedsplit.federation.server.books.run_dir import RunDir
+from fedsplit.plant.server.folder import FederationFolder
+from fedsplit.plant.server.runs import CONNECTION, settings_of
 
 _OF_RESUMING = ("resume", "run-name")
 SIMULATED_SITES = 4
@@ -36,7 +38,16 @@ class RunRequest:
     warnings: tuple[str, ...] = ()
     """What should be known before a run that may start."""
     superlink: str | None
-    """The user's own SuperLink connection; None: one is started for this run."""
+    """The connection of a SuperLink that is there; None: one is started for this run."""
+    federation: FederationFolder | None = None
+    """The federation folder whose SuperLink that is; None: the user's own."""
+
+    @property
+    def where(self) -> str:
+        """The option that sends a run there, with a space behind it; empty for this machine."""
+        if self.federation is not None:
+            return f"--federation {self.federation.path} "
+        return f"--superlink {self.superlink} " if self.superlink is not None else ""
 
     @property
     def run_dir(self) -> Path:
@@ -48,16 +59,20 @@ def prepare(
     *,
     app: Path | None = None,
     superlink: str | None = None,
+    federation: FederationFolder | None = None,
     resume: str | None = None,
 ) -> RunRequest:
-    """Merge and check everything that can be checked here. Raises ConfigError."""
+    """Merge and check everything that can be checked here. Raises ConfigError, and FederationError for a server that is not up."""
     found = find_app(app)
+    if federation is not None:
+        superlink = CONNECTION
+        settings = settings_of(federation, settings, resumed=resume is not None)
     merged = given_by(found)
     saved: Flat = {}
     local = superlink is None
     if resume is not None:
         runs_dir = Path(str(settings.get("runs-dir", merged.get("runs-dir", "runs")))).expanduser()
-        saved = _resumed(runs_dir, resume, must_exist=local)
+        saved = _resumed(runs_dir, resume, must_exist=local or federation is not None)
         _check_resumed(saved, settings)
         merged |= saved
         merged |= dict.fromkeys(_OF_RESUMING, resume)
@@ -82,13 +97,14 @@ def prepare(
         overrides=overrides,
         told=_recipe_told(config),
         superlink=superlink,
+        federation=federation,
     )
-    if local:
+    if local or federation is not None:
         _check_folder(request)
         # Local runs read the same files as Flower's processes will.
         from fedsplit.cli.checks import check_here
 
-        request = replace(request, warnings=tuple(check_here(config)))
+        request = replace(request, warnings=tuple(check_here(config, data=local)))
     return request
 
 
@@ -126,7 +142,7 @@ def _check_folder(request: RunRequest) -> None:
     if not request.config.run.resume and folder.exists():
         raise ConfigError(
             f"the run folder {folder} exists already; choose another run-name, or go on with that run: "
-            f"fedsplit run --resume {name}"
+            f"fedsplit run {request.where}--resume {name}"
         )
 
 

@@ -59,6 +59,19 @@ def run(
             help="A connection of your Flower config; else a simulation on this machine.",
         ),
     ] = None,
+    federation: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="The federation folder of this machine's server; runs at its sites."
+        ),
+    ] = None,
+    from_last: Annotated[
+        bool,
+        typer.Option(
+            "--from-last",
+            help="With --federation: start from the module of the task's newest run that did not fail.",
+        ),
+    ] = False,
     resume: Annotated[
         str | None,
         typer.Option(metavar="RUN", help="Go on with this run, from its last checkpoint."),
@@ -66,19 +79,42 @@ def run(
     app: AppOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Run a federation: in simulation on this machine, or on a SuperLink of yours.
+    """Run a federation: in simulation on this machine, at the sites of a federation folder, or on a SuperLink of yours.
 
     Exit codes: 0 complete, 3 partial (a site was left out), 1 failed, 2 wrong settings or data, 130 interrupted.
     """
     from fedsplit.cli.request import prepare
     from fedsplit.core.config import parse_set
     from fedsplit.core.config.run_file import read_run_file
+    from fedsplit.plant.server.folder import FederationFolder
 
+    if federation is not None and superlink is not None:
+        raise click.UsageError("--federation and --superlink are two places; give one of them")
+    if from_last and (federation is None or resume is not None):
+        raise click.UsageError("--from-last goes with --federation DIR, and not with --resume")
     given = ({} if job is None else read_run_file(job)) | parse_set(settings or [])
     out = Output(as_json=as_json)
+    folder = FederationFolder.at(federation) if federation is not None else None
+    if folder is not None and from_last:
+        given = _from_last(folder, given, out)
     with out.if_long("checking settings, backbone and data ..."):
-        request = prepare(given, app=app, superlink=superlink, resume=resume)
+        request = prepare(given, app=app, superlink=superlink, federation=folder, resume=resume)
     raise typer.Exit(run_request(request, out))
+
+
+def _from_last(folder: Any, given: dict[str, Any], out: Output) -> dict[str, Any]:
+    """The settings with the start-module that the folder's runs have left, if any."""
+    from fedsplit.core.config import RunConfig
+    from fedsplit.plant.server.runs import last_module
+
+    if "start-module" in given:
+        raise click.UsageError("--from-last chooses the start-module; leave that setting out")
+    task = str(given.get("task") or folder.settings.run.get("task") or RunConfig().task.name)
+    if (found := last_module(folder, task)) is None:
+        out.note(f"no run of task {task} has left a module in {folder.runs}; this one starts anew")
+        return given
+    out.note(f"starts from {found}")
+    return given | {"start-module": str(found)}
 
 
 def run_request(request: Any, out: Output) -> int:

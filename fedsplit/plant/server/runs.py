@@ -1,0 +1,94 @@
+"""Runs of a federation: the settings that its folder gives to each, and whether one can be started now."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from fedsplit.core.errors import ConfigError, FederationError, RunDirError
+from fedsplit.core.foreign import printable, read_json
+from fedsplit.core.records import Summary
+from fedsplit.plant.server.folder import FederationFolder
+from fedsplit.report.read import read_summary
+
+CONNECTION = "fedsplit"
+"""Of the folder's own Flower configuration."""
+Flat = dict[str, str | int | float | bool]
+_OF_THE_FOLDER = ("runs-dir", "encoder-address", "encoder-secret-file", "encoder-bind")
+
+
+@dataclass(frozen=True)
+class Present:
+    """What state.json says of a server that is up."""
+
+    pid: int
+    ports: dict[str, int]
+
+    def port(self, service: str) -> int:
+        """The loopback port of a service. Raises FederationError where it has none now."""
+        if port := self.ports.get(service, 0):
+            return port
+        raise FederationError(
+            f"the server's {service} is not up; `fedsplit doctor` says why, and logs/{service}.jsonl has its own words"
+        )
+
+
+def present(folder: FederationFolder) -> Present:
+    """The server that is up in a folder. Raises FederationError where none is."""
+    start = f"start it with `fedsplit server up {folder.path}`"
+    try:
+        found = read_json(folder.state)
+        services = found["services"]
+        ports = {str(name): int(one.get("port") or 0) for name, one in services.items()}
+        state = Present(int(found["pid"]), ports)
+    except FileNotFoundError as err:
+        raise FederationError(f"the server of {folder.path} is not up; {start}") from err
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+        raise FederationError(
+            f"{folder.state} cannot be read ({printable(err, limit=100)}); stop the server and {start}"
+        ) from err
+    if not psutil.pid_exists(state.pid):
+        raise FederationError(
+            f"the server of {folder.path} is not up: its process {state.pid} has ended; {start}"
+        )
+    return state
+
+
+def settings_of(folder: FederationFolder, given: Flat, *, resumed: bool = False) -> Flat:
+    """All that a run here is started with: the folder's own, its [run] table, then what was given.
+
+    A run that is resumed has its settings, and takes only its places anew.
+
+    Raises ConfigError for a setting that is the folder's affair, FederationError where the server is not up.
+    """
+    if mine := [key for key in _OF_THE_FOLDER if key in given]:
+        raise ConfigError(
+            f"{', '.join(mine)}: the federation folder {folder.path} decides that; leave it out, or start the run with "
+            f"--superlink"
+        )
+    encoder = f"127.0.0.1:{present(folder).port('encoder')}"
+    places: Flat = {
+        "runs-dir": str(folder.runs),
+        "encoder-address": encoder,
+        "encoder-secret-file": str(folder.encoder_secret),
+    }
+    if resumed:
+        return places | given
+    return places | {"backbone": folder.settings.backbone.path} | folder.settings.run | given
+
+
+def last_module(folder: FederationFolder, task: str) -> Path | None:
+    """The module of the newest run of a task that ended with one; None where there is none."""
+    ended = [s for s in map(_summary, folder.runs.glob("*/summary.json")) if s is not None]
+    of_task = [(path, s) for path, s in ended if s.task == task and s.outcome != "failed"]
+    kept = [path / s.module for path, s in of_task if (path / s.module).is_dir()]
+    return max(kept, key=lambda p: (p.parent / "summary.json").stat().st_mtime_ns, default=None)
+
+
+def _summary(path: Path) -> tuple[Path, Summary] | None:
+    try:
+        return path.parent, read_summary(path.parent)
+    except RunDirError:
+        return None

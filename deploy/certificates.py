@@ -13,21 +13,14 @@ from __future__ import annotations
 import argparse
 import datetime
 import io
-import ipaddress
 import os
 import sys
 from pathlib import Path
 
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
-
+from fedsplit.core.errors import ConfigError
 from fedsplit.core.foreign import printable
 from fedsplit.core.names import certificate_name
-
-Key = ec.EllipticCurvePrivateKey
-CLOCK_SLACK = datetime.timedelta(hours=1)
+from fedsplit.plant import pki
 
 
 def make_all(out: Path, *, hosts: list[str], sites: list[str], days: int = 825) -> dict[str, Path]:
@@ -52,95 +45,43 @@ def make_all(out: Path, *, hosts: list[str], sites: list[str], days: int = 825) 
             raise ValueError(f"site {name!r} would have the files of another one; rename it")
         taken |= mine
     for name in names:
-        key = ec.generate_private_key(ec.SECP256R1())
-        signed = _certificate(
-            wanted.get(name, [name])[0],
-            key,
+        key = pki.new_key()
+        made = pki.issue(
+            issuer,
+            key.public_key(),
+            common_name=wanted.get(name, [name])[0],
+            hosts=wanted.get(name, ()),
             days=days,
-            issuer=issuer,
-            alternatives=wanted.get(name, [name]),
+            client=name not in wanted,
         )
-        files |= _pair(out / name, signed, key)
+        files |= _files(out / name, made, key)
     _write_all(out, files)
     return {
         who: out / f"{name}.pem" for who, name in (dict.fromkeys(wanted, "encoder") | named).items()
     }
 
 
-def _issuer(out: Path, days: int) -> tuple[tuple[x509.Certificate, Key], dict[Path, bytes]]:
-    """The CA in `out`, or a new one with its files. Raises ValueError for half a CA."""
+def _issuer(out: Path, days: int) -> tuple[pki.Pair, dict[Path, bytes]]:
+    """The CA in `out`, or a new one with its files. Raises ValueError for half a CA, ConfigError for two halves."""
     paths = (out / "ca.pem", out / "ca-key.pem")
     if not any(path.exists() for path in paths):
-        key = ec.generate_private_key(ec.SECP256R1())
-        made = _certificate("fedsplit pilot CA", key, days=days)
-        return (made, key), _pair(out / "ca", made, key)
+        made = pki.make_ca("fedsplit pilot CA", days=days)
+        return made, _files(out / "ca", made.pem, made.key)
     if not all(path.exists() for path in paths):
         raise ValueError(f"{out} holds one of ca.pem and ca-key.pem; both are wanted to sign more")
-    ca = x509.load_pem_x509_certificate(paths[0].read_bytes())
-    loaded = serialization.load_pem_private_key(paths[1].read_bytes(), password=None)
-    if not isinstance(loaded, Key) or loaded.public_key() != ca.public_key():
-        raise ValueError(f"{paths[1]} is not the key of {paths[0]}; restore both")
-    if ca.not_valid_after_utc <= datetime.datetime.now(datetime.UTC):
+    ca = pki.Pair.read(*paths)
+    if ca.certificate.not_valid_after_utc <= datetime.datetime.now(datetime.UTC):
         raise ValueError(
-            f"{paths[0]} ended on {ca.not_valid_after_utc:%Y-%m-%d}; make a new CA elsewhere"
+            f"{paths[0]} ended on {ca.certificate.not_valid_after_utc:%Y-%m-%d}; make a new CA elsewhere"
         )
-    return (ca, loaded), {}
+    return ca, {}
 
 
-def _pair(path: Path, certificate: x509.Certificate, key: Key) -> dict[Path, bytes]:
-    pem = certificate.public_bytes(serialization.Encoding.PEM)
+def _files(path: Path, certificate: bytes, key: pki.Key) -> dict[Path, bytes]:
     return {
-        path.with_name(f"{path.name}.pem"): pem,
-        path.with_name(f"{path.name}-key.pem"): _pem(key),
+        path.with_name(f"{path.name}.pem"): certificate,
+        path.with_name(f"{path.name}-key.pem"): pki.key_pem(key),
     }
-
-
-def _certificate(
-    name: str,
-    key: Key,
-    *,
-    days: int,
-    issuer: tuple[x509.Certificate, Key] | None = None,
-    alternatives: list[str] | None = None,
-) -> x509.Certificate:
-    """A certificate signed by `issuer`, or by itself when it is the CA."""
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name[:64])])
-    now = datetime.datetime.now(datetime.UTC)
-    end = now + datetime.timedelta(days=days)
-    if issuer:
-        # None outlives who signed it.
-        end = min(end, issuer[0].not_valid_after_utc)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer[0].subject if issuer else subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - CLOCK_SLACK)
-        .not_valid_after(end)
-        .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), critical=True)
-    )
-    if issuer and alternatives:
-        usage = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
-        names = x509.SubjectAlternativeName([_general_name(a) for a in alternatives])
-        builder = builder.add_extension(names, critical=False)
-        builder = builder.add_extension(x509.ExtendedKeyUsage(usage), critical=False)
-    return builder.sign(issuer[1] if issuer else key, hashes.SHA256())
-
-
-def _general_name(text: str) -> x509.GeneralName:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(text))
-    except ValueError:
-        return x509.DNSName(text)
-
-
-def _pem(key: Key) -> bytes:
-    return key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
 
 
 def _write_all(out: Path, files: dict[Path, bytes]) -> None:
@@ -182,7 +123,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         made = make_all(args.out, hosts=args.host, sites=args.site, days=args.days)
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, ConfigError) as err:
         parser.exit(1, f"{err}\n")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -193,7 +193,9 @@ def test_with_client_certificates_capabilities_checks_the_name_too(
     tls = ServerTls(cert=cert, key=key, client_ca=ca.pem)
     with EncoderServer(host, key=KEY, tls=tls) as server:
         theirs = ClientTls(root_ca=ca.pem, cert=two, key=two_key)
-        with pytest.raises(RefusedError, match=r"for site 'site-1', the certificate for .*'site-2'"):
+        with pytest.raises(
+            RefusedError, match=r"for site 'site-1', the certificate for .*'site-2'"
+        ):
             capabilities(server.address, token_for(make_grant()), theirs)
 
 

@@ -13,11 +13,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from fedsplit.core.config import RunConfig
+from fedsplit.core.extras import check_extra
 from fedsplit.federation.server.endpoint import Endpoint, external, hosted
 from fedsplit.federation.server.run import Run, settle, simulated
 from fedsplit.federation.server.task_runs import TaskRuns
 from fedsplit.model.threads import limit_threads
-from fedsplit.report import write_plots
 from fedsplit.transport.keys import read_key
 from fedsplit.trunk.process import hosting
 
@@ -29,6 +29,7 @@ _open: dict[int, tuple[RunConfig, Endpoint]] = {}
 @app.lifespan()
 def lifespan(context: Context) -> Iterator[None]:
     """Host the encoder while the app runs, unless the settings name one elsewhere."""
+    check_extra("server", "drawing a run's plots", "matplotlib")
     config = settle(RunConfig.from_flat(context.run_config))
     limit_threads()
     with _endpoint(config) as endpoint:
@@ -49,6 +50,8 @@ def main(grid: Grid, context: Context) -> None:
         with run.dir.sole_writer():
             run.go()
     finally:
+        from fedsplit.report.plots import write_plots
+
         # One task that failed costs the others nothing, not even their plots.
         for folder in run.finished:
             write_plots(folder)

@@ -66,7 +66,7 @@ def _program(name: str, env: dict[str, str]) -> str:
     if path is None:
         raise FederationError(
             f"the program {name!r} was not found beside {sys.executable} or on PATH; "
-            'install Flower with: pip install "flwr[simulation]"'
+            'install it with: pip install "fedsplit[simulation]"'
         )
     return path
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from fedsplit.cli.appdir import AppDir, Flat, find_app
 from fedsplit.core.config import NOT_GIVEN, RESUME_KEYS, RunConfig
 from fedsplit.core.errors import ConfigError
+from fedsplit.core.extras import check_extra
 from fedsplit.core.foreign import read_json
 from fedsplit.core.names import MAX_RUN_CHARS, MAX_TASK_CHARS, is_name, normalised
 from fedsplit.federation.server.books.run_dir import RunDir
@@ -70,6 +71,8 @@ def prepare(
     merged = given_by(found)
     saved: Flat = {}
     local = superlink is None
+    if local:
+        check_extra("simulation", "a simulation on this machine", "ray", "flwr_datasets")
     if resume is not None:
         runs_dir = Path(str(settings.get("runs-dir", merged.get("runs-dir", "runs")))).expanduser()
         saved = _resumed(runs_dir, resume, must_exist=local or federation is not None)

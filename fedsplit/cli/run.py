@@ -210,13 +210,15 @@ def _record(summary: Any, run_dir: Path, out: Output) -> dict[str, Any]:
 
 def _plots(run_dir: Path, main: str, out: Output) -> list[Path]:
     """The run's plots, of its main score and its traffic, drawn now if the ServerApp did not."""
-    from fedsplit.core.errors import RunDirError
-    from fedsplit.report import write_plots
+    from fedsplit.core.errors import ConfigError, RunDirError
+    from fedsplit.core.extras import extra
 
     there = [run_dir / f"{name}.{kind}" for name in (main, "traffic") for kind in ("png", "svg")]
     if not all(path.is_file() for path in there) and run_dir.is_dir():
         try:
+            with extra("server", "drawing a run's plots"):
+                from fedsplit.report.plots import write_plots
             write_plots(run_dir)
-        except RunDirError as err:
+        except (ConfigError, RunDirError) as err:
             out.note(f"no plots: {err}")
     return [path for path in there if path.is_file()]

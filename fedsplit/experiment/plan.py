@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedsplit.core.errors import ConfigError
+from fedsplit.core.extras import check_extra
 from fedsplit.experiment.cells import Cell, Faults, Tuned, expand
 from fedsplit.experiment.check import check_cells
 from fedsplit.experiment.grid import Grid, faulty, read_grid
@@ -48,6 +49,7 @@ class GridPlan:
 
 def make_plan(path: Path, *, out: Path | None = None, only: tuple[str, ...] = ()) -> GridPlan:
     """Read and check a grid. Raises one ConfigError that lists all faults of what is to be run."""
+    check_extra("simulation", "fedsplit experiment", "flwr_datasets", "matplotlib", "scipy")
     grid = read_grid(path)
     if unknown := [label for label in only if label not in {m.name for m in grid.methods}]:
         names = ", ".join(m.name for m in grid.methods)

@@ -33,7 +33,10 @@ def write_sheet(path: Path, examples: Examples) -> list[str]:
     ]
     names = {i: _caption(examples, i) for _, chosen in rows for i in chosen}
     font, has_all = file_for([*heads, *names.values()])
-    head, small = (ImageFont.truetype(font, size) for size in (15, 11))
+    head, small = (
+        ImageFont.load_default(size) if font is None else ImageFont.truetype(font, size)
+        for size in (15, 11)
+    )
     row = _SIDE + 3 * _TEXT + _GAP
     sheet = Pillow.new("RGB", (EACH * (_SIDE + _GAP) + _GAP, _GAP + len(rows) * row), _PAPER)
     draw = ImageDraw.Draw(sheet)

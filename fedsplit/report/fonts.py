@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from matplotlib import font_manager
+from PIL import ImageFont
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,10 @@ _FILES = (
 _LAST_OF_OWN = "\u2bff"
 """matplotlib's own font has most characters up to here: Latin, Greek, Cyrillic, arrows, signs."""
 _OWN = "DejaVu Sans"
+_FOLDERS = (
+    "/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts",
+    "/System/Library/Fonts", "/Library/Fonts", "~/Library/Fonts", "C:/Windows/Fonts",
+)  # fmt: skip
 NONE_HERE = (
     "no font of this machine has Japanese characters, so pictures show boxes in place of them; install one, e.g. the "
     "package fonts-noto-cjk"
@@ -33,7 +37,7 @@ NONE_HERE = (
 
 def style_for(texts: Iterable[str]) -> dict[str, Any]:
     """Matplotlib settings with which `texts` can be drawn; empty where its own font will do."""
-    if not _needs_wide(texts):
+    if not _beyond(_LAST_OF_OWN, texts):
         return {}
     family = wide_font()
     if family is None:
@@ -46,14 +50,23 @@ def style_for(texts: Iterable[str]) -> dict[str, Any]:
     return {"font.family": [_OWN, family]}
 
 
-def file_for(texts: Iterable[str]) -> tuple[str, bool]:
-    """The file of a font that `texts` can be drawn with, and whether it has all their characters."""
-    family = wide_font() if (wide := _needs_wide(texts)) else None
-    return font_manager.findfont(family or _OWN), not wide or family is not None
+def file_for(texts: Iterable[str]) -> tuple[str | None, bool]:
+    """The file of a font that `texts` can be drawn with, and whether it has all their characters.
+
+    None is Pillow's own font, which has ASCII alone: a site has no matplotlib, and maybe no font at all.
+    """
+    wide = wide_files()
+    try:
+        from matplotlib import font_manager
+    except ImportError:
+        return (wide[0], True) if wide else (None, not _beyond("\x7f", texts))
+    if not _beyond(_LAST_OF_OWN, texts):
+        return font_manager.findfont(_OWN), True
+    return (wide[0], True) if wide else (font_manager.findfont(_OWN), False)
 
 
-def _needs_wide(texts: Iterable[str]) -> bool:
-    return any(char > _LAST_OF_OWN for text in texts for char in text)
+def _beyond(last: str, texts: Iterable[str]) -> bool:
+    return any(char > last for text in texts for char in text)
 
 
 @functools.cache
@@ -62,24 +75,39 @@ def _tell_once() -> None:
 
 
 @functools.cache
-def wide_font() -> str | None:
-    """Name of a font of this machine with Japanese characters, made known to matplotlib; None where none is."""
-    # Not matplotlib's kept list: a font that was installed since is not in it.
-    files = {
-        Path(path).name.lower().replace("_", ""): path for path in font_manager.findSystemFonts()
-    }
+def wide_files() -> tuple[str, ...]:
+    """Files of this machine's first font with Japanese characters, its regular weight first; empty where there is none."""
+    found: dict[str, str] = {}
+    for folder in _FOLDERS:
+        for path in sorted(Path(folder).expanduser().rglob("*.[ot]t[fc]")):
+            found.setdefault(path.name.lower().replace("_", ""), str(path))
     for part in _FILES:
         # All weights of it: titles are bold.
-        known = [
-            name for path in sorted(files) if path.startswith(part) if (name := _added(files[path]))
-        ]
-        if known:
-            return min(known, key=len)
-    return None
+        names = sorted(n for n in found if n.startswith(part) and _readable(found[n]))
+        if names:
+            names.sort(key=lambda name: "regular" not in name)
+            return tuple(found[name] for name in names)
+    return ()
+
+
+def _readable(path: str) -> bool:
+    try:
+        ImageFont.truetype(path)
+    except OSError:
+        return False
+    return True
+
+
+@functools.cache
+def wide_font() -> str | None:
+    """The name of that font, made known to matplotlib; None where there is none that can be read."""
+    return min(filter(None, map(_added, wide_files())), key=len, default=None)
 
 
 def _added(path: str) -> str | None:
     """The name of a font file, now known to matplotlib; None where it cannot be read."""
+    from matplotlib import font_manager
+
     try:
         font_manager.fontManager.addfont(path)
         return font_manager.FontProperties(fname=path).get_name()

@@ -103,7 +103,7 @@ def test_a_machine_without_a_font_for_the_names_is_told(
 ) -> None:  # fmt: skip
     from fedsplit.report import contact_sheet, fonts
 
-    monkeypatch.setattr(fonts, "wide_font", lambda: None)
+    monkeypatch.setattr(fonts, "wide_files", lambda: ())
     monkeypatch.setattr(contact_sheet, "MOST_CLASSES", 1)
     _, told = answer(capsys, f"folder:{pictures}", "--sheet", str(tmp_path / "s.png"))
     assert "the contact sheet shows the first 1 of 2 classes" in told["notes"]

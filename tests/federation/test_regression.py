@@ -20,7 +20,7 @@ from fedsplit.core.records import Summary
 from fedsplit.federation.server.run import Run, settle
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.split import whole_model
-from fedsplit.report import write_plots
+from fedsplit.report.plots import write_plots
 from fedsplit.training.last_linear import LastInput
 from fedsplit.training.site_data import SiteSources
 from fedsplit.training.site_settings import SiteSettings

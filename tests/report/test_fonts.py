@@ -8,12 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib import font_manager, rc_context
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from fedsplit.report import fonts, write_plots
+from fedsplit.report import fonts
+from fedsplit.report.plots import write_plots
 from tests.report import samples
 
 NAME = "検査ライン一号"
@@ -45,7 +46,7 @@ def test_japanese_names_are_characters() -> None:
 def test_without_a_font_it_is_told_and_the_plot_is_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(font_manager, "findSystemFonts", list)
+    monkeypatch.setattr(fonts, "wide_files", lambda: ())
     fonts.wide_font.cache_clear()
     fonts._tell_once.cache_clear()
     lines = samples.metrics()

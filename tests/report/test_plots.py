@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fedsplit.core.errors import RunDirError
-from fedsplit.report import write_plots
+from fedsplit.report.plots import write_plots
 
 from . import samples
 

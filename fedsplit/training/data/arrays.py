@@ -19,6 +19,7 @@ import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
+from fedsplit.core.extras import extra
 from fedsplit.training.data.examples import Examples, Image, Index, Request, build, digest_of
 from fedsplit.training.data.pixels import range_notes, scaled, white_of
 
@@ -69,7 +70,8 @@ class ArrayItems:
 
 def read_digits(request: Request) -> Examples:
     """Read `digits`: 1,797 scans of handwritten digits, 8x8, values 0 .. 16, part of scikit-learn."""
-    from sklearn.datasets import load_digits
+    with extra("simulation", "data=digits"):
+        from sklearn.datasets import load_digits
 
     bunch = load_digits()
     items = ArrayItems(np.asarray(bunch.images), 16, "digits")

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image as Pillow
 
 from fedsplit.core.errors import DataError
+from fedsplit.core.extras import extra
 from fedsplit.core.foreign import printable
 from fedsplit.model.families import InputKind
 from fedsplit.training.data.examples import Examples, Image, Request, build, digest_of
@@ -91,7 +92,8 @@ class HubItems:
 
 def read_hub(name: str, request: Request) -> Examples:
     """Read `hf:NAME`. Raises DataError when the hub cannot be reached or has no such data set."""
-    import datasets
+    with extra("simulation", f"data=hf:{name}"):
+        import datasets
 
     where = f"hf:{name}"
     datasets.disable_progress_bars()

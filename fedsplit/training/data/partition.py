@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from fedsplit.core.config import PARTITIONS
 from fedsplit.core.errors import ConfigError
+from fedsplit.core.extras import extra
 from fedsplit.training.data.examples import Index
 from fedsplit.training.data.grouped import deal_groups
 
@@ -29,6 +30,7 @@ MIN_SAMPLES = 4
 """No site gets fewer: it must train and test on them."""
 
 _DRAWS = 50
+_DEALING = "dealing one data set to simulated sites"
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,8 @@ def partition(
 
 def _iid(labels: Index, _: float, sites: int, rng: np.random.Generator, _min: int) -> list[Index]:
     # As IidPartitioner deals, which has no indices to read: see `_run`.
-    from flwr_datasets.partitioner import SizePartitioner
+    with extra("simulation", _DEALING):
+        from flwr_datasets.partitioner import SizePartitioner
 
     each, more = divmod(len(labels), sites)
     sizes = [each + (i < more) for i in range(sites)]
@@ -117,7 +120,8 @@ def _iid(labels: Index, _: float, sites: int, rng: np.random.Generator, _min: in
 def _quantity(
     labels: Index, alpha: float, sites: int, rng: np.random.Generator, min_samples: int
 ) -> list[Index]:
-    from flwr_datasets.partitioner import SizePartitioner
+    with extra("simulation", _DEALING):
+        from flwr_datasets.partitioner import SizePartitioner
 
     free = len(labels) - sites * min_samples
     ends = np.rint(np.cumsum(rng.dirichlet(np.full(sites, alpha))) * free).astype(np.int64)
@@ -129,7 +133,8 @@ def _quantity(
 def _dirichlet(
     labels: Index, alpha: float, sites: int, rng: np.random.Generator, min_samples: int
 ) -> list[Index]:
-    from flwr_datasets.partitioner import DirichletPartitioner
+    with extra("simulation", _DEALING):
+        from flwr_datasets.partitioner import DirichletPartitioner
 
     table = _table(labels, rng)
     for _ in range(_DRAWS):
@@ -157,7 +162,8 @@ def _pathological(
 
     The partitioner's own ways to assign classes leave some out even where all would fit.
     """
-    from flwr_datasets.partitioner import PathologicalPartitioner
+    with extra("simulation", _DEALING):
+        from flwr_datasets.partitioner import PathologicalPartitioner
 
     per_site = int(value)
     present = np.unique(labels)
@@ -197,7 +203,8 @@ def _pathological(
 
 def _table(labels: Index, rng: np.random.Generator) -> Dataset:
     """A data set of shuffled positions and their labels; not one sample is copied."""
-    import datasets
+    with extra("simulation", _DEALING):
+        import datasets
 
     order = rng.permutation(len(labels))
     return datasets.Dataset.from_dict({"index": order, "label": labels[order]})

@@ -17,9 +17,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsplit.cli.flower import FlowerCommands, flower_environment, free_port
-from fedsplit.cli.processes import ProcessTree
+from fedsplit.cli.flower import FlowerCommands
 from fedsplit.core.errors import FederationError
+from fedsplit.core.processes import ProcessTree
+from fedsplit.core.programs import flower_environment, free_port
 
 _CONNECTION = "bench"
 _START_S = 120.0

@@ -34,10 +34,10 @@ import torch
 
 from benchmarks.device_rss import MIB, peak_rss_mib
 from benchmarks.paired import Progress, interleave, median, quiet, spread, with_ratio
-from fedsplit.cli.flower import flower_environment
-from fedsplit.cli.processes import ProcessTree
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import FederationError
+from fedsplit.core.processes import ProcessTree
+from fedsplit.core.programs import flower_environment
 from fedsplit.experiment.bench import Bench
 from fedsplit.experiment.cells import Cell
 

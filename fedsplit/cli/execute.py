@@ -16,13 +16,14 @@ from typing import TypeVar
 from pydantic import ValidationError
 
 from fedsplit.cli.endings import Interrupted, RunFailedError, Terminated
-from fedsplit.cli.flower import FlowerCommands, LocalSuperLink, flower_environment
+from fedsplit.cli.flower import FlowerCommands, LocalSuperLink
 from fedsplit.cli.follow import Progress, RunFiles, Snapshot, follow
-from fedsplit.cli.processes import held_signals
 from fedsplit.cli.request import RunRequest, to_toml
 from fedsplit.cli.watch import LocalWatch, RemoteWatch, Watch
 from fedsplit.core.cpus import usable_cpus
 from fedsplit.core.errors import RunDirError
+from fedsplit.core.processes import held_signals
+from fedsplit.core.programs import flower_environment
 from fedsplit.core.records import SUMMARY_MARK, TASKS_MARK, Summary, TasksSummary
 from fedsplit.federation.server.books.run_dir import RunDir
 from fedsplit.report.read import read_summary, read_tasks

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import shutil
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 import urllib.error
@@ -25,50 +22,20 @@ from typing import Any
 import psutil
 
 from fedsplit.cli.flower_words import in_words, superlink_of
-from fedsplit.cli.keeper import DETACHED, kept
-from fedsplit.cli.processes import ProcessTree, held_signals, runs
 from fedsplit.core.closing import Closing
 from fedsplit.core.errors import FederationError
 from fedsplit.core.foreign import parse_json
+from fedsplit.core.keeper import DETACHED, kept
+from fedsplit.core.processes import ProcessTree, held_signals, runs
+from fedsplit.core.programs import flower_environment, free_port, program
 
 CONNECTION = "fedsplit"
 _START_TIMEOUT_S = 60.0
-_PORTS = range(20_000, 32_768)
-_PORT_TRIES = 100
 _RAY_SOCKET_BYTES = 72
 """What Ray adds to its folder for the path of a socket ..."""
 _SOCKET_PATH_BYTES = 103
 """... and how long that may become."""
 _CLOSE_TIMEOUT_S = 30.0
-
-
-def flower_environment(home: Path | None = None) -> dict[str, str]:
-    """The environment Flower runs in: nothing phones home, nothing is installed, loopback has no proxy."""
-    env = dict(os.environ)
-    env |= {
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Flower's commands print pictures, which a terminal of Latin-1 cannot show. We read UTF-8.
-        "PYTHONIOENCODING": "utf-8",
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")]),
-    }
-    for key in ("NO_PROXY", "no_proxy"):
-        env[key] = ",".join(filter(None, [env.get(key, ""), "127.0.0.1", "localhost", "::1"]))
-    if home is not None:
-        env["FLWR_HOME"] = str(home)
-    return env
-
-
-def _program(name: str, env: dict[str, str]) -> str:
-    path = shutil.which(name, path=env["PATH"])
-    if path is None:
-        raise FederationError(
-            f"the program {name!r} was not found beside {sys.executable} or on PATH; "
-            'install it with: pip install "fedsplit[simulation]"'
-        )
-    return path
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +83,7 @@ class FlowerCommands:
 
         Close its `stdin` to end it.
         """
-        command = [_program("flwr", self._env), "log", run_id, self.connection, "--stream"]
+        command = [program("flwr", self._env), "log", run_id, self.connection, "--stream"]
         return kept(command, env=self._env, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
 
     def stop(self, run_id: str) -> bool:
@@ -145,7 +112,7 @@ class FlowerCommands:
 
     def _call(self, *args: str, timeout_s: float) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [_program("flwr", self._env), *args],
+            [program("flwr", self._env), *args],
             env=self._env,
             stdin=subprocess.DEVNULL,
             capture_output=True,
@@ -213,7 +180,7 @@ class LocalSuperLink(Closing):
         port = free_port()
         toml = f'[superlink]\ndefault = "{CONNECTION}"\n\n[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
         (self.home / "config.toml").write_text(toml, encoding="utf-8")
-        command = [_program("flower-superlink", self.env), "--insecure", "--simulation"]
+        command = [program("flower-superlink", self.env), "--insecure", "--simulation"]
         command += ["--isolation", "subprocess", "--host", "127.0.0.1", "--port", str(port)]
         command += ["--disable-runtime-dependency-installation"]
         # An interrupt between start and adoption would leave a process that nobody knows of.
@@ -253,17 +220,3 @@ def _healthy(port: int) -> bool:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False
-
-
-def free_port() -> int:
-    """A free TCP port of loopback, for a program that has to be told its port.
-
-    Below the ports that systems hand out (from 32768 on Linux, 49152 elsewhere): one of those may be another
-    program's by the time that ours binds it.
-    """
-    for _ in range(_PORT_TRIES):
-        port = secrets.choice(_PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise FederationError(f"no free port on 127.0.0.1 in {_PORT_TRIES} tries")

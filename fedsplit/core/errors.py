@@ -13,6 +13,7 @@
     ├── FederationError     the run cannot go on: too few sites, no useful update
     │   ├── RoundLostError      a round came to nothing for reasons that may pass; it is done once more
     │   └── DivergedError       a site's loss stopped being finite
+    ├── ServiceError        a service of a server or a site does not start, or its folder is in use already
     └── RunDirError         a run directory cannot be written or read: disk full, damaged checkpoint
 
 Every message says what it got, what it wanted and what to do.
@@ -79,6 +80,10 @@ class RoundLostError(FederationError):
 
 class DivergedError(FederationError):
     """A site's training loss stopped being finite."""
+
+
+class ServiceError(FedsplitError):
+    """A service of a server or a site does not start, or the folder's services run already."""
 
 
 class RunDirError(FedsplitError):

@@ -15,8 +15,8 @@ from fedsplit.cli import execute as module
 from fedsplit.cli.endings import Interrupted, Terminated
 from fedsplit.cli.execute import execute
 from fedsplit.cli.follow import Progress
-from fedsplit.cli.keeper import kept
 from fedsplit.cli.request import prepare
+from fedsplit.core.keeper import kept
 from tests.report import samples
 
 TOLD = "Flower was told to stop the run; its processes on the server and at the sites end within about a minute."

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 from fedsplit.cli import flower
-from fedsplit.cli.flower import FlowerCommands, flower_environment, free_port
+from fedsplit.cli.flower import FlowerCommands
 from fedsplit.cli.flower_words import in_words, superlink_of
 from fedsplit.core.errors import ConfigError, FederationError
+from fedsplit.core.programs import flower_environment, free_port
 
 
 @contextmanager

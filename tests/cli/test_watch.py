@@ -13,9 +13,9 @@ import pytest
 
 from fedsplit.cli.flower import FlowerCommands, RunState
 from fedsplit.cli.follow import Snapshot
-from fedsplit.cli.keeper import kept
 from fedsplit.cli.watch import RemoteWatch
 from fedsplit.core.errors import FederationError
+from fedsplit.core.keeper import kept
 from fedsplit.core.records import Status
 
 

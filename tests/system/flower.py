@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedsplit.cli.flower import flower_environment, free_port
-from fedsplit.cli.processes import ProcessTree
+from fedsplit.core.processes import ProcessTree
+from fedsplit.core.programs import flower_environment, free_port
 from fedsplit.core.records import SUMMARY_MARK, Summary
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,8 +22,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 from sklearn.datasets import load_digits
 
-from fedsplit.cli.flower import flower_environment, free_port
 from fedsplit.core.config import RunConfig
+from fedsplit.core.programs import flower_environment, free_port
 from fedsplit.core.records import SiteSummary, Status, Summary
 from fedsplit.federation.engine.in_process import InProcessGrid
 from fedsplit.federation.server.endpoint import hosted

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsplit.cli.flower import flower_environment
+from fedsplit.core.programs import flower_environment
 from tests.system.flower import ROOT
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]

@@ -14,8 +14,8 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from fedsplit.cli.flower import free_port
 from fedsplit.core.errors import ConfigError, UnreachableError
+from fedsplit.core.programs import free_port
 from fedsplit.transport.client import capabilities
 from fedsplit.transport.codec import Dtype
 from fedsplit.transport.frames import Flag, FrameKind

@@ -27,6 +27,7 @@ from fedsplit.core.aggregation import Tensors
 from fedsplit.core.errors import RunDirError
 from fedsplit.core.foreign import printable, read_json
 from fedsplit.core.records import RoundMetrics, Status, Summary
+from fedsplit.core.whole_files import whole_folder, write_whole
 
 MODULE_FILE, EXTRA_FILE, MANIFEST, KEEP = (
     "module.safetensors",
@@ -173,7 +174,7 @@ class RunDir:
         else:
             text = json.dumps(value, indent=2)
         with _translated(self):
-            _write_whole(self.path / name, text + "\n")
+            write_whole(self.path / name, text + "\n")
 
     def read_config(self) -> dict[str, Any]:
         """config.json. Raises RunDirError when it is damaged."""
@@ -217,7 +218,7 @@ class RunDir:
         kept = [m for m in self.read_metrics() if m.round <= round_]
         with _translated(self):
             text = "".join(m.model_dump_json() + "\n" for m in kept)
-            _write_whole(self.path / "metrics.jsonl", text)
+            write_whole(self.path / "metrics.jsonl", text)
             (self.path / "summary.json").unlink(missing_ok=True)
 
     def set_status(self, status: Status) -> None:
@@ -233,7 +234,7 @@ class RunDir:
         """Write the checkpoint of a round, then drop all but the last few. Raises RunDirError."""
         root = self.path / "checkpoints"
         with _translated(self):
-            with _whole_folder(root / f"round-{checkpoint.round:05d}") as part:
+            with whole_folder(root / f"round-{checkpoint.round:05d}") as part:
                 files = [part / MODULE_FILE]
                 save_file(checkpoint.module, files[0])
                 if checkpoint.extra:
@@ -253,7 +254,7 @@ class RunDir:
 
     def save_module(self, export: Callable[[Path], None]) -> None:
         """Let `export` write the trained module, then put it in the place of an older one. Raises RunDirError."""
-        with _translated(self), _whole_folder(self.path / "module") as part:
+        with _translated(self), whole_folder(self.path / "module") as part:
             export(part)
 
     @property
@@ -320,32 +321,6 @@ def _flush(*files: Path) -> None:
     for path in files:
         with path.open("rb+") as file:
             os.fsync(file.fileno())
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file in one piece, or leave the old one and nothing else."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    except OSError:
-        part.unlink(missing_ok=True)
-        raise
-
-
-@contextmanager
-def _whole_folder(final: Path) -> Iterator[Path]:
-    """A folder to write in, which takes the place of `final` at the end, or is gone after an error."""
-    part = final.with_name(f".{final.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        yield part
-        shutil.rmtree(final, ignore_errors=True)
-        part.replace(final)
-    except (OSError, SafetensorError):
-        shutil.rmtree(part, ignore_errors=True)
-        raise
 
 
 @contextmanager

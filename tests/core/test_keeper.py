@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedsplit.cli.keeper import kept
+from fedsplit.core.keeper import kept
 
 MARK = "FEDSPLIT_KEEPER_TEST"
 SLEEP = "import time; time.sleep(600)"
@@ -32,7 +32,7 @@ time.sleep(600)
 """
 COMMAND = f"""
 import subprocess, sys, time
-from fedsplit.cli.keeper import kept
+from fedsplit.core.keeper import kept
 process = kept([sys.executable, "-c", {FAMILY!r}], remove=sys.argv[1], stdout=subprocess.PIPE)
 print(process.stdout.readline().decode(), process.pid, flush=True)
 time.sleep(600)

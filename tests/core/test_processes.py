@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from fedsplit.cli.processes import ProcessTree, held_signals
+from fedsplit.core.processes import ProcessTree, held_signals
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="sessions are POSIX")
 

@@ -1,9 +1,10 @@
 """Runs one program for a command and ends it, with all that came of it, when the command is gone.
 
-`python -m fedsplit.cli.keeper [--remove FOLDER] PROGRAM ARGS...` with a pipe as its standard input. The pipe's end
+`python -m fedsplit.core.keeper [--remove FOLDER] [--grace SECONDS] PROGRAM ARGS...` with a pipe as its standard input. The pipe's end
 (EOF) is the sign: it comes when the command closes it, and also when the command was killed outright and could close
 nothing. Then every descendant is ended, the folder is removed, and only then does this process end. So who waits for
-this process knows that nothing is left. Started by `flower.py`; knows nothing of Flower.
+this process knows that nothing is left. Started by `cli/flower.py` for a run and by `plant/supervisor.py` for each
+service; knows nothing of Flower.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import sys
 import threading
 from typing import Any, NoReturn
 
-from fedsplit.cli.processes import ProcessTree
+from fedsplit.core.processes import ProcessTree
 
+GRACE_S = 5.0
 _SET_CHILD_SUBREAPER = 36
 DETACHED: dict[str, Any] = (
     {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
@@ -29,22 +31,30 @@ DETACHED: dict[str, Any] = (
 """How what belongs to a command is started: the terminal's Ctrl-C is the command's affair alone."""
 
 
-def kept(command: list[str], *, remove: str = "", **options: Any) -> subprocess.Popen[bytes]:
-    """Start `command` under a keeper. Close the process's `stdin` to end it, then wait for it."""
+def kept(
+    command: list[str], *, remove: str = "", grace_s: float = GRACE_S, **options: Any
+) -> subprocess.Popen[bytes]:
+    """Start `command` under a keeper. Close the process's `stdin` to end it, then wait for it.
+
+    Its processes have `grace_s` to end by themselves, then they are killed.
+    """
     before = [
         sys.executable,
         "-m",
-        "fedsplit.cli.keeper",
+        "fedsplit.core.keeper",
         *(["--remove", remove] if remove else []),
+        *(["--grace", str(grace_s)] if grace_s != GRACE_S else []),
     ]
     return subprocess.Popen([*before, *command], stdin=subprocess.PIPE, **options, **DETACHED)
 
 
 def main(args: list[str]) -> NoReturn:
     """Keep the program that `args` name."""
-    remove = ""
+    remove, grace_s = "", GRACE_S
     if args[:1] == ["--remove"]:
         remove, args = args[1], args[2:]
+    if args[:1] == ["--grace"]:
+        grace_s, args = float(args[1]), args[2:]
     _adopt_orphans()
     tree = ProcessTree(below=os.getpid())
     child = subprocess.Popen(args, stdin=subprocess.DEVNULL, **DETACHED)
@@ -54,7 +64,7 @@ def main(args: list[str]) -> NoReturn:
     def end(code: int) -> NoReturn:
         # Whoever comes second waits here for the end of the process.
         with once:
-            tree.end()
+            tree.end(grace_s=grace_s)
             if remove:
                 shutil.rmtree(remove, ignore_errors=True)
             os._exit(code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,12 @@ import pytest
 from flwr.app import Message
 
 from fedsplit.core.config import RunConfig
+from fedsplit.core.cut import Cut
 from fedsplit.core.errors import ConfigError
+from fedsplit.core.orders import RollCall
 from fedsplit.federation.server import known_nodes
+from fedsplit.federation.server.newcomers import Newcomers
+from fedsplit.federation.server.orders import Site
 from tests.federation.conftest import prepared, settings, simulated
 from tests.federation.grid import InProcessGrid
 
@@ -135,7 +140,7 @@ def test_a_name_is_not_taken_from_a_site_that_is_there(tmp_path: Path) -> None:
             comings.net.join({**named(3)[0], "site": "stranger"})
         return place == 2 and group == "4"
 
-    config = small(tmp_path, rounds=6)
+    config = small(tmp_path, rounds=6, roster="line-a,line-b,line-c")
     with prepared(config, named(3), in_simulation=False, leaves=claims) as (run, net):
         comings.net = net
         summary = run.go()
@@ -147,6 +152,85 @@ def test_a_name_is_not_taken_from_a_site_that_is_there(tmp_path: Path) -> None:
     # Who is no site of the run is asked its name and nothing else.
     assert [m.metadata.message_type for m in net.sent if net.place(m) == 5] == ["query"]
     assert {s.name for s in summary.sites} == {"line-a", "line-b", "line-c"}
+
+
+def test_a_site_that_comes_while_the_run_lasts_takes_part_from_the_next_round(
+    tmp_path: Path,
+) -> None:
+    comings = Comings()
+
+    def comes(place: int, message: Message) -> bool:
+        if message.metadata.group_id == "2" and comings.first("come"):
+            comings.net.join(named(3)[2])
+        return False
+
+    config = small(tmp_path, rounds=6, cut="0,3;6,6")
+    with prepared(config, named(3)[:2], in_simulation=False, leaves=comes) as (run, net):
+        comings.net = net
+        summary = run.go()
+    assert (summary.outcome, [s.name for s in summary.sites]) == (
+        "complete",
+        ["line-a", "line-b", "line-c"],
+    )
+    of = sorted(m.round for m in run.ledger.metrics if m.site == "line-c")
+    # From some round after the one in which it came, and then in all.
+    assert of == list(range(of[0], 8))
+    assert 3 <= of[0] <= 5
+    assert any(f"line-c joined in round {of[0]}, at cut 0,3" in note for note in summary.notes)
+    saved = json.loads((run.dir.path / "config.json").read_text(encoding="utf-8"))
+    assert saved["sites"] == {"line-a": "0,3", "line-b": "6,6", "line-c": "0,3"}
+
+
+def call(name: str, **other: Any) -> RollCall:
+    values = {
+        "site": name, "cut": "", "classes": ("a", "b"), "samples": 9, "test_samples": 3, "backbone_sha256": "",
+        "fedsplit_version": "", "number": -1,
+    }  # fmt: skip
+    return RollCall.model_validate(values | other)
+
+
+@pytest.mark.parametrize(
+    ("flat", "said", "why"),
+    [
+        ({}, {}, ""),
+        ({"roster": "line-a,line-c"}, {}, ""),
+        ({"sites": 2}, {}, "sites=2 are wanted, and they are here"),
+        ({"roster": "line-a,line-b"}, {}, "roster does not name it"),
+        ({}, {"classes": ("a", "x")}, r"classes that the run was not begun with \(x\)"),
+        ({"lora-aggregation": "flexlora"}, {}, ""),
+        ({"lora-aggregation": "flexlora"}, {"cut": "1,6"}, "its way of averaging was settled"),
+        ({"method": "centralised"}, {}, "no rounds in which sites work together"),
+    ],
+)
+def test_a_newcomer_waits_for_the_next_round_or_is_told_why_not(
+    flat: dict[str, Any], said: dict[str, Any], why: str
+) -> None:
+    def placed(node: int, call: RollCall, place: int) -> Site:
+        del place
+        return Site(call.site, node, Cut.parse(call.cut or "0,6"), 8, call)
+
+    sites = [placed(n, call(f"line-{n}"), n) for n in (1, 2)]
+    joined: list[str] = []
+    new = Newcomers(
+        config=RunConfig.from_flat({"min-sites": 1} | flat), classes=("a", "b"), sites=sites, place=placed,
+        joined=lambda site: joined.append(site.name),
+    )  # fmt: skip
+    told = new.hear(7, call("line-c", **said))
+    assert re.search(why or "takes part from the next round on", told)
+    new.take_in({1, 2, 7})
+    assert joined == ([] if why else ["line-c"])
+    assert len(sites) == 2 + len(joined)
+
+
+def test_of_two_newcomers_with_one_name_the_first_waits_and_one_that_left_is_forgotten() -> None:
+    new = Newcomers(
+        config=RunConfig.from_flat({}), classes=("a", "b"), sites=[], place=lambda *_: pytest.fail("it is gone"),
+        joined=lambda site: None,
+    )  # fmt: skip
+    new.hear(7, call("line-c"))
+    assert "node 7 says that name too, and said it first" in new.hear(8, call("line-c"))
+    new.take_in({8})
+    assert "takes part from the next round on" in new.hear(8, call("line-c"))
 
 
 def test_of_two_nodes_with_one_name_the_one_that_had_it_before_keeps_it(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 A site is its name. Nodes that were not there before are asked for theirs, beside a round's own
 messages; one that says a name of the run takes that site's place once the node that had it is gone,
-never before: who shouts a name must not push out the site that has it.
+never before: who shouts a name must not push out the site that has it. One that says another name is newcomers.py's.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from fedsplit.core.foreign import printable
 from fedsplit.core.orders import RollCall
 from fedsplit.federation.server.books.ledger import Ledger
 from fedsplit.federation.server.exchange import POLL_S, Post, gone
+from fedsplit.federation.server.newcomers import Newcomers
 from fedsplit.federation.server.orders import Site
 from fedsplit.federation.server.question import Question
 
@@ -40,7 +41,10 @@ class Attendance:
         on_update: Callable[[str], None],
     ) -> None:
         """`sites` is what the roll call found among the nodes `asked`; `claims`: other nodes that say a site's name."""
-        self.sites = tuple(sites)
+        self.sites = list(sites)
+        """Grows between rounds, where newcomers join."""
+        self.newcomers: Newcomers | None = None
+        """Whoever says a name that is not of the run; None: it can take part in the next one."""
         self._grid, self._question, self._ledger = grid, question, ledger
         self._say = on_update
         self._seen = set(asked)
@@ -64,6 +68,12 @@ class Attendance:
         for sent, reply in self._post.replies():
             self._hear(sent.whose, reply)
         return [site for node in list(self._claims) if (site := self._settled(node, here))]
+
+    def begin_round(self) -> None:
+        """Take in the newcomers that are still connected."""
+        self.look()
+        if self.newcomers is not None:
+            self.newcomers.take_in(set(self._grid.get_node_ids()))
 
     def wait_for(self, count: int, *, timeout_s: float) -> int:
         """Wait until `count` sites are connected, by whatever node; how many are."""
@@ -93,7 +103,9 @@ class Attendance:
     def _claim(self, node: int, call: RollCall) -> None:
         """A node says that it is a site."""
         site = _by_name(self.sites, call.site)
-        if site is None:
+        if site is None and self.newcomers is not None:
+            self._say(self.newcomers.hear(node, call))
+        elif site is None:
             self._say(
                 f"{printable(call.site)} came while the run lasts; it can take part in the next one"
             )

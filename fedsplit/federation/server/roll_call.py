@@ -116,7 +116,7 @@ class RollCaller:
                 )
         part = ordered[:most]
         self._tell_between(part)
-        return [self._site(node, call, i) for i, (node, call) in enumerate(part)]
+        return [self.note(self.placed(node, call, i)) for i, (node, call) in enumerate(part)]
 
     def _tell_between(self, part: list[tuple[int, RollCall]]) -> None:
         """What differs between sites joins the notes of those that it is about."""
@@ -271,11 +271,16 @@ class RollCaller:
         self.ledger.note(note)
         _log.warning("%s", note)
 
-    def _site(self, node: int, call: RollCall, place: int) -> Site:
+    def placed(self, node: int, call: RollCall, place: int) -> Site:
+        """The site that a node is, with the cut and the rank that are dealt to its place in the row."""
         cuts, ranks = self.config.cuts_on(self.question.backbone.blocks), self.config.module.ranks
         cut = Cut.parse(call.cut) if call.cut else cuts[place % len(cuts)]
-        self.ledger.calls[call.site] = call
-        for note in call.notes:
-            _log.info("%s: %s", call.site, note)
-        self.ledger.cuts[call.site] = str(cut)
         return Site(call.site, node, cut, call.rank or ranks[place % len(ranks)], call)
+
+    def note(self, site: Site) -> Site:
+        """Write a site of the run into its books."""
+        self.ledger.calls[site.name] = site.call
+        for note in site.call.notes:
+            _log.info("%s: %s", site.name, note)
+        self.ledger.cuts[site.name] = str(site.cut)
+        return site

@@ -26,9 +26,11 @@ from fedsplit.core.versions import installed
 from fedsplit.federation import messages
 from fedsplit.federation.server import known_nodes
 from fedsplit.federation.server.attendance import Attendance
+from fedsplit.federation.server.between_sites import differences_between
 from fedsplit.federation.server.books.ledger import Ledger
 from fedsplit.federation.server.books.run_dir import RunDir
 from fedsplit.federation.server.endpoint import Endpoint
+from fedsplit.federation.server.newcomers import Newcomers
 from fedsplit.federation.server.orders import Site
 from fedsplit.federation.server.question import Question
 from fedsplit.federation.server.roll_call import RollCaller
@@ -146,7 +148,7 @@ class Run:
             simulated=self.simulated,
             classes=self._saved_classes() if goes_on else None,
         )
-        attendance = self._roll_call(question)
+        attendance, caller = self._roll_call(question)
         sites = attendance.sites
         classes = self._saved_classes() if goes_on else None
         self._fit(sites)
@@ -156,6 +158,14 @@ class Run:
         scale = self._scale(sites, start, goes_on=goes_on)
         spec = ModuleSpec.of(self.config.module, classes, numbers=scale)
         self._write_config(classes, sites, scale)
+        if not self.simulated:
+            attendance.newcomers = Newcomers(
+                config=self.config,
+                classes=classes,
+                sites=sites,
+                place=caller.placed,
+                joined=lambda site: self._joined(caller.note(site), classes, sites, scale),
+            )
         strategy = self._strategy = SplitStrategy(
             config=self.config,
             backbone=self.backbone,
@@ -191,7 +201,24 @@ class Run:
             )
             self._save_module(strategy)
 
-    def _roll_call(self, question: Question) -> Attendance:
+    def _joined(
+        self, site: Site, classes: tuple[str, ...], sites: Sequence[Site], scale: Scale | None
+    ) -> None:
+        """A site that came while the run lasts takes part from now on: the books say so."""
+        self._ranges.add(site.call.pixel_max)
+        done = self._strategy.rounds_done if self._strategy else 0
+        told = [
+            f"{site.name} joined in round {done + 1}, at cut {site.cut}: the scores from there on are over its samples too"
+        ]
+        told += [text for who, text in differences_between(self.ledger.calls) if site.name in who]
+        for note in told:
+            self.ledger.note(note)
+            _log.info("%s", note)
+        self._write_config(classes, sites, scale)
+        runs = Path(self.config.run.runs_dir)
+        known_nodes.write(runs, {s.name: s.node_id for s in sites})
+
+    def _roll_call(self, question: Question) -> tuple[Attendance, RollCaller]:
         runs = Path(self.config.run.runs_dir)
         caller = RollCaller(
             question=question,
@@ -203,7 +230,7 @@ class Run:
         sites = caller.sites()
         if not self.simulated:
             known_nodes.write(runs, {site.name: site.node_id for site in sites})
-        return Attendance(
+        attendance = Attendance(
             sites,
             asked=caller.asked,
             claims=caller.claims,
@@ -212,6 +239,7 @@ class Run:
             ledger=self.ledger,
             on_update=_log.info,
         )
+        return attendance, caller
 
     def _fit(self, sites: Sequence[Site]) -> None:
         """Settle and tell what a recipe leaves to the number of sites and their samples."""

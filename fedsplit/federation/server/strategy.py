@@ -58,12 +58,14 @@ class SplitStrategy(Strategy):
         self.backbone = backbone
         self.spec = spec
         self.sites = attendance.sites
+        """The same list: a newcomer is in it from its first round on."""
         self.endpoint = endpoint
         self.run_dir = run_dir
         self.ledger = ledger
         self.module: ModuleTensors = {}
         self.rounds_done = 0
         self._say = on_update
+        self._attendance = attendance
         self._best = Best(ledger.scoring, patience=config.server.early_stop_rounds)
         rule = rule_of(
             config.module.lora_aggregation,
@@ -266,6 +268,7 @@ class SplitStrategy(Strategy):
     def _train(
         self, grid: Grid, round_: int, arrays: ArrayRecord
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        self._attendance.begin_round()
         self._publish(round_)
         orders = self.configure_train(round_, arrays, ConfigRecord(), grid)
         again = self._once_more("train", round_)

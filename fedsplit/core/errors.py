@@ -14,6 +14,8 @@
     │   ├── RoundLostError      a round came to nothing for reasons that may pass; it is done once more
     │   └── DivergedError       a site's loss stopped being finite
     ├── ServiceError        a service of a server or a site does not start, or its folder is in use already
+    ├── EnrolmentError      the federation does not let a site in, or no more; carries `kind`
+    ├── FolderError         a federation folder or a site folder cannot be read or written: disk full, rights
     └── RunDirError         a run directory cannot be written or read: disk full, damaged checkpoint
 
 Every message says what it got, what it wanted and what to do.
@@ -84,6 +86,18 @@ class DivergedError(FederationError):
 
 class ServiceError(FedsplitError):
     """A service of a server or a site does not start, or the folder's services run already."""
+
+
+class EnrolmentError(FedsplitError):
+    """The federation does not let a site in, or no more; `kind` is one word of why, for programs."""
+
+    def __init__(self, message: str, *, kind: str = "") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class FolderError(FedsplitError):
+    """A federation folder or a site folder cannot be read or written."""
 
 
 class RunDirError(FedsplitError):

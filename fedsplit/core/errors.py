@@ -12,7 +12,8 @@
     │   └── UnreachableError    nobody answers at the address, the peer died or a deadline passed
     ├── FederationError     the run cannot go on: too few sites, no useful update
     │   ├── RoundLostError      a round came to nothing for reasons that may pass; it is done once more
-    │   └── DivergedError       a site's loss stopped being finite
+    │   ├── DivergedError       a site's loss stopped being finite
+    │   └── SuperNodeError      the SuperNode beside a site's executor does not answer, or wants an order no more
     ├── ServiceError        a service of a server or a site does not start, or its folder is in use already
     ├── EnrolmentError      the federation does not let a site in, or no more; carries `kind`
     ├── FolderError         a federation folder or a site folder cannot be read or written: disk full, rights
@@ -98,6 +99,14 @@ class EnrolmentError(FedsplitError):
 
 class FolderError(FedsplitError):
     """A federation folder or a site folder cannot be read or written."""
+
+
+class SuperNodeError(FederationError):
+    """The SuperNode on this machine does not answer; `lost`: it counts on the order no more."""
+
+    def __init__(self, message: str, *, lost: bool = False) -> None:
+        super().__init__(message)
+        self.lost = lost
 
 
 class RunDirError(FedsplitError):

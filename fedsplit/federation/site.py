@@ -6,7 +6,7 @@ Imports nothing of the server: no strategy, no encoder host, no gRPC server.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from flwr.app import Context, Message, RecordDict
@@ -17,7 +17,7 @@ from fedsplit.core.errors import FedsplitError
 from fedsplit.core.orders import NotHeld, Order, Outgoing, Shape
 from fedsplit.federation import messages
 from fedsplit.site.runtime import SiteRuntime
-from fedsplit.site.time_limit import TimeLimit
+from fedsplit.site.time_limit import TimeLimit, never
 from fedsplit.training.site_settings import SiteSettings
 
 
@@ -26,12 +26,27 @@ def new_runtime() -> SiteRuntime:
     return SiteRuntime(log=logging.getLogger(LOGGER_NAME))
 
 
-def answer(message: Message, context: Context, runtime: SiteRuntime) -> Message:
-    """Carry out the order of a message; a typed error becomes a reply that names it."""
+def _unheard(order: Order) -> None:
+    """Nobody wants to know what is worked on."""
+
+
+def answer(
+    message: Message,
+    context: Context,
+    runtime: SiteRuntime,
+    *,
+    cancelled: Callable[[], str] = never,
+    begins: Callable[[Order], None] = _unheard,
+) -> Message:
+    """Carry out the order of a message; a typed error becomes a reply that names it.
+
+    `cancelled`: see TimeLimit. `begins` is told of the order before the work.
+    """
     try:
         messages.check_version(message.content)
         order = messages.read(message.content, messages.ORDER, Order)
-        limit = TimeLimit(order.deadline_s, message.metadata.created_at)
+        begins(order)
+        limit = TimeLimit(order.deadline_s, message.metadata.created_at, cancelled)
         # What waited behind another order for too long is not begun.
         limit.check()
         site = SiteSettings.from_node(context.node_config, node_id=context.node_id)

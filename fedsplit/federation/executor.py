@@ -1,0 +1,363 @@
+"""A site's resident executor: one process that carries out every order of its SuperNode, for years.
+
+The SuperNode runs with `--isolation process`; `Executor.run` takes its tasks one at a time and hands each message to
+site.py's `answer`, which works on a `SiteRuntime` that stays. What today's way starts anew for each message (Python,
+torch, the backbone, the data) is here already. flower_runtime.py speaks with the SuperNode; plant/site/runtime.py is
+the process.
+
+Nobody is left waiting: a task has heartbeats while it is worked on; an order is dropped between two steps once its run
+is over, its SuperNode has forgotten it or this process is to end; and an executor that died is spoken for by the next
+one, which finds the order in the note that it left.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal
+
+from flwr.app import Message
+
+from fedsplit import __version__
+from fedsplit.core.closing import Closing
+from fedsplit.core.errors import ConfigError, SuperNodeError
+from fedsplit.core.foreign import printable
+from fedsplit.core.orders import Order
+from fedsplit.federation import messages
+from fedsplit.federation.site import answer
+from fedsplit.site.runtime import SiteRuntime
+
+if TYPE_CHECKING:
+    from fedsplit.federation.flower_runtime import Claim, Work
+
+log = logging.getLogger(__name__)
+
+# A SuperNode looks for messages every 3 s by itself: what a task waits here is little beside that.
+POLL_S = 0.2
+# Where no order has come for a while, a second does: each look costs a device some CPU.
+QUIET_AFTER_S, QUIET_POLL_S = 120.0, 1.0
+_BACK_OFF_S = 10.0
+# A SuperNode gives a task up after a minute without a heartbeat.
+_BEAT_S, _LOOK_S = 10.0, 2.0
+_PUSH_TRIES = 6
+_KINDS = ("query", "train", "evaluate")
+_DIED = (
+    "the site's runtime process ended while it worked on this order (killed, or out of memory) and has been started "
+    "again"
+)
+_STOPPING = "the site's runtime is being stopped"
+_OVER = "its run is over"
+
+Over = Callable[[int, int], bool]
+"""(run, node) -> has the run ended?"""
+
+
+@dataclass(frozen=True)
+class Doing:
+    """What an executor does."""
+
+    state: Literal["starting", "idle", "working", "failing"] = "starting"
+    detail: str = ""
+    """What it works on, or why it fails."""
+    run: str = ""
+    round: int = 0
+    since: float = field(default_factory=time.time)
+    """Seconds since the epoch."""
+    orders: int = 0
+    """Orders that were answered since the process started."""
+    last_error: str = ""
+
+
+class Executor(Closing):
+    """Takes the tasks of the SuperNode at `address` (HOST:PORT of its Runtime API, on this machine).
+
+    Raises ConfigError where the installed Flower is not one that this executor knows, or `address` is elsewhere.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        secret: bytes,
+        runtime: SiteRuntime,
+        *,
+        note: Path | None = None,
+        over: Over | None = None,
+    ) -> None:
+        """`note`: a file for what is worked on, so that the next executor can speak for one that died."""
+        if address.rpartition(":")[0] not in ("127.0.0.1", "localhost", "[::1]"):
+            raise ConfigError(
+                f"the SuperNode's address is {printable(address)}; an executor takes tasks on its own machine alone, for "
+                f"they come without TLS: give 127.0.0.1:PORT"
+            )
+        self._flower = _flower_runtime()
+        self._api = self._flower.RuntimeApi(address, secret)
+        self._address, self._runtime, self._note, self._over = (
+            address,
+            runtime,
+            note,
+            over or _not_known,
+        )
+        self._told = Doing()
+        self._last_order = time.monotonic()
+        self._away_s = 0.0
+        self._lock = threading.Lock()
+        self._at_work: tuple[Claim, Message] | None = None
+
+    @property
+    def told(self) -> Doing:
+        """What it does now. May be asked from any thread."""
+        return self._told
+
+    def run(self, stop: threading.Event) -> None:
+        """Take and answer tasks until `stop` is set. Raises ConfigError where the SuperNode refuses this executor."""
+        while not stop.is_set():
+            try:
+                self._speak_for_the_dead()
+                claim = self._api.acquire()
+            except SuperNodeError as err:
+                self._is_away(err)
+                stop.wait(self._away_s)
+                continue
+            self._is_there()
+            if claim is None:
+                stop.wait(self._poll_s())
+                continue
+            with claim:
+                self._work(claim, stop)
+
+    def abandon(self) -> None:
+        """Tell the run, from another thread, that the order at hand will not be answered. The process ends after it."""
+        with self._lock:
+            at_work, self._at_work = self._at_work, None
+            if at_work is None:
+                return
+            claim, message = at_work
+            try:
+                claim.push(self._flower.crashed(_STOPPING, message))
+                claim.finish(_STOPPING)
+            except SuperNodeError as err:
+                log.warning("the run was not told that its order is abandoned: %s", err)
+                return
+            self._forget()
+
+    def close(self) -> None:
+        """Close the connection to the SuperNode."""
+        self._api.close()
+
+    def _work(self, claim: Claim, stop: threading.Event) -> None:
+        self._last_order = time.monotonic()
+        try:
+            work = claim.pull()
+        except SuperNodeError as err:
+            # Nothing is known that could be answered; without heartbeats the SuperNode tells the run itself.
+            self._failed(f"an order could not be taken: {err}")
+            return
+        self._remember(claim, work.message)
+        with _Watch(claim, work, self._over, stop) as watch:
+            reply, failed = self._answer(work, watch.cancelled)
+            self._hand_over(claim, reply, failed, stop)
+        self._last_order = time.monotonic()
+        self._told = replace(
+            self._told, state="idle", detail="", since=time.time(), orders=self._told.orders + 1
+        )
+
+    def _answer(self, work: Work, cancelled: Callable[[], str]) -> tuple[Message, str]:
+        """The reply, and why the task failed, if it did."""
+        if foreign := _foreign(work):
+            self._failed(foreign)
+            return self._flower.crashed(foreign, work.message), foreign
+        try:
+            reply = answer(
+                work.message, work.context, self._runtime, cancelled=cancelled, begins=self._begins
+            )
+        except Exception as err:
+            # A bug, or no memory. It costs this order; the next one may well be carried out.
+            log.exception("an order could not be carried out")
+            reason = f"{type(err).__name__}: {printable(err)}"
+            self._failed(reason)
+            return self._flower.crashed(reason, work.message), reason
+        if (fault := messages.fault_of(reply)) is not None:
+            self._failed(f"{fault.kind}: {fault.message}")
+        return reply, ""
+
+    def _begins(self, order: Order) -> None:
+        what = order.kind if order.round == 0 else f"{order.kind}, round {order.round}"
+        self._told = replace(
+            self._told, state="working", run=order.run, round=order.round, since=time.time(),
+            detail=printable(f"run {order.run}: {what}"),
+        )  # fmt: skip
+        log.info("run %s: %s", printable(order.run), what)
+
+    def _hand_over(self, claim: Claim, reply: Message, failed: str, stop: threading.Event) -> None:
+        """Push the reply, again where that fails for a reason that may pass."""
+        for again in range(_PUSH_TRIES):
+            with self._lock:
+                if self._at_work is None:  # abandoned
+                    return
+                try:
+                    claim.push(reply)
+                    claim.finish(failed)
+                except SuperNodeError as err:
+                    why = err
+                else:
+                    self._at_work = None
+                    self._forget()
+                    return
+            if why.lost:
+                break
+            stop.wait(0.5 * 2**again)
+        # Whoever is left to wait hears of it from the SuperNode, as soon as the heartbeats have stopped for a minute.
+        with self._lock:
+            self._at_work = None
+            self._forget()
+        self._failed(f"an answer could not be handed over: {why}")
+
+    def _remember(self, claim: Claim, message: Message) -> None:
+        with self._lock:
+            self._at_work = claim, message
+        if self._note is None:
+            return
+        try:
+            self._note.parent.mkdir(parents=True, exist_ok=True)
+            self._note.unlink(missing_ok=True)
+            # The token in it is the right to answer in this site's name.
+            number = os.open(self._note, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(number, "wb") as file:
+                file.write(claim.note(message))
+        except OSError as err:
+            log.warning(
+                "%s cannot be written, and the order is carried out all the same: %s",
+                self._note,
+                err,
+            )
+
+    def _forget(self) -> None:
+        if self._note is not None:
+            self._note.unlink(missing_ok=True)
+
+    def _speak_for_the_dead(self) -> None:
+        """Answer the order over which the executor before this one died, once."""
+        if self._note is None or self._told.state != "starting" or not self._note.is_file():
+            return
+        try:
+            left = self._flower.left_behind(self._address, self._note.read_bytes())
+        except OSError:
+            left = None
+        if left is not None:
+            claim, message = left
+            with claim:
+                try:
+                    claim.push(self._flower.crashed(_DIED, message))
+                    claim.finish(_DIED)
+                    self._failed(_DIED)
+                except SuperNodeError as err:
+                    if not err.lost:
+                        raise
+        self._forget()
+
+    def _failed(self, why: str) -> None:
+        log.error("%s", printable(why, limit=2000))
+        self._told = replace(self._told, last_error=printable(why))
+
+    def _is_away(self, err: SuperNodeError) -> None:
+        if not self._away_s:
+            log.warning("%s; it is tried again", err)
+        self._away_s = min(_BACK_OFF_S, self._away_s * 2 or POLL_S)
+        if self._told.state != "failing":
+            # `starting` lasts until the SuperNode has answered once: the order of a dead executor may wait there.
+            state: Literal["starting", "failing"] = (
+                "starting" if self._told.state == "starting" else "failing"
+            )
+            self._told = replace(
+                self._told, state=state, detail=printable(err), last_error=printable(err)
+            )
+
+    def _is_there(self) -> None:
+        if self._away_s:
+            log.info("the SuperNode at %s answers", self._address)
+            self._away_s = 0.0
+        if self._told.state in ("starting", "failing"):
+            self._told = replace(self._told, state="idle", detail="", since=time.time())
+
+    def _poll_s(self) -> float:
+        quiet = time.monotonic() - self._last_order > QUIET_AFTER_S
+        return QUIET_POLL_S if quiet else POLL_S
+
+
+class _Watch(Closing):
+    """Keeps a task ours while it is worked on, and knows why it is to be dropped."""
+
+    def __init__(self, claim: Claim, work: Work, over: Over, stop: threading.Event) -> None:
+        self._claim, self._over, self._stop = claim, over, stop
+        self._run = work.context.run_id, work.context.node_id
+        self._why = ""
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="heartbeats", daemon=True)
+        self._thread.start()
+
+    def cancelled(self) -> str:
+        """Why the order is to be dropped; empty while it is not."""
+        return _STOPPING if self._stop.is_set() else self._why
+
+    def close(self) -> None:
+        """No heartbeat from now on."""
+        self._done.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        beaten = time.monotonic()
+        while not self._done.wait(_LOOK_S):
+            if not self._why and self._over(*self._run):
+                self._why = _OVER
+            if time.monotonic() - beaten < _BEAT_S:
+                continue
+            beaten = time.monotonic()
+            try:
+                self._claim.beat()
+            except SuperNodeError as err:
+                # Away for a moment is no reason to drop anything: the answer is pushed when it is back.
+                if err.lost:
+                    self._why = str(err)
+            except ConfigError as err:
+                self._why = str(err)
+
+
+def _not_known(*_run_and_node: int) -> bool:
+    """Whoever has no node key cannot ask whether a run is over."""
+    return False
+
+
+def _foreign(work: Work) -> str:
+    """Why a message is none of fedsplit's; empty where it is."""
+    kind, message = work.message.metadata.message_type, work.message
+    order = message.has_content() and messages.ORDER in message.content.config_records
+    if order and kind.split(".")[0] in _KINDS:
+        return ""
+    return (
+        f"this site carries out the orders of fedsplit {__version__}, which is installed there, and installs no other app: a "
+        f"{printable(kind, limit=60)!r} message of the app {work.app or '(without a name)'} is no such order"
+    )
+
+
+def _flower_runtime() -> ModuleType:
+    """The module with Flower's private names. Raises ConfigError where the installed Flower has others."""
+    try:
+        from fedsplit.federation import flower_runtime
+
+        missing = flower_runtime.misfits()
+    except (ImportError, AttributeError, TypeError) as err:
+        missing = [str(err)]
+    if missing:
+        raise ConfigError(
+            f"the resident executor does not know flwr {importlib.metadata.version('flwr')} ({printable('; '.join(missing))}); "
+            f"install one that fedsplit asks for, or start the SuperNode without --isolation process: then each message "
+            f"starts a process of its own, which works and is slow"
+        )
+    return flower_runtime

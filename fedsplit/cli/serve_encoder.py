@@ -44,6 +44,17 @@ def serve(
     tls_client_ca: Annotated[
         Path | None, typer.Option(metavar="PEM", help="Sites must show a certificate of this CA.")
     ] = None,
+    proxy_secret_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A proxy that shares this secret tells who a site is; sites come through it alone.",
+        ),
+    ] = None,
+    revoked_file: Annotated[
+        Path | None,
+        typer.Option(metavar="JSON", help="Names and serial numbers that are not let in."),
+    ] = None,
     allow_insecure: Annotated[
         bool, typer.Option("--allow-insecure", help="Serve without TLS beyond loopback.")
     ] = False,
@@ -91,7 +102,8 @@ def serve(
 
     serve_encoder(
         backbone=backbone, bind=bind, secret_file=secret_file, tls_cert=tls_cert, tls_key=tls_key,
-        tls_client_ca=tls_client_ca, allow_insecure=allow_insecure, on_ready=ready,
+        tls_client_ca=tls_client_ca, allow_insecure=allow_insecure,
+        proxy_secret_file=proxy_secret_file, revoked_file=revoked_file, on_ready=ready,
     )  # fmt: skip
 
 

@@ -1,6 +1,13 @@
-"""The public port's paths and headers: what nginx forwards, what the services answer, what a site asks for."""
+"""The public port's paths: what nginx forwards, what the services answer, what a site asks for.
+
+The headers by which the proxy tells who calls: core/proxied.py, which the encoder reads too.
+"""
 
 from __future__ import annotations
+
+from fedsplit.core.proxied import PROXY_HEADER as PROXY_HEADER
+from fedsplit.core.proxied import SERIAL_HEADER as SERIAL_HEADER
+from fedsplit.core.proxied import SITE_HEADER as SITE_HEADER
 
 FLEET = "/v1/fleet"
 FLEET_CALLS = (
@@ -30,10 +37,3 @@ TENSORS = f"{BACKBONE}/tensors"
 
 AUTHORISE = "/internal/authorise"
 """Of the control service, for the proxy alone: may the certificate with this serial in?"""
-
-PROXY_HEADER = "x-fedsplit-proxy"
-"""The secret that proxy and services share. Without it the two below are anybody's words."""
-SITE_HEADER = "x-fedsplit-site"
-"""The verified certificate's common name; empty without a certificate."""
-SERIAL_HEADER = "x-fedsplit-serial"
-"""Its serial number, capital hexadecimal digits."""

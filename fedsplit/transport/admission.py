@@ -72,7 +72,7 @@ class Stats(BaseModel):
     scored: int
     published: int
     refused: dict[str, int]
-    """By reason: token, certificate, overloaded, and the wire's error codes."""
+    """By reason: token, certificate, revoked, overloaded, and the wire's error codes."""
 
 
 @dataclass

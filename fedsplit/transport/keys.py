@@ -1,26 +1,44 @@
-"""The file with the key that signs tokens, shared by the ServerApp and an encoder of its own."""
+"""Secret files: the key that signs tokens, shared by the ServerApp and an encoder of its own, and the proxy's secret."""
 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 from pathlib import Path
 
 from fedsplit.core.errors import ConfigError
-from fedsplit.transport.tokens import check_key
+from fedsplit.transport.tokens import MIN_KEY_BYTES, check_key
+
+_MAX_BYTES = 1024
 
 
 def read_key(path: Path) -> bytes:
     """The signing key in a file, white space around it dropped. Raises ConfigError."""
+    key = _read(path)
+    check_key(key)
+    return key
+
+
+def read_proxy_secret(path: Path) -> bytes:
+    """The secret that a proxy shows its services. Raises ConfigError where it would not stand in a header, or is weak."""
+    secret = _read(path)
+    if not re.fullmatch(rb"[0-9A-Za-z_-]{%d,%d}" % (MIN_KEY_BYTES, _MAX_BYTES), secret):
+        raise ConfigError(
+            f"the proxy's secret file {path} holds {len(secret)} bytes; {MIN_KEY_BYTES} to {_MAX_BYTES} letters, digits, "
+            "'-' and '_' are wanted: make one with `python -c 'import secrets; print(secrets.token_hex(32))'`"
+        )
+    return secret
+
+
+def _read(path: Path) -> bytes:
     try:
-        key = path.expanduser().read_bytes().strip()
+        return path.expanduser().read_bytes().strip()
     except OSError as err:
         raise ConfigError(
             f"secret file {path} cannot be read ({err.strerror}); make one with "
             f"`fedsplit encoder serve --new-secret --secret-file {path} ...`"
         ) from err
-    check_key(key)
-    return key
 
 
 def write_new_key(path: Path) -> None:

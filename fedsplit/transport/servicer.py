@@ -1,6 +1,7 @@
-"""The methods of the encoder's service: token, certificate, then a session or a small call. Driven by server.py.
+"""The methods of the encoder's service: token, caller, then a session or a small call. Driven by server.py.
 
-The token stands in the call's headers and is checked before anything of the body is read (requests.py).
+The token stands in the call's headers and is checked before anything of the body is read (requests.py); who shows it:
+callers.py.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import grpc
 from google.protobuf.message import Message
@@ -16,10 +17,10 @@ from google.protobuf.message import Message
 from fedsplit.core.encoder import EncoderHost
 from fedsplit.core.errors import EncoderError, OverloadedError, ProtocolError, RefusedError
 from fedsplit.core.foreign import printable
-from fedsplit.core.names import certificate_name
 from fedsplit.core.throttle import Throttle
 from fedsplit.transport import encoder_pb2 as pb
 from fedsplit.transport.admission import Admission
+from fedsplit.transport.callers import REVOKED, Caller, Callers
 from fedsplit.transport.deltas import chunks_of
 from fedsplit.transport.requests import MAX_CHUNK_BYTES, MAX_SMALL_BYTES, SmallCalls
 from fedsplit.transport.session import Session
@@ -33,6 +34,14 @@ _M = TypeVar("_M", bound=Message)
 _INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
 
+class Live(NamedTuple):
+    """A session, its gRPC context, and whose it is."""
+
+    session: Session
+    context: Any
+    caller: Caller
+
+
 class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no types
     """The methods of the service, and the sessions that are live in them."""
 
@@ -42,15 +51,15 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
         key: bytes,
         admission: Admission,
         *,
-        check_names: bool,
+        callers: Callers,
         small_calls: int,
     ) -> None:
         """`small_calls` may be on at once."""
         self._host = host
         self._key = key
         self._admission = admission
-        self._check_names = check_names
-        self._live: dict[int, tuple[Session, Any]] = {}
+        self._callers = callers
+        self._live: dict[int, Live] = {}
         self.small = SmallCalls(small_calls, admission.limits.retry_after_s)
         self._throttle = Throttle()
         self._handlers = {
@@ -74,17 +83,30 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
         """gRPC asks for the method's handler; None is UNIMPLEMENTED."""
         return self._handlers.get(handler_call_details.method)
 
-    def live(self) -> list[tuple[Session, Any]]:
-        """Sessions and their gRPC contexts."""
+    def live(self) -> list[Live]:
+        """Sessions that are on."""
         return list(self._live.values())
 
+    def end_revoked(self) -> None:
+        """End the sessions of sites that are no longer let in. Called twice a second."""
+        for live in self.live():
+            if not self._callers.is_revoked(live.caller):
+                continue
+            if (
+                live.session.dropped
+            ):  # it was told at the last look, and does not read or still computes
+                live.context.cancel()
+            else:
+                live.session.drop(RefusedError(REVOKED))
+
     def _steps(self, requests: Iterator[bytes], context: Any) -> Iterator[bytes]:
-        token = self._authorised(context, verify_site)
-        self._check_certificate(token, context)
+        token, caller = self._authorised(context, verify_site)
         with (
             self._full(context),
             self._admission.admit(token),
-            self._tracked(token, requests, context) as session,
+            self._tracked(
+                Session(self._host, token, self._admission, requests), context, caller
+            ) as session,
         ):
             yield from session.run()
 
@@ -101,19 +123,17 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
     @contextmanager
     def _small(self, context: Any, check: Callable[..., _T], what: str) -> Iterator[_T]:
         """A small call: its token, a place for it, and a status for what goes wrong in it."""
-        who = self._authorised(context, check)
+        who, _ = self._authorised(context, check)
         # A site cannot keep the ServerApp from publishing, whatever it holds open.
         half = check is verify_any
-        what = f"run {printable(who)}: {what}" if who else what
+        run = who.grant.run if isinstance(who, SiteToken) else who
+        what = f"run {printable(run)}: {what}"
         with self._full(context), self.small.place(half=half), _answered(context, what):
             yield who
 
     @contextmanager
-    def _tracked(
-        self, token: SiteToken, requests: Iterator[bytes], context: Any
-    ) -> Iterator[Session]:
-        session = Session(self._host, token, self._admission, requests)
-        self._live[session.id] = session, context
+    def _tracked(self, session: Session, context: Any, caller: Caller) -> Iterator[Session]:
+        self._live[session.id] = Live(session, context, caller)
         try:
             yield session
         finally:
@@ -166,31 +186,36 @@ class Servicer(grpc.GenericRpcHandler):  # type: ignore[misc]  # grpc has no typ
             )
         return version, bytes(data)
 
-    def _authorised(self, context: Any, check: Callable[..., _T]) -> _T:
-        """What `check` makes of the call's token, or the call ends."""
+    def _authorised(self, context: Any, check: Callable[..., _T]) -> tuple[_T, Caller]:
+        """What `check` makes of the call's token, and whose call it is; or the call ends."""
         header = dict(context.invocation_metadata()).get("authorization", "")
         scheme, _, token = str(header).partition(" ")
         try:
             if scheme != "Bearer" or not token:
                 raise RefusedError("the call brings no token: the ServerApp sends each site one")
-            return check(token, self._key, leeway_s=self._admission.limits.clock_leeway_s)
+            who = check(token, self._key, leeway_s=self._admission.limits.clock_leeway_s)
         except RefusedError as error:
-            self._say_refused("token", context, str(error))
-            self._admission.refuse("token")
-            _abort(context, grpc.StatusCode.UNAUTHENTICATED, str(error))
-
-    def _check_certificate(self, token: SiteToken, context: Any) -> None:
-        if not self._check_names:
-            return
-        identities = context.peer_identities() or ()
-        names = {printable(name.decode(errors="replace"), limit=128) for name in identities}
-        if not names & {token.grant.site, certificate_name(token.grant.site)}:
-            self._admission.refuse("certificate")
-            text = (
-                f"the token is for site {token.grant.site!r}, the certificate for {sorted(names)}"
+            self._refuse("token", context, error)
+        try:
+            caller = (
+                self._callers.site(context, who)
+                if isinstance(who, SiteToken)
+                else self._callers.publisher(context)
             )
-            self._say_refused("certificate", context, text)
-            _abort(context, grpc.StatusCode.PERMISSION_DENIED, text)
+        except RefusedError as error:
+            self._refuse("certificate", context, error)
+        if self._callers.is_revoked(caller):
+            self._refuse("revoked", context, RefusedError(REVOKED))
+        return who, caller
+
+    def _refuse(self, reason: str, context: Any, error: RefusedError) -> NoReturn:
+        """End the call: without a good token nobody is anybody, with one it may be the wrong one's."""
+        self._say_refused(reason, context, str(error))
+        self._admission.refuse(reason)
+        status = grpc.StatusCode
+        code = status.UNAUTHENTICATED if reason == "token" else status.PERMISSION_DENIED
+        context.abort(code, str(error))
+        raise AssertionError("abort raises")
 
     def _say_refused(self, kind: str, context: Any, text: str) -> None:
         """To the log, a few times a minute: who is not let in may come back as often as it likes."""
@@ -224,8 +249,3 @@ def _version(name: str) -> str:
     if not 1 <= len(name) <= 128:
         raise ProtocolError("the request must name a version of 1 to 128 characters")
     return name
-
-
-def _abort(context: Any, code: Any, text: str) -> NoReturn:
-    context.abort(code, text)
-    raise AssertionError("abort raises")

@@ -63,6 +63,13 @@ class Inbox:
                 self._ended, self._error = True, error
             self._changed.notify_all()
 
+    def drop(self, error: EncoderError) -> None:
+        """Like `end`, also for what waits here, whoever ended it before."""
+        with self._changed:
+            self._items.clear()
+            self._ended, self._error = True, error
+            self._changed.notify_all()
+
     def get(self, idle_s: float) -> Message | None:
         """The next message; None at the end of the stream. Raises UnreachableError after `idle_s` of silence."""
         with self._changed:
@@ -83,7 +90,7 @@ class Inbox:
 
 
 class Session:
-    """From HELLO to the stream's end. `run` once, from one thread; `stop` from any."""
+    """From HELLO to the stream's end. `run` once, from one thread; `stop` and `drop` from any."""
 
     def __init__(
         self, host: EncoderHost, token: SiteToken, admission: Admission, requests: Iterable[bytes]
@@ -91,6 +98,7 @@ class Session:
         self.id = secrets.randbits(63) + 1
         self.sending_since: float | None = None
         """When the chunk that gRPC has not taken yet was handed to it; None while there is none."""
+        self.dropped = False
         self._host = host
         self._token = token
         self._admission = admission
@@ -117,6 +125,11 @@ class Session:
     def stop(self, error: EncoderError) -> None:
         """End the session after what it has received."""
         self._inbox.end(error)
+
+    def drop(self, error: EncoderError) -> None:
+        """End the session now: what it has received and not begun is dropped."""
+        self.dropped = True
+        self._inbox.drop(error)
 
     def _guarded(self) -> Iterator[bytes]:
         try:

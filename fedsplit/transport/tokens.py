@@ -65,14 +65,7 @@ def verify(token: str, key: bytes, *, leeway_s: float = LEEWAY_S) -> Grant:
 
 def verify_site(token: str, key: bytes, *, leeway_s: float = LEEWAY_S) -> SiteToken:
     """Like `verify`, with the token's id and end."""
-    claims = _verify(SITE_AUDIENCE, token, key, leeway_s)
-    try:
-        grant = Grant.model_validate(claims.get("grant"))
-    except ValidationError as error:
-        raise RefusedError(
-            "the token's grant is not one that this fedsplit knows: install the same fedsplit on both sides"
-        ) from error
-    return SiteToken(grant, claims["jti"], float(claims["exp"]))
+    return _site_token(_verify(SITE_AUDIENCE, token, key, leeway_s))
 
 
 def verify_publisher(token: str, key: bytes, *, leeway_s: float = LEEWAY_S) -> str:
@@ -81,9 +74,20 @@ def verify_publisher(token: str, key: bytes, *, leeway_s: float = LEEWAY_S) -> s
     return run
 
 
-def verify_any(token: str, key: bytes, *, leeway_s: float = LEEWAY_S) -> None:
-    """Raise RefusedError unless it is a site's or a publisher's token."""
-    _verify([SITE_AUDIENCE, PUBLISHER_AUDIENCE], token, key, leeway_s)
+def verify_any(token: str, key: bytes, *, leeway_s: float = LEEWAY_S) -> SiteToken | str:
+    """A site's token, or the run of a publisher's. Raises RefusedError where it is neither."""
+    claims = _verify([SITE_AUDIENCE, PUBLISHER_AUDIENCE], token, key, leeway_s)
+    return _site_token(claims) if claims["aud"] == SITE_AUDIENCE else str(claims["sub"])
+
+
+def _site_token(claims: dict[str, Any]) -> SiteToken:
+    try:
+        grant = Grant.model_validate(claims.get("grant"))
+    except ValidationError as error:
+        raise RefusedError(
+            "the token's grant is not one that this fedsplit knows: install the same fedsplit on both sides"
+        ) from error
+    return SiteToken(grant, claims["jti"], float(claims["exp"]))
 
 
 def _sign(audience: str, subject: str, key: bytes, ttl_s: float, more: dict[str, Any]) -> str:

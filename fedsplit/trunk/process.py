@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fedsplit.core.config import RunConfig
 from fedsplit.model.backbone import Backbone
-from fedsplit.transport.keys import read_key
+from fedsplit.transport.keys import read_key, read_proxy_secret
 from fedsplit.transport.server import EncoderServer
 from fedsplit.transport.wiring import ServerTls
 from fedsplit.trunk.host import BackboneHost
@@ -48,10 +48,13 @@ def serve_encoder(
     tls_key: Path | None = None,
     tls_client_ca: Path | None = None,
     allow_insecure: bool = False,
+    proxy_secret_file: Path | None = None,
+    revoked_file: Path | None = None,
     on_ready: Callable[[str], None],
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. `on_ready` gets the address once sites may dial."""
     key = read_key(secret_file)
+    proxy_secret = read_proxy_secret(proxy_secret_file) if proxy_secret_file else b""
     host = BackboneHost(Backbone.find(backbone))
     tls = None
     if tls_cert is not None and tls_key is not None:
@@ -59,7 +62,10 @@ def serve_encoder(
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    with EncoderServer(host, bind=bind, key=key, tls=tls, allow_insecure=allow_insecure) as server:
+    with EncoderServer(
+        host, bind=bind, key=key, tls=tls, allow_insecure=allow_insecure, proxy_secret=proxy_secret,
+        revoked_file=revoked_file,
+    ) as server:  # fmt: skip
         on_ready(server.address)
         # A wait without a time-out cannot be interrupted on Windows.
         while not stop.wait(0.5):

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from fedsplit.core.errors import BackboneError
-from fedsplit.model.checkpoint import find_backbone, refuse_pointers, weight_files
-from fedsplit.model.digest import difference, digest
+from fedsplit.model.digest import difference, digest, manifest_of
 from fedsplit.model.families import LAYER_TYPES, Family, family_of
+from fedsplit.model.files import Stamp, find_backbone, refuse_pointers, stamp
+from fedsplit.model.manifest import Manifest
 from fedsplit.model.preprocess import read_preprocess
 from fedsplit.model.tokenizer import padding_notes
 
@@ -41,13 +42,8 @@ class Backbone:
     def find(cls, name: str) -> Backbone:
         """Locate and describe a backbone by directory, hub id or bundled name. Raises BackboneError."""
         path = find_backbone(name)
-        try:
-            stamp = (path / "config.json").stat().st_mtime_ns
-        except OSError:
-            stamp = 0  # transformers says it better.
         refuse_pointers(path)
-        weight_files(path)
-        return _found(name, path, stamp)
+        return _found(name, path, stamp(path))
 
     @property
     def blocks(self) -> int:
@@ -73,6 +69,11 @@ class Backbone:
     def sha256(self) -> str:
         """Digest of configuration, weights and what its files make of an input; see digest.py."""
         return digest(self.path, self.family.kind)
+
+    @property
+    def manifest(self) -> Manifest:
+        """Its tensors and small files, each with its digest."""
+        return manifest_of(self.path, self.family.kind)
 
     def differs(self, sha256: str) -> str:
         """In words what of this backbone differs from that with the other digest; empty where nothing does."""
@@ -128,9 +129,9 @@ def sides(size: Any) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=8)
-def _found(name: str, path: Path, stamp: int) -> Backbone:
-    """The backbone, described once for each state of its config.json: a site asks in every round."""
-    del stamp
+def _found(name: str, path: Path, state: Stamp) -> Backbone:
+    """The backbone, described once for each state of its files: a site asks in every round."""
+    del state
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -198,3 +199,12 @@ def frozen_paths(
     if pool:
         paths += [f"{family.base}.{name}" for name in family.pool_modules]
     return paths
+
+
+def frozen_names(model: nn.Module, paths: Sequence[str]) -> set[str]:
+    """Names of the parameters of the whole model below these paths."""
+    return {
+        f"{path}.{name}"
+        for path in paths
+        for name, _ in model.get_submodule(path).named_parameters()
+    }

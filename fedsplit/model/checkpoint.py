@@ -1,15 +1,15 @@
-"""Finds a backbone's files and reads single tensors by the whole model's names.
+"""Reads single tensors of a backbone by the whole model's names.
 
 Names on disk may be older than the names in memory: transformers' own rules map them, and cut what older exports
 keep in one tensor. Only the tensors that are asked for are read, so a device never touches the blocks that the
-server runs; `check_tensors` looks at all of them, one at a time.
+server runs; `check_tensors` looks at all of them, one at a time. They lie in safetensors files, or, of a partial folder,
+each in a file of the store around it.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,99 +19,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fedsplit.core.errors import BackboneError
-from fedsplit.core.foreign import read_json
+from fedsplit.model.files import is_partial, weight_files
+from fedsplit.model.partial import PartialWeights
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-BUNDLED = ("vit-glyphs",)
-_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
-_LFS_POINTER = b"version https://git-lfs"
-_MAX_POINTER_BYTES = 1024
 # What of a file is a number as fp32 has them: integers and 8-bit floats mean nothing without their scales.
 _FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
-
-
-def find_backbone(name: str) -> Path:
-    """The directory of a backbone: a bundled name, a local directory or a hub id. Raises BackboneError."""
-    if name in BUNDLED:
-        return _bundled(name)
-    try:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            return path.resolve()
-    except (OSError, RuntimeError) as err:
-        raise BackboneError(
-            f"backbone {name[:200]!r} cannot be looked up ({str(err)[:100]}); give a directory"
-        ) from err
-    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
-        raise BackboneError(
-            f"backbone {name!r} is not a directory here; give a directory in Hugging Face format, a hub "
-            f"id like owner/name, or the bundled {BUNDLED[0]!r}"
-        )
-    return _from_hub(name)
-
-
-def _bundled(name: str) -> Path:
-    # The Flower bundle carries only .py files, and in an app process it shadows the installed package:
-    # so the weights are looked for on the whole path, not beside this file.
-    for root in (Path(__file__).parents[2], *map(Path, sys.path)):
-        path = root / "fedsplit" / "assets" / name
-        if (path / SINGLE).is_file():
-            return path.resolve()
-    raise BackboneError(
-        f"the bundled backbone {name!r} is not in the installed fedsplit package; install fedsplit with "
-        f"pip (the Flower bundle alone does not carry weights)"
-    )
-
-
-def _from_hub(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_HUB_FILES)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as err:
-        raise BackboneError(
-            f"backbone {name!r} is neither a directory here nor to be had from the model hub "
-            f"({type(err).__name__}); check the name and the network, or give a local directory"
-        ) from err
-
-
-def refuse_pointers(path: Path) -> None:
-    """Raise BackboneError for a file that git left as a pointer to the real one."""
-    for file in sorted(f for pattern in _HUB_FILES for f in path.glob(pattern)):
-        try:
-            if file.stat().st_size > _MAX_POINTER_BYTES:
-                continue
-            with file.open("rb") as handle:
-                start = handle.read(len(_LFS_POINTER))
-        except OSError:
-            continue  # who needs the file says it better
-        if start == _LFS_POINTER:
-            raise BackboneError(
-                f"backbone {path}: {file.name} is a git-lfs pointer, not the file itself; run git lfs pull in the "
-                f"repository that it came from, and copy the folder again"
-            )
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a backbone, in a fixed order. Raises BackboneError when there are none."""
-    if (path / SINGLE).is_file():
-        return [path / SINGLE]
-    if (path / INDEX).is_file():
-        try:
-            index = read_json(path / INDEX)
-            names = sorted(set(index["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as err:
-            raise BackboneError(f"backbone {path}: {INDEX} cannot be read ({err})") from err
-        files = [path / Path(str(name)).name for name in names]
-        if missing := [f.name for f in files if not f.is_file()]:
-            raise BackboneError(f"backbone {path}: {INDEX} names {missing}, which are not there")
-        return files
-    raise BackboneError(
-        f"backbone {path} has no weights: {SINGLE} or {INDEX} is wanted; re-save the model with "
-        f"save_pretrained(..., safe_serialization=True)"
-    )
 
 
 @dataclass(frozen=True)
@@ -142,28 +54,53 @@ def check_tensors(path: Path, model: nn.Module, wanted: Collection[str]) -> None
 def stored_names(path: Path, model: nn.Module) -> set[str]:
     """The tensors of `model` that are on disk, by their names in memory."""
     rules, found = _rules(model), set[str]()
-    for file in weight_files(path):
-        with _opened(path, file) as handle:
-            for key in handle.keys():  # noqa: SIM118
-                found |= {name for name, _ in _in_memory(key, model, rules)}
+    for keys in _keys(path):
+        found |= {name for key in keys for name, _ in _in_memory(key, model, rules)}
     return found & rules.in_memory.keys()
+
+
+def stored_under(keys: Iterable[str], model: nn.Module, wanted: Collection[str]) -> set[str]:
+    """Those of `keys`, names of stored tensors, that `load_tensors` reads for `wanted`."""
+    rules = _rules(model)
+    return {key for key in keys if any(n in wanted for n, _ in _in_memory(key, model, rules))}
+
+
+def _keys(path: Path) -> Iterator[list[str]]:
+    for opened in _opened(path):
+        with opened as handle:
+            yield list(handle.keys())
 
 
 def _tensors(path: Path, model: nn.Module, wanted: set[str]) -> Iterator[tuple[str, Tensor]]:
     shapes = {n: p.shape for n, p in model.state_dict().items() if n in wanted}
     rules = _rules(model)
+    for opened in _opened(path):
+        with opened as handle:
+            keys = {
+                key: places
+                for key in handle.keys()  # noqa: SIM118
+                if (places := [p for p in _in_memory(key, model, rules) if p[0] in wanted])
+            }
+            if isinstance(handle, PartialWeights):
+                handle.check(keys)
+            for key, places in keys.items():
+                for name, stored in places:
+                    tensor = _piece(handle.get_tensor(key), stored)
+                    _check_tensor(path, name, tensor, shapes[name])
+                    yield name, tensor
+
+
+def _opened(path: Path) -> Iterator[AbstractContextManager[Any]]:
+    """What a backbone's tensors are read from, one after the other."""
+    if is_partial(path):
+        yield nullcontext(PartialWeights(path))
+        return
     for file in weight_files(path):
-        with _opened(path, file) as handle:
-            for key in handle.keys():  # noqa: SIM118
-                for name, stored in _in_memory(key, model, rules):
-                    if name in wanted:
-                        tensor = _piece(handle.get_tensor(key), stored)
-                        _check_tensor(path, name, tensor, shapes[name])
-                        yield name, tensor
+        yield _safetensors(path, file)
 
 
 @contextmanager
-def _opened(path: Path, file: Path) -> Iterator[Any]:
+def _safetensors(path: Path, file: Path) -> Iterator[Any]:
     try:
         with safe_open(file, framework="pt") as handle:
             yield handle

@@ -1,7 +1,7 @@
 """A backbone's digest, which all ends of a run compare: two with one digest compute one function of one input.
 
-64 hexadecimal digits in two halves of 32, each a shortened sha256: the model (config.json and weight files, byte by
-byte), and what its files make of an input. The second is a digest of the effect, not of files: the resolved image
+64 hexadecimal digits in two halves of 32, each a shortened sha256: the model (its manifest's config.json and tensors;
+manifest.py), and what its files make of an input. The second is a digest of the effect, not of files: the resolved image
 settings, or the vocabulary and what the tokenizer makes of some texts. So a re-saved file that does the same is the same.
 """
 
@@ -13,13 +13,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from fedsplit.core.errors import BackboneError
-from fedsplit.model.checkpoint import weight_files
+from fedsplit.core.foreign import printable
 from fedsplit.model.families import InputKind
+from fedsplit.model.files import MANIFEST, Stamp, is_partial, stamp
+from fedsplit.model.manifest import HALF, Manifest, read_manifest, stored_files, stored_tensors
 from fedsplit.model.preprocess import Preprocess, read_positions, read_preprocess
 from fedsplit.model.tokenizer import read_tokenizer
 
-_HALF = 32
 # Case, accents, widths, numbers, scripts without spaces, line ends, what is no word.
 _TEXTS = (
     "", "The pump leaks oil at 3.5 bar; replace the seal!", "PUMP pump Pump", "Café naïve Ærø straße İstanbul",
@@ -32,22 +35,48 @@ _TEXTS = (
 _WORDS = 512
 
 
-@functools.lru_cache(maxsize=8)
 def digest(path: Path, kind: InputKind) -> str:
     """The digest of a model directory for inputs of this kind. Raises BackboneError where its files cannot be read."""
-    model = hashlib.sha256()
-    for file in (path / "config.json", *weight_files(path)):
-        with file.open("rb") as handle:
-            model.update(hashlib.file_digest(handle, "sha256").digest())
+    return manifest_of(path, kind).sha256
+
+
+def manifest_of(path: Path, kind: InputKind) -> Manifest:
+    """The manifest of a model directory, read once for each state of its files. Raises BackboneError."""
+    return _manifest(path, kind, stamp(path))
+
+
+@functools.lru_cache(maxsize=8)
+def _manifest(path: Path, kind: InputKind, state: Stamp) -> Manifest:
+    files = stored_files(path)
     said = json.dumps(_inputs(path, kind), sort_keys=True)
-    return model.hexdigest()[:_HALF] + hashlib.sha256(said.encode()).hexdigest()[:_HALF]
+    inputs = hashlib.sha256(said.encode()).hexdigest()[:HALF]
+    if is_partial(path):
+        own = read_manifest(path)
+        if odd := sorted({f.name for f in {*own.files} ^ {*files}}):
+            raise BackboneError(
+                f"backbone {path}: {', '.join(odd)} is not what its {MANIFEST} says; fetch the folder again "
+                f"(fedsplit site fetch), or copy it again"
+            )
+        tensors = own.tensors
+    else:
+        tensors = stored_tensors(path)
+    if stamp(path) != state:
+        raise BackboneError(
+            f"backbone {path} changed while it was read; wait until its files are all there"
+        )
+    try:
+        return Manifest(inputs=inputs, files=files, tensors=tensors)
+    except ValidationError as err:
+        raise BackboneError(
+            f"backbone {path} cannot be used ({printable(err.errors()[0]['msg'])}); a folder in Hugging Face format is wanted"
+        ) from err
 
 
 def difference(mine: str, other: str, kind: InputKind) -> str:
     """What two digests say differs, in words; empty where nothing does."""
     inputs = "image preprocessing" if kind == "image" else "tokenizer"
     parts = ("config.json or weights", inputs)
-    halves = ((d[:_HALF], d[_HALF:]) for d in (mine, other))
+    halves = ((d[:HALF], d[HALF:]) for d in (mine, other))
     differ = [p for p, one, two in zip(parts, *halves, strict=True) if one != two]
     return " and ".join(differ) + " differ" if differ else ""
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsplit.core.errors import BackboneError
-from fedsplit.model.backbone import Backbone, frozen_paths
+from fedsplit.model.backbone import Backbone, frozen_names, frozen_paths
 from fedsplit.model.checkpoint import load_tensors
 from fedsplit.model.ends import Ends
 from fedsplit.model.trunk import Trunk
@@ -61,11 +61,7 @@ class Part:
 
     def _materialise(self, paths: list[str], share: Part | None, weights: Weights | None) -> None:
         modules = [self.model.get_submodule(path) for path in paths]
-        names = {
-            f"{path}.{name}"
-            for path, module in zip(paths, modules, strict=True)
-            for name, _ in module.named_parameters()
-        }
+        names = frozen_names(self.model, paths)
         tensors: Mapping[str, Tensor]
         if share is not None:
             tensors = {n: p for n, p in share.model.named_parameters() if n in names}

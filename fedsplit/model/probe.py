@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from fedsplit.core.errors import BackboneError
-from fedsplit.model.backbone import Backbone, frozen_paths
-from fedsplit.model.checkpoint import check_tensors, weight_files
+from fedsplit.model.backbone import Backbone, frozen_names, frozen_paths
+from fedsplit.model.checkpoint import check_tensors
+from fedsplit.model.files import Stamp, stamp
 from fedsplit.model.part import Part
 from fedsplit.model.preprocess import read_positions, read_preprocess
 from fedsplit.model.tokenizer import read_tokenizer
@@ -26,13 +27,12 @@ def check_backbone(backbone: Backbone, *, image_size: int = 0) -> None:
 
     Reads all weights once, and again only when the files have changed.
     """
-    stamp = max(f.stat().st_mtime_ns for f in weight_files(backbone.path))
-    _check(backbone, backbone.config_json, image_size, stamp)
+    _check(backbone, backbone.config_json, image_size, stamp(backbone.path))
 
 
 @lru_cache(maxsize=32)
-def _check(backbone: Backbone, config: str, image_size: int, stamp: int) -> None:
-    del config, stamp
+def _check(backbone: Backbone, config: str, image_size: int, state: Stamp) -> None:
+    del config, state
     # A part that holds nothing: all of it is on the meta device.
     part = Part(backbone, classes=2, blocks=(), embeddings=False, pool=False)
     inputs = (
@@ -57,12 +57,7 @@ def _check(backbone: Backbone, config: str, image_size: int, stamp: int) -> None
             f"it ({type(err).__name__}: {str(err)[:200]}); do its config.json and the files that prepare inputs "
             f"belong together?"
         ) from err
-    paths = frozen_paths(backbone.family, range(backbone.blocks))
-    names = {
-        f"{path}.{name}"
-        for path in paths
-        for name, _ in part.model.get_submodule(path).named_parameters()
-    }
+    names = frozen_names(part.model, frozen_paths(backbone.family, range(backbone.blocks)))
     check_tensors(backbone.path, part.model, names)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from fedsplit.core.errors import DataError
 from fedsplit.model.backbone import Backbone
-from fedsplit.model.checkpoint import BUNDLED
+from fedsplit.model.files import BUNDLED
 from fedsplit.training.data.examples import Examples
 
 # What vit-glyphs was trained on: fedsplit/assets/vit-glyphs/README.md.

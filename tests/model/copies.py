@@ -10,7 +10,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from fedsplit.model.checkpoint import SINGLE
+from fedsplit.model.files import SINGLE
 
 WORDS = (
     "[PAD]",

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import BackboneError
 from fedsplit.model.backbone import Backbone
-from fedsplit.model.checkpoint import INDEX, SINGLE, find_backbone, load_tensors
+from fedsplit.model.checkpoint import load_tensors
 from fedsplit.model.families import FAMILIES
+from fedsplit.model.files import INDEX, SINGLE, find_backbone
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.split import device_part
 from tests.tiny import CONFIGS

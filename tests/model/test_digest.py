@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fedsplit.model.backbone import Backbone
-from fedsplit.model.checkpoint import SINGLE
+from fedsplit.model.files import SINGLE
 from fedsplit.model.processors import FILE
 from tests.model.copies import WORDS, add_tokenizer, copy_of
 

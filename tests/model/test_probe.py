@@ -15,8 +15,8 @@ import torch
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import BackboneError
 from fedsplit.model.backbone import Backbone
-from fedsplit.model.checkpoint import SINGLE
 from fedsplit.model.families import FAMILIES
+from fedsplit.model.files import SINGLE
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.probe import check_backbone
 from fedsplit.model.split import device_part

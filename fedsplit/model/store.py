@@ -1,0 +1,231 @@
+"""A store of backbones in parts: each tensor once, whichever backbones, cuts and tasks share it.
+
+    STORE/tensors/SHA256     one tensor's bytes (partial.py)
+    STORE/BACKBONE/          a partial folder, named by the backbone's digest: `Backbone.find` takes it
+
+Nothing enters under its name before its size and sha256 are right and it is on the disk. Several processes may share
+a store. Who fetches is not this file's business: `ready` calls who it was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+from fedsplit.core.cut import Cut
+from fedsplit.core.errors import BackboneError
+from fedsplit.model.backbone import Backbone, frozen_names, frozen_paths
+from fedsplit.model.checkpoint import stored_under
+from fedsplit.model.files import MANIFEST
+from fedsplit.model.manifest import (
+    Manifest,
+    StoredFile,
+    StoredTensor,
+    digest_of,
+    read_manifest,
+    stored_files,
+)
+from fedsplit.model.partial import TENSORS, is_stored, places, tensor_file
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_PART = ".part"
+
+Fetch = Callable[[str, Cut], Path]
+"""(backbone's digest, cut) -> its folder in the store, with all that the cut needs. Raises BackboneError."""
+
+
+class BackboneStore:
+    """A folder of backbones in parts."""
+
+    def __init__(self, folder: Path, *, fetch: Fetch | None = None) -> None:
+        """Nothing is made or read yet. `fetch` is asked for what is not here."""
+        self.folder = folder.expanduser().resolve()
+        self._fetch = fetch
+
+    def find(self, sha256: str) -> Path | None:
+        """The folder of the backbone with this digest, or None. Not all of its tensors need be here."""
+        path = self.folder / sha256
+        if not _SHA256.fullmatch(sha256) or not (path / MANIFEST).is_file():
+            return None
+        with contextlib.suppress(BackboneError):  # what is damaged is not here
+            return path if read_manifest(path).sha256 == sha256 else None
+        return None
+
+    def has_files(self, manifest: Manifest) -> bool:
+        """Is the backbone's folder here, and its small files are those of the manifest?"""
+        path = self.find(manifest.sha256)
+        return path is not None and stored_files(path) == manifest.files
+
+    def ready(self, sha256: str, cut: Cut) -> Path:
+        """The folder of this backbone with all that the cut needs, fetched where it is not here.
+
+        Raises BackboneError where nobody fetches, or who does cannot.
+        """
+        path = self.find(sha256)
+        lacking = self.missing(read_manifest(path), cut) if path else []
+        if path and not lacking:
+            return path
+        if self._fetch is not None:
+            return self._fetch(sha256, cut)
+        what = places(t.name for t in lacking) if path else "it is not here at all"
+        raise BackboneError(
+            f"{self.folder} has not what cut {cut} needs of backbone {sha256[:12]}: {what}; run fedsplit site fetch"
+        )
+
+    def needed(self, manifest: Manifest, cut: Cut) -> list[StoredTensor]:
+        """The tensors that a device with this cut reads. The backbone's folder must be here. Raises BackboneError."""
+        backbone = Backbone.find(str(self.folder / manifest.sha256))
+        cut.check(backbone.blocks)
+        skeleton = backbone.skeleton(1)
+        paths = frozen_paths(
+            backbone.family,
+            cut.device_blocks(backbone.blocks),
+            pool=not cut.pooled(backbone.blocks),
+        )
+        wanted = frozen_names(skeleton, paths)
+        keys = stored_under((t.name for t in manifest.tensors), skeleton, wanted)
+        return [tensor for tensor in manifest.tensors if tensor.name in keys]
+
+    def missing(self, manifest: Manifest, cut: Cut) -> list[StoredTensor]:
+        """Those of `needed` that are not here, each digest once."""
+        lacking = (t for t in self.needed(manifest, cut) if not is_stored(self.folder, t))
+        return list({tensor.sha256: tensor for tensor in lacking}.values())
+
+    def drop_damaged(self, manifest: Manifest, cut: Cut) -> int:
+        """Remove those of `needed` whose bytes have changed since they came; how many. Reads all of them."""
+        damaged = 0
+        for tensor in self.needed(manifest, cut):
+            file = tensor_file(self.folder, tensor.sha256)
+            if file.is_file() and digest_of(file, 0, file.stat().st_size) != tensor.sha256:
+                file.unlink(missing_ok=True)
+                damaged += 1
+        return damaged
+
+    def add_backbone(self, manifest: Manifest, files: dict[str, bytes]) -> Path:
+        """Make the folder of a backbone of its small files, all at once. Raises BackboneError."""
+        if files.keys() != {file.name for file in manifest.files}:
+            raise BackboneError(
+                f"backbone {manifest.sha256[:12]}: other files came than those of its {MANIFEST}"
+            )
+        for file in manifest.files:
+            _compare(file, len(files[file.name]), hashlib.sha256(files[file.name]).hexdigest())
+        target, new = self.folder / manifest.sha256, self.folder / f"{uuid.uuid4().hex}{_PART}"
+        if self.has_files(manifest):
+            return target
+        with self._writing():
+            try:
+                new.mkdir(parents=True)
+                for name, data in (*files.items(), (MANIFEST, manifest.canonical())):
+                    _write(new / name, [data])
+                if target.exists():  # and is damaged
+                    target.rename(old := self.folder / f"{uuid.uuid4().hex}{_PART}")
+                    shutil.rmtree(old, ignore_errors=True)
+                new.rename(target)
+            except OSError:
+                if not self.has_files(manifest):  # else another process was as quick
+                    raise
+            finally:
+                shutil.rmtree(new, ignore_errors=True)
+        return target
+
+    def add_tensor(self, tensor: StoredTensor, chunks: Iterable[bytes]) -> Path:
+        """Store a tensor's bytes. Raises BackboneError for wrong ones, of which nothing stays, and for a full disk."""
+        part = self.folder / TENSORS / f"{uuid.uuid4().hex}{_PART}"
+        with self._writing():
+            part.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                _write(part, _capped(chunks, tensor))
+                return self.accept(tensor, part)
+            finally:
+                part.unlink(missing_ok=True)
+
+    def accept(self, tensor: StoredTensor, part: Path) -> Path:
+        """Give a file of the store that holds a tensor's bytes its name. Raises BackboneError for other bytes."""
+        with self._writing():
+            size = part.stat().st_size
+            _compare(tensor, size, digest_of(part, 0, size))
+            return part.replace(tensor_file(self.folder, tensor.sha256))
+
+    def part_file(self, tensor: StoredTensor) -> Path:
+        """Where the first bytes of a tensor wait for the rest; under `lock` alone."""
+        return tensor_file(self.folder, tensor.sha256).with_suffix(_PART)
+
+    def lock(self) -> FileLock:
+        """Held by who fetches into the store, or takes out of it: one process at a time. Readers need none."""
+        with self._writing():
+            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return FileLock(self.folder / ".lock")
+
+    def backbones(self) -> list[Path]:
+        """The folders of all backbones here."""
+        return sorted(
+            p.parent for p in self.folder.glob(f"*/{MANIFEST}") if _SHA256.fullmatch(p.parent.name)
+        )
+
+    def total_bytes(self) -> int:
+        """Bytes of all files in the store."""
+        total = 0
+        for file in self.folder.rglob("*"):
+            with contextlib.suppress(OSError):
+                total += file.stat().st_size if file.is_file() else 0
+        return total
+
+    def prune(self, keep: Collection[str]) -> int:
+        """Remove all backbones but those with these digests, tensors that none of them has, and what was begun; bytes freed."""
+        before = self.total_bytes()
+        with self.lock(), self._writing():
+            for path in self.backbones():
+                if path.name not in keep:
+                    shutil.rmtree(path)
+            kept = {t.sha256 for path in self.backbones() for t in read_manifest(path).tensors}
+            for file in (self.folder / TENSORS).glob("*"):
+                if file.name not in kept:
+                    file.unlink()
+            for half in self.folder.glob(f"*{_PART}"):
+                shutil.rmtree(half)
+        return before - self.total_bytes()
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as err:
+            raise BackboneError(
+                f"the backbones in {self.folder} cannot be changed ({err}); free some space there or correct the rights; "
+                f"what is there stays whole"
+            ) from err
+
+
+def _compare(part: StoredTensor | StoredFile, size: int, sha256: str) -> None:
+    if (size, sha256) != (part.bytes, part.sha256):
+        raise BackboneError(
+            f"what came as {part.name} has {size} bytes and sha256 {sha256[:12]}, the manifest says {part.bytes} bytes and "
+            f"{part.sha256[:12]}; something on the way changes it, or the server's files have changed"
+        )
+
+
+def _capped(chunks: Iterable[bytes], tensor: StoredTensor) -> Iterator[bytes]:
+    left = tensor.bytes
+    for chunk in chunks:
+        # One byte too many is enough to tell.
+        yield chunk[: left + 1]
+        left -= len(chunk)
+        if left < 0:
+            return
+
+
+def _write(path: Path, chunks: Iterable[bytes]) -> None:
+    with path.open("wb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+        file.flush()
+        os.fsync(file.fileno())

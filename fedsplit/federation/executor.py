@@ -35,7 +35,7 @@ from fedsplit.federation.site import answer
 from fedsplit.site.runtime import SiteRuntime
 
 if TYPE_CHECKING:
-    from fedsplit.federation.flower_runtime import Claim, Work
+    from fedsplit.federation.flower_runtime import Claim, Runs, Work
 
 log = logging.getLogger(__name__)
 
@@ -327,6 +327,12 @@ class _Watch(Closing):
                     self._why = str(err)
             except ConfigError as err:
                 self._why = str(err)
+
+
+def runs_of(superlink: str, node_key: Path, ca: Path | None) -> Runs:
+    """What tells an executor that a run is over; its arguments are those of the SuperNode. Raises ConfigError."""
+    runs: Runs = _flower_runtime().Runs(superlink, node_key, ca)
+    return runs
 
 
 def _not_known(*_run_and_node: int) -> bool:

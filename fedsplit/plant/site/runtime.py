@@ -1,0 +1,246 @@
+"""`python -m fedsplit.plant.site.runtime`: a site's resident runtime, the process that holds torch, model and data for years.
+
+`site run` starts it beside a SuperNode with the site folder as its one argument; whoever has a service manager of his
+own gives the SuperNode's address and the secret's file. It warms up, so that the first round is a warm one too, then
+carries out what the SuperNode brings (federation/executor.py), and writes what it does to `run/runtime.json`.
+SIGTERM ends it within 5 s, also in the middle of a step: the run is told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from fedsplit import __version__
+from fedsplit.core.closing import Closing
+from fedsplit.core.errors import ConfigError, FedsplitError
+from fedsplit.core.foreign import printable, read_json
+from fedsplit.core.whole_files import write_whole
+from fedsplit.federation.executor import Doing, Executor, runs_of
+from fedsplit.plant.site.folder import SiteFolder
+from fedsplit.plant.supervisor import stop_on_signals
+from fedsplit.site.runtime import SiteRuntime
+
+log = logging.getLogger(__name__)
+
+# A step gets so long to end after SIGTERM; then the order is abandoned, and the run told of it.
+_STEP_S, _TELL_S = 3.0, 1.0
+_WRITE_EVERY_S = 2.0
+_MAX_STATE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a resident runtime is told of where it runs."""
+
+    supernode: str
+    """HOST:PORT of the SuperNode's Runtime API."""
+    secret_file: Path
+    doing: Path | None = None
+    """Where to write what it does."""
+    note: Path | None = None
+    """Where to note the order at hand: see Executor."""
+    superlink: str = ""
+    node_key: Path | None = None
+    ca: Path | None = None
+    """With these three it asks the SuperLink whether a run is over."""
+
+    @classmethod
+    def of(cls, folder: SiteFolder) -> Place:
+        """That of a site folder whose supervisor runs. Raises ConfigError."""
+        return cls(
+            supernode=f"127.0.0.1:{_port(folder)}",
+            secret_file=folder.superexec_secret,
+            doing=folder.doing,
+            note=folder.present / "order",
+            superlink=folder.settings.site.address,
+            node_key=folder.node_key,
+            ca=folder.ca,
+        )
+
+
+def resident(place: Place, stop: threading.Event, runtime: SiteRuntime | None = None) -> bool:
+    """Carry out orders until `stop` is set; False where a step had to be left in its middle. Raises ConfigError."""
+    runtime = runtime or SiteRuntime(log=logging.getLogger("fedsplit.site"))
+    failed: list[BaseException] = []
+    with ExitStack() as stack:
+        over = None
+        if place.node_key is not None:
+            over = stack.enter_context(runs_of(place.superlink, place.node_key, place.ca)).over
+        executor = stack.enter_context(
+            Executor(
+                place.supernode, _secret(place.secret_file), runtime, note=place.note, over=over
+            )
+        )
+        told = stack.enter_context(_Told(place.doing, executor, runtime))
+
+        def work() -> None:
+            try:
+                warm_up()
+                executor.run(stop)
+            except BaseException as err:  # noqa: BLE001 - raised again in the main thread
+                failed.append(err)
+            finally:
+                stop.set()
+
+        # The main thread stays free for signals, however long an operation of torch takes.
+        worker = threading.Thread(target=work, name="orders", daemon=True)
+        worker.start()
+        while not stop.wait(_WRITE_EVERY_S):
+            told.write()
+        told.write(stopping=True)
+        worker.join(_STEP_S)
+        if ended := not worker.is_alive():
+            told.write(stopping=True)
+        else:
+            teller = threading.Thread(target=executor.abandon, name="abandon", daemon=True)
+            teller.start()
+            teller.join(_TELL_S)
+            stack.pop_all()  # the step uses what would be closed
+    if failed:
+        raise failed[0]
+    return ended
+
+
+def warm_up() -> None:
+    """Import what an order uses, so that the first one does not wait for it."""
+    began = time.monotonic()
+    for name in ("transformers", "peft"):
+        importlib.import_module(name)
+    log.info("torch and transformers are loaded, after %.1f s", time.monotonic() - began)
+
+
+class _Told(Closing):
+    """Keeps a file with what the runtime does, whole at any time."""
+
+    def __init__(self, path: Path | None, executor: Executor, runtime: SiteRuntime) -> None:
+        self._path, self._executor, self._runtime = path, executor, runtime
+        self._fault = ""
+        self.write()
+
+    def write(self, *, stopping: bool = False) -> None:
+        """Bring it up to date. A full disk costs the file, not the work."""
+        if self._path is None:
+            return
+        doing: Doing = self._executor.told
+        found = asdict(doing) | {
+            "pid": os.getpid(),
+            "fedsplit_version": __version__,
+            "rss_bytes": psutil.Process().memory_info().rss,
+            "backbone_loads": getattr(self._runtime.kept.parts, "loads", 0),
+            "written": time.time(),
+        }
+        if stopping:
+            found["state"] = "stopping"
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            write_whole(self._path, json.dumps(found, indent=1) + "\n")
+            self._fault = ""
+        except OSError as err:
+            if str(err) != self._fault:
+                self._fault = str(err)
+                log.warning("%s cannot be written: %s", self._path, err.strerror)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _secret(path: Path) -> bytes:
+    # As it stands, white space and all: flower-supernode reads its file so.
+    try:
+        secret = path.expanduser().read_bytes()
+    except OSError as err:
+        raise ConfigError(
+            f"the executor's secret {path} cannot be read ({err.strerror}); give the file that flower-supernode has as "
+            f"--superexec-auth-secret-file"
+        ) from err
+    if not secret:
+        raise ConfigError(f"the executor's secret {path} is empty; put random bytes into it")
+    return secret
+
+
+def _port(folder: SiteFolder) -> int:
+    """The SuperNode's, as the supervisor chose it."""
+    try:
+        port = read_json(folder.state, limit=_MAX_STATE_BYTES)["services"]["supernode"]["port"]
+    except (OSError, ValueError, KeyError, TypeError):
+        port = None
+    if not isinstance(port, int) or not 0 < port < 65536:
+        raise ConfigError(
+            f"{printable(folder.state)} names no SuperNode; `fedsplit site run {printable(folder.path)}` starts both, the "
+            f"SuperNode and this runtime"
+        )
+    return port
+
+
+def _place(argv: list[str] | None) -> Place:
+    parser = argparse.ArgumentParser(
+        prog="python -m fedsplit.plant.site.runtime",
+        description="A site's resident runtime: carries out the orders that a SuperNode with process isolation brings.",
+    )
+    parser.add_argument("site", nargs="?", type=Path, metavar="SITE", help="a site folder")
+    plain = parser.add_argument_group("without a site folder")
+    plain.add_argument("--supernode", metavar="HOST:PORT", help="the SuperNode's --host and --port")
+    plain.add_argument(
+        "--secret-file", type=Path, metavar="FILE", help="its --superexec-auth-secret-file"
+    )
+    plain.add_argument("--superlink", default="", metavar="HOST:PORT", help="its --superlink")
+    plain.add_argument(
+        "--node-key", type=Path, metavar="FILE", help="its --auth-supernode-private-key"
+    )
+    plain.add_argument("--ca", type=Path, metavar="PEM", help="its --root-certificates")
+    plain.add_argument(
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="where it writes what it does, and notes the order at hand",
+    )
+    args = parser.parse_args(argv)
+    if args.site is not None:
+        return Place.of(SiteFolder.at(args.site))
+    if not (args.supernode and args.secret_file):
+        parser.error("give a site folder, or both --supernode and --secret-file")
+    if bool(args.superlink) != bool(args.node_key):
+        parser.error("--superlink and --node-key go together; give both or neither")
+    state: Path | None = args.state_dir
+    return Place(
+        args.supernode, args.secret_file,
+        doing=state / "runtime.json" if state else None, note=state / "order" if state else None,
+        superlink=args.superlink, node_key=args.node_key, ca=args.ca,
+    )  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The process; its exit code."""
+    logging.basicConfig(
+        level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
+    )
+    # A line for each look at the SuperNode, five a second.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    stop = threading.Event()
+    with stop_on_signals(stop):
+        try:
+            ended = resident(_place(argv), stop)
+        except FedsplitError as err:
+            log.error("%s: %s", type(err).__name__, err)
+            return 2 if isinstance(err, ConfigError) else 1
+    if not ended:
+        # Its thread is in the middle of a step, and the interpreter would wait for it.
+        logging.shutdown()
+        os._exit(0)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,6 +17,8 @@ SITE_HEADER = "x-fedsplit-site"
 """The verified certificate's common name; empty without a certificate."""
 SERIAL_HEADER = "x-fedsplit-serial"
 """Its serial number, hexadecimal; empty without a certificate."""
+REASON_HEADER = "x-fedsplit-reason"
+"""What the control service answers the proxy beside a 403: why this caller may not in, in plain ASCII."""
 
 
 class Proxied(NamedTuple):

@@ -6,6 +6,7 @@ The headers by which the proxy tells who calls: core/proxied.py, which the encod
 from __future__ import annotations
 
 from fedsplit.core.proxied import PROXY_HEADER as PROXY_HEADER
+from fedsplit.core.proxied import REASON_HEADER as REASON_HEADER
 from fedsplit.core.proxied import SERIAL_HEADER as SERIAL_HEADER
 from fedsplit.core.proxied import SITE_HEADER as SITE_HEADER
 

@@ -29,7 +29,7 @@ from fedsplit.core.closing import Closing
 from fedsplit.core.errors import EnrolmentError, FederationError
 from fedsplit.core.foreign import parse_json, printable
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = 5.0
 _PATH = "/v1/control/"
 _MEDIA_TYPE = "application/protobuf"
 _GONE = "unregistered"

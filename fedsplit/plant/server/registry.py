@@ -162,7 +162,7 @@ class Registry(Closing):
 
     def is_open(self, code_id: str) -> bool:
         """Is there a code of that id that may still be used?"""
-        with self._db.begin(durable=False) as session:
+        with self._db.begin("read") as session:
             code = session.get(Code, code_id)
             return code is not None and not code.ended and code.expires > self._now()
 
@@ -212,7 +212,7 @@ class Registry(Closing):
 
     def shown(self, serial: str) -> Shown:
         """Whose certificate it is, and whether it is in force now."""
-        with self._db.begin(durable=False) as session:
+        with self._db.begin("read") as session:
             found = session.get(Certificate, _canonical(serial))
             if found is None:
                 return Shown("", "", "not-member")
@@ -220,30 +220,30 @@ class Registry(Closing):
 
     def seen(self, name: str, report: Report) -> None:
         """A site has said how it is."""
-        with self._db.begin(durable=False) as session:
+        with self._db.begin("note") as session:
             site = _named(session, name)
             site.last_seen, site.report = self._now(), report.model_dump_json()
 
     def sites(self) -> list[SiteRow]:
         """All sites, by name."""
-        with self._db.begin(durable=False) as session:
+        with self._db.begin("read") as session:
             return [self._row(s) for s in session.scalars(select(Site).order_by(Site.name))]
 
     def node_keys(self) -> dict[str, str]:
         """Public key -> site, of all that Flower should know."""
-        with self._db.begin(durable=False) as session:
+        with self._db.begin("read") as session:
             rows = session.scalars(select(NodeKey).where(NodeKey.ceased == ""))
             return {row.key: row.site.name for row in rows if row.site.state == "member"}
 
     def ceased_node_keys(self) -> set[str]:
         """Public keys that Flower must not know any more."""
-        with self._db.begin(durable=False) as session:
+        with self._db.begin("read") as session:
             return set(session.scalars(select(NodeKey.key).where(NodeKey.ceased != "")))
 
     def tell_encoder(self) -> None:
         """Write revoked.json, by which the encoder ends streams. Raises FolderError."""
         # The lock of the transaction keeps two writers in their order.
-        with self._db.begin(durable=False) as session:
+        with self._db.begin("note") as session:
             gone = session.scalars(
                 select(Certificate.serial).where(
                     Certificate.ceased != "", Certificate.ends > self._now()

@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from sqlalchemy import ForeignKey, create_engine, event
 from sqlalchemy.engine import Connection
@@ -21,6 +21,7 @@ from fedsplit.core.closing import Closing
 from fedsplit.core.errors import ConfigError, FolderError
 
 VERSION = 1
+How = Literal["write", "note", "read"]
 LOCK_S = 20.0
 """How long a transaction waits for another one's end; a join holds the lock while it asks Flower."""
 
@@ -109,29 +110,35 @@ class Database(Closing):
             )
             event.listen(self._engine, "connect", _on_connect)
             event.listen(self._engine, "begin", _on_begin)
-            with self._engine.begin() as connection:
-                self._check(connection)
+            self._check()
 
     def close(self) -> None:
         """Free the file."""
         self._engine.dispose()
 
     @contextmanager
-    def begin(self, *, durable: bool = True) -> Iterator[Session]:
-        """A transaction: committed at its end, nothing of it after an error. `durable`: also through a power cut."""
+    def begin(self, how: How = "write") -> Iterator[Session]:
+        """A transaction: committed at its end, nothing of it after an error.
+
+        write: no other one writes meanwhile, and it outlasts a power cut. note: as write, but a power cut may take it.
+        read: what stands at its beginning; it waits for nobody.
+        """
         with (
             self._translated(),
-            self._engine.connect().execution_options(durable=durable) as connection,
+            self._engine.connect().execution_options(how=how) as connection,
             Session(connection, expire_on_commit=False) as session,
             session.begin(),
         ):
             yield session
 
-    def _check(self, connection: Connection) -> None:
-        found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
+    def _check(self) -> None:
+        with self._engine.connect().execution_options(how="read") as connection:
+            found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
         if found == 0:
-            _Base.metadata.create_all(connection)
-            connection.exec_driver_sql(f"PRAGMA user_version = {VERSION}")
+            with self._engine.begin() as connection:
+                # Another process may have been first.
+                _Base.metadata.create_all(connection)
+                connection.exec_driver_sql(f"PRAGMA user_version = {VERSION}")
         elif found != VERSION:
             word = "a newer" if found > VERSION else "an older"
             raise ConfigError(
@@ -160,6 +167,6 @@ def _on_connect(connection: Any, _record: object) -> None:
 
 
 def _on_begin(connection: Connection) -> None:
-    durable = connection.get_execution_options().get("durable", True)
-    connection.exec_driver_sql(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    how = connection.get_execution_options().get("how", "write")
+    connection.exec_driver_sql(f"PRAGMA synchronous = {'FULL' if how == 'write' else 'NORMAL'}")
+    connection.exec_driver_sql("BEGIN" if how == "read" else "BEGIN IMMEDIATE")

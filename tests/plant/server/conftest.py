@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
+import uvicorn
+from fastapi import FastAPI
 
 from fedsplit.plant import pki
 from fedsplit.plant.server.folder import FederationFolder
 
+PROXY_SECRET = "p" * 64
 CA = pki.make_ca("fedsplit test", days=3650)
 
 
@@ -23,5 +31,24 @@ def folder(tmp_path: Path) -> FederationFolder:
     found = FederationFolder.at(path)
     found.ca.write_bytes(CA.pem)
     found.ca_key.write_bytes(CA.key_pem)
-    found.proxy_secret.write_text("proxy's secret")
+    found.proxy_secret.write_text(PROXY_SECRET)
     return found
+
+
+@contextlib.contextmanager
+def serving(app: FastAPI) -> Iterator[httpx.Client]:
+    """A client of the app, which a real server serves on loopback."""
+    config = uvicorn.Config(app, port=0, log_level="critical", ws="none", access_log=False)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as client:
+            yield client
+    finally:
+        server.should_exit = True
+        thread.join(10)

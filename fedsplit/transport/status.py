@@ -1,4 +1,7 @@
-"""gRPC's errors to fedsplit's, once, at the client's edge. The full text goes to the log."""
+"""gRPC's errors to fedsplit's, once, at the client's edge. The full text goes to the log.
+
+The same cause has other codes behind a reverse proxy, and gives the same error here.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,8 @@ def translate(error: Any, address: str, *, tls: bool) -> EncoderError:
     code, details = error.code(), printable(error.details() or "", limit=1000)
     log.debug("gRPC call to %s failed: %s: %s", address, code, details)
     status = grpc.StatusCode
+    if (of_proxy := _of_proxy(code, details, address)) is not None:
+        return of_proxy
     if code in (status.UNAUTHENTICATED, status.PERMISSION_DENIED):
         return RefusedError(f"the encoder at {address} refused: {details}")
     if code is status.RESOURCE_EXHAUSTED and "larger than max" in details:
@@ -53,6 +58,24 @@ def translate(error: Any, address: str, *, tls: bool) -> EncoderError:
     return EncoderError(f"the encoder at {address} failed: {code.name}: {details}")
 
 
+def _of_proxy(code: Any, details: str, address: str) -> EncoderError | None:
+    """What a proxy before the encoder says in its own way: HTTP statuses, and a stream that it takes away."""
+    if "http2 header with status: 413" in details:
+        return ProtocolError(
+            f"a proxy at {address} limits the body of a stream: set its limit off (nginx: client_max_body_size 0)"
+        )
+    if "http2 header with status: 400" in details:
+        return RefusedError(
+            f"a proxy at {address} refused the call: has the site's certificate expired, or is it another CA's? Join again"
+        )
+    if code is grpc.StatusCode.INTERNAL and "RST_STREAM" in details:
+        # The encoder behind it has died: without a proxy the connection itself ends.
+        return UnreachableError(
+            f"the connection to the encoder at {address} was lost ({details[:300]})"
+        )
+    return None
+
+
 def _why_unreachable(address: str, details: str, *, tls: bool) -> str:
     low = details.lower()
     if tls and ("wrong_version_number" in low or "wrong version number" in low):
@@ -67,6 +90,8 @@ def _why_unreachable(address: str, details: str, *, tls: bool) -> str:
             f"what listens at {address} closed the connection ({details[:300]}); if it speaks TLS, give its root CA (encoder-tls-ca), else "
             "the encoder has just ended"
         )
+    if "does not answer" in low or "did not answer" in low:
+        return f"no encoder answers behind {address}: {details[:300]}"
     if "refused" in low or "failed to connect" in low or "dns" in low:
         hint = "is `fedsplit encoder serve` running there?"
         if is_loopback(address):

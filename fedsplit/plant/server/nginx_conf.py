@@ -32,7 +32,6 @@ _WHY = {
 }
 _REFUSED = "this site's access was revoked or its certificate replaced: ask the operator, and join again with a new code"
 _KINDS = {
-    400: ("ProtocolError", "the request is malformed"),
     403: ("RefusedError", "$fedsplit_refusal"),
     404: ("NotFound", "nothing answers at this path"),
     405: ("ProtocolError", "the method is not allowed at this path"),
@@ -48,7 +47,7 @@ _ASKED = (
     f"auth_request_set $fedsplit_reason $upstream_http_{REASON_HEADER.replace('-', '_')};",
 )
 # gRPC's own numbers for the same.
-_GRPC = {400: 3, 403: 7, 404: 12, 405: 12, 413: 3, 500: 14, 502: 14, 503: 8, 504: 14}
+_GRPC = {403: 7, 404: 12, 405: 12, 413: 3, 500: 14, 502: 14, 503: 8, 504: 14}
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,10 @@ class RoundMetrics(_Scored):
     peak_rss_bytes: Count
     flops_device: Flops = 0
     """Floating-point operations of the device's head and tail."""
+    process: Word = ""
+    """Which of the site's processes it was, by a random word: another one each time that one is started."""
+    backbone_loads: Count = 0
+    """How often that process read tensors of the backbone from disk for this order."""
 
     own_names = {"correct_global": "sums_global", "correct_personal": "sums_personal"}
     inner = "correct"
@@ -190,6 +194,9 @@ class SiteSummary(_Scored):
     peak_rss_bytes: int
     rounds_missed: int
     flops_device: int = 0
+    backbone_loads: int = 0
+    """How often the site loaded its part of the backbone for the run: once a process, and each time again that it had let
+    go of it."""
     notes: tuple[str, ...] = ()
     """What the site told at roll call: what it guessed, left out or found odd."""
 

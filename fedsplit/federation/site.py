@@ -22,8 +22,11 @@ from fedsplit.training.site_settings import SiteSettings
 
 
 def new_runtime() -> SiteRuntime:
-    """A runtime that tells what leaves its sites where people look: what Flower's logger says is in a SuperNode's output."""
-    return SiteRuntime(log=logging.getLogger(LOGGER_NAME))
+    """A runtime that tells what leaves its sites where people look: what Flower's logger says is in a SuperNode's output.
+
+    In deployment it lives for one message.
+    """
+    return SiteRuntime(log=logging.getLogger(LOGGER_NAME), resident=False)
 
 
 def _unheard(order: Order) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections import OrderedDict
 
@@ -18,6 +19,8 @@ class Kept:
     """Parts of the backbone, samples, activations, and what a sample costs. Safe to use from several threads."""
 
     def __init__(self) -> None:
+        self.process = secrets.token_hex(4)
+        """A random word: whoever reads a run's records sees which answers came of one process."""
         self.parts = PartPool()
         self.sources = SiteSources()
         self.flops = DeviceFlops()

@@ -47,6 +47,10 @@ class SiteRound(SiteWork):
     """One order, carried out."""
 
     started: float = field(default_factory=time.perf_counter)
+    loads_before: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "loads_before", getattr(self.kept.parts, "loads", 0))
 
     def carry_out(self, incoming: Incoming) -> Outgoing:
         """Do what the order says. Raises FedsplitError."""
@@ -193,6 +197,8 @@ class SiteRound(SiteWork):
             seconds_wait=wait_s,
             peak_rss_bytes=peak_rss_bytes(),
             flops_device=flops,
+            process=self.kept.process,
+            backbone_loads=getattr(self.kept.parts, "loads", 0) - self.loads_before,
         )
 
 

@@ -38,6 +38,8 @@ class SiteRuntime:
     kept: Kept = field(default_factory=Kept)
     log: logging.Logger = field(default_factory=lambda: logging.getLogger(__name__))
     """Where the site's own people read what leaves it."""
+    resident: bool = True
+    """Does it outlive a message? False: at a deployed site each message starts a process with another one."""
 
     def carry_out(
         self,
@@ -96,7 +98,11 @@ class SiteRuntime:
                 pixel_max=own.examples.pixel_max,
                 spread=own.spread,
                 notes=fit(
-                    (*own.notes, *_proxy_note(site.encoder_address or config.link.encoder_address))
+                    (
+                        *own.notes,
+                        *self._process_note(site),
+                        *_proxy_note(site.encoder_address or config.link.encoder_address),
+                    )
                 ),
             )
         except ValidationError as err:
@@ -104,6 +110,15 @@ class SiteRuntime:
             raise DataError(
                 f"site {site.name!r} cannot take part with {first['loc'][0]}: {printable(first['msg'])}"
             ) from err
+
+    def _process_note(self, site: SiteSettings) -> tuple[str, ...]:
+        # A simulation's processes are not the site's affair, and stay for the run.
+        if self.resident or site.partition is not None:
+            return ()
+        return (
+            "each message starts a process here, which loads Python, torch and the backbone anew: some 10 s a round; "
+            "`fedsplit site run` keeps one process (docs/how-to/two-machines.md)",
+        )
 
     def _tell(self, site: SiteSettings, own: SiteData) -> None:
         """Write into the site's log what leaves it of the labels, before it does."""

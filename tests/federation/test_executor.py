@@ -26,6 +26,7 @@ from fedsplit.federation.server.endpoint import Endpoint
 from fedsplit.federation.server.run import Run
 from fedsplit.federation.site import answer, new_runtime
 from fedsplit.site.runtime import SiteRuntime
+from fedsplit.training.site_settings import SiteSettings
 from fedsplit.trunk.process import hosting
 from tests.federation.conftest import settings, simulated
 from tests.federation.supernode import SECRET, SuperNode, asking, supernode
@@ -116,6 +117,15 @@ def test_a_run_through_executors_is_the_same_bit_for_bit(tmp_path: Path) -> None
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+def test_a_process_a_message_says_that_it_is_slow() -> None:
+    site = SiteSettings.from_node({"site": "a", "data": "digits"}, node_id=1)
+    shared = SiteSettings.from_node({"partition-id": 0, "num-partitions": 2}, node_id=1)
+    (note,) = new_runtime()._process_note(site)
+    assert note.startswith("each message starts a process here")
+    assert SiteRuntime()._process_note(site) == ()
+    assert new_runtime()._process_note(shared) == ()
 
 
 # Messages that are no order.

@@ -59,6 +59,17 @@ def summary(ledger: Ledger, **other: Any) -> Summary:
     return ledger.summary(**(values | other))
 
 
+def test_loads_are_counted_by_process(ledger: Ledger) -> None:
+    """A resident process loads once, also where it did before the run; a process a message loads each time."""
+    ledger.metrics = [
+        row(1, "a", 0, 2, process="p", backbone_loads=0), row(2, "a", 0, 2, process="p", backbone_loads=0),
+        row(1, "b", 0, 2, process="q", backbone_loads=1), row(2, "b", 0, 2, process="r", backbone_loads=1),
+        row(3, "b", 0, 2, process="r", backbone_loads=1),
+    ]  # fmt: skip
+    a, b = ledger.summary(rounds_done=2, outcome="complete", reason="").sites
+    assert (a.backbone_loads, b.backbone_loads) == (1, 3)
+
+
 def test_a_whole_run(ledger: Ledger) -> None:
     result = summary(ledger)
     assert (result.outcome, result.reason, result.left_out) == ("complete", "", ())

@@ -167,9 +167,18 @@ class Ledger:
             seconds_wait=sum(m.seconds_wait for m in every),
             peak_rss_bytes=max((m.peak_rss_bytes for m in every), default=0),
             flops_device=sum(m.flops_device for m in every),
+            backbone_loads=_loads(every),
             notes=self.calls[name].notes,
             rounds_missed=len({r for r, site, _ in self.absences if site == name and r > 0}),
         )
+
+
+def _loads(metrics: list[RoundMetrics]) -> int:
+    """A process that had the part from before the run has loaded it once as well."""
+    of: dict[str, int] = defaultdict(int)
+    for m in metrics:
+        of[m.process] += m.backbone_loads
+    return sum(max(1, loads) for loads in of.values())
 
 
 def _mean(scores: list[Scores]) -> Scores | None:

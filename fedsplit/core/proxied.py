@@ -10,6 +10,7 @@ from __future__ import annotations
 import hmac
 from collections.abc import Iterable
 from typing import NamedTuple
+from urllib.parse import quote
 
 PROXY_HEADER = "x-fedsplit-proxy"
 """The secret that proxy and services share. Without it the two below are anybody's words."""
@@ -18,7 +19,10 @@ SITE_HEADER = "x-fedsplit-site"
 SERIAL_HEADER = "x-fedsplit-serial"
 """Its serial number, hexadecimal; empty without a certificate."""
 REASON_HEADER = "x-fedsplit-reason"
-"""What the control service answers the proxy beside a 403: why this caller may not in, in plain ASCII."""
+"""What the control service answers the proxy beside a 403: why this caller may not in, as `reason_text`."""
+
+_MAX_REASON = 300
+_PLAIN = " !#$&'()*+,-./:;<=>?@[]^_`{|}~"
 
 
 class Proxied(NamedTuple):
@@ -56,3 +60,8 @@ def proxied(headers: Iterable[tuple[str, str]], secret: bytes) -> Proxied | None
 def bare_serial(text: str) -> str:
     """A serial number in one form: capital hexadecimal digits without colons and leading zeros."""
     return text.replace(":", "").upper().lstrip("0")
+
+
+def reason_text(text: str) -> str:
+    """A text as gRPC's message header holds it: ASCII, with escapes that the client's gRPC undoes."""
+    return quote(text[:_MAX_REASON], safe=_PLAIN)

@@ -35,7 +35,7 @@ from fedsplit.core.errors import (
     FolderError,
 )
 from fedsplit.core.foreign import printable
-from fedsplit.core.proxied import Proxied, proxied
+from fedsplit.core.proxied import Proxied, proxied, reason_text
 from fedsplit.plant import paths
 from fedsplit.plant.server.enrolment import BackboneFacts, Enrolment, refusal
 from fedsplit.plant.server.folder import FederationFolder
@@ -187,7 +187,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(FedsplitError)
     def ours(_request: Request, err: Exception) -> JSONResponse:
         if isinstance(err, EnrolmentError):
-            return _answer(_STATUS.get(err.kind, 403), err.kind, str(err))
+            told = _answer(_STATUS.get(err.kind, 403), err.kind, str(err))
+            # Of an answer to its own question the proxy hands on headers alone.
+            told.headers[paths.REASON_HEADER] = reason_text(str(err))
+            return told
         if isinstance(err, ConfigError):
             return _answer(400, "bad-request", str(err))
         log.error("a call failed: %s", err)

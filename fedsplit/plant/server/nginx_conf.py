@@ -142,7 +142,7 @@ def _maps() -> list[str]:
             {
                 "default": _REFUSED,
                 # No quotation mark and no backslash, for the words go into JSON.
-                r"~^(?<fedsplit_words>[ !#-\[\]-~]{1,300})$": "$fedsplit_words",
+                r"~^(?<fedsplit_words>[ !#-\[\]-~]{1,3000})$": "$fedsplit_words",
             },
         ),
         *_map("$ssl_client_verify", "$fedsplit_refusal", _WHY | {"SUCCESS": "$fedsplit_denied"}),

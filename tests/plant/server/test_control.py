@@ -190,7 +190,9 @@ def test_a_revoked_site_is_out_and_comes_back_with_new_keys(
     old = proxy(join(client, registry.add_site("line-1", 24), site).certificate, "line-1")
     NodeKeys(folder, registry, flower).forget(registry.revoke("line-1"))
     assert flower.alive == set()
-    assert error_of(client.get(paths.AUTHORISE, headers=old)) == (403, "revoked")
+    answer = client.get(paths.AUTHORISE, headers=old)
+    assert error_of(answer) == (403, "revoked")
+    assert answer.headers[paths.REASON_HEADER].startswith("site 'line-1' was revoked;")
     csr = {"csr": pki.csr(pki.new_key(), "x").decode()}
     assert error_of(client.post(paths.RENEW, headers=old, json=csr)) == (403, "revoked")
     told = client.post(paths.REPORT, headers=old, json={"state": "idle"}).json()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import pytest
 
 from fedsplit.core.errors import EncoderError, OverloadedError, RefusedError, UnreachableError
 from fedsplit.core.names import certificate_name
+from fedsplit.core.proxied import reason_text
 from fedsplit.plant import paths, pki
 from fedsplit.transport.calls import capabilities, publish
 from fedsplit.transport.client import ClientTls, StreamEncoder
@@ -137,9 +139,10 @@ def test_who_is_refused_and_why(
         with pytest.raises(RefusedError, match=why):
             capabilities(plant.port.address, token_for(make_grant(site=name)), plant.tls(shown))
     assert "token is for site 'line-2', the certificate for 'line-1'" in caplog.text
-    plant.port.control.refuses[member.serial] = "the operator has revoked line-1"
-    with pytest.raises(RefusedError, match="the operator has revoked line-1"):
-        plant.dial(member)
+    for reason in ("the operator has revoked line-1", '検査ライン: 100 % "revoked" \\'):
+        plant.port.control.refuses[member.serial] = reason_text(reason)
+        with pytest.raises(RefusedError, match=re.escape(reason)):
+            plant.dial(member)
     plant.port.control.refuses.clear()
     # The ServerApp's calls do not come this way, nor do Publish and Collect exist here.
     with pytest.raises(RefusedError, match="publisher's call came from outside"):

@@ -16,7 +16,7 @@ import click
 import typer
 
 from fedsplit import __version__
-from fedsplit.cli import data, demo, experiment, run, serve_encoder, show_config
+from fedsplit.cli import data, demo, experiment, federation, run, serve_encoder, show_config
 from fedsplit.cli.console import print_error, write_anything
 from fedsplit.cli.endings import Interrupted, RunFailedError, Terminated
 from fedsplit.core.errors import BackboneError, ConfigError, DataError, FedsplitError
@@ -38,6 +38,7 @@ app.command("data")(data.data)
 app.command("experiment")(experiment.experiment)
 app.add_typer(serve_encoder.app, name="encoder")
 app.add_typer(show_config.app, name="config")
+app.add_typer(federation.app, name="federation")
 
 
 @app.callback(invoke_without_command=True)

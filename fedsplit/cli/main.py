@@ -16,7 +16,16 @@ import click
 import typer
 
 from fedsplit import __version__
-from fedsplit.cli import data, demo, experiment, federation, run, serve_encoder, show_config
+from fedsplit.cli import (
+    data,
+    demo,
+    experiment,
+    federation,
+    run,
+    serve_encoder,
+    show_config,
+    status,
+)
 from fedsplit.cli.console import print_error, write_anything
 from fedsplit.cli.endings import Interrupted, RunFailedError, Terminated
 from fedsplit.core.errors import BackboneError, ConfigError, DataError, FedsplitError
@@ -35,6 +44,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("run")(run.run)
 app.command("data")(data.data)
+app.command("status")(status.status)
 app.command("experiment")(experiment.experiment)
 app.add_typer(serve_encoder.app, name="encoder")
 app.add_typer(show_config.app, name="config")

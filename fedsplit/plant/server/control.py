@@ -40,6 +40,7 @@ from fedsplit.plant import paths
 from fedsplit.plant.server.enrolment import BackboneFacts, Enrolment, refusal
 from fedsplit.plant.server.folder import FederationFolder
 from fedsplit.plant.server.node_keys import NodeKeys, of_folder
+from fedsplit.plant.server.page import page_router
 from fedsplit.plant.server.registry import Registry, Shown
 from fedsplit.plant.wire import (
     MAX_BODY_BYTES,
@@ -93,6 +94,8 @@ def create_app(
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
     _add_site_paths(app, enrolment, guard)
+    # For this machine; the proxy forwards it where the folder says so, with a login.
+    app.include_router(page_router(folder))
     _add_errors(app)
     return app
 

@@ -39,7 +39,9 @@ def present(folder: FederationFolder) -> Present:
     """The server that is up in a folder. Raises FederationError where none is."""
     start = f"start it with `fedsplit server up {folder.path}`"
     try:
-        found = read_json(folder.state)
+        found = read_json(folder.state, limit=1 << 20)
+        if found["pid"] is None:
+            raise FileNotFoundError
         services = found["services"]
         ports = {str(name): int(one.get("port") or 0) for name, one in services.items()}
         state = Present(int(found["pid"]), ports)

@@ -112,8 +112,9 @@ def _encoder(config: RunConfig) -> None:
         (config.link.encoder_address, config.link.encoder_bind, config.link.encoder_secret_file)
     ):
         return
+    from fedsplit.core.address import host_of
     from fedsplit.transport.keys import read_key
-    from fedsplit.transport.wiring import host_of, read_pem
+    from fedsplit.transport.wiring import read_pem
 
     for file in (config.link.encoder_tls_cert, config.link.encoder_tls_key):
         if file:

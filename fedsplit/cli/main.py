@@ -1,7 +1,7 @@
 """The `fedsplit` command. Errors become one screen on stderr and an exit code here, and only here.
 
 Exit codes: 0 complete, 1 failed, 2 wrong usage, settings or data, 3 partial (a site was left out),
-130 interrupted, 143 terminated. Commands load what they need when they run: `--help` stays quick.
+4 the site is no member of its federation any more, 130 interrupted, 143 terminated. Commands load what they need when they run: `--help` stays quick.
 """
 
 from __future__ import annotations
@@ -24,11 +24,18 @@ from fedsplit.cli import (
     run,
     serve_encoder,
     show_config,
+    site,
     status,
 )
 from fedsplit.cli.console import print_error, write_anything
 from fedsplit.cli.endings import Interrupted, RunFailedError, Terminated
-from fedsplit.core.errors import BackboneError, ConfigError, DataError, FedsplitError
+from fedsplit.core.errors import (
+    BackboneError,
+    ConfigError,
+    DataError,
+    FedsplitError,
+    NotMemberError,
+)
 
 # What is wrong with what was given to the command. Within a run the same is a RunFailedError.
 _GIVEN = (ConfigError, BackboneError, DataError)
@@ -49,6 +56,7 @@ app.command("experiment")(experiment.experiment)
 app.add_typer(serve_encoder.app, name="encoder")
 app.add_typer(show_config.app, name="config")
 app.add_typer(federation.app, name="federation")
+app.add_typer(site.app, name="site")
 
 
 @app.callback(invoke_without_command=True)
@@ -95,7 +103,8 @@ def call(args: list[str]) -> int:
         return 1
     except FedsplitError as err:
         print_error(type(err).__name__, str(err), as_json=as_json)
-        return 2 if isinstance(err, _GIVEN) else 1
+        # Of its own, so that a service manager does not start again what can only be refused.
+        return 4 if isinstance(err, NotMemberError) else 2 if isinstance(err, _GIVEN) else 1
     except Exception as err:  # noqa: BLE001 - the outermost handler: a bug still keeps the --json promise
         traceback.print_exc()
         print_error("InternalError", f"{type(err).__name__}: {err}", as_json=as_json)

@@ -17,6 +17,10 @@
     ├── ServiceError        a service of a server or a site does not start, or its folder is in use already
     ├── EnrolmentError      the federation does not let a site in, or no more; carries `kind`
     ├── FolderError         a federation folder or a site folder cannot be read or written: disk full, rights
+    ├── PlantError          something between a site and its server's control service
+    │   ├── ServerAwayError     nobody answers there as yet; trying again makes sense
+    │   ├── ServerRefusalError  the server says no, in its own words: a code, a request
+    │   └── NotMemberError      the site is no member any more: revoked, rotated, its certificate over
     └── RunDirError         a run directory cannot be written or read: disk full, damaged checkpoint
 
 Every message says what it got, what it wanted and what to do.
@@ -107,6 +111,22 @@ class SuperNodeError(FederationError):
     def __init__(self, message: str, *, lost: bool = False) -> None:
         super().__init__(message)
         self.lost = lost
+
+
+class PlantError(FedsplitError):
+    """Something went wrong between a site and its server's control service."""
+
+
+class ServerAwayError(PlantError):
+    """Nobody answers at the server's public port as it should: not there, no way, other TLS. It may pass."""
+
+
+class ServerRefusalError(PlantError):
+    """The server refuses a request, in its own words."""
+
+
+class NotMemberError(PlantError):
+    """The site is no member of the federation any more: revoked, rotated, or its certificate is over."""
 
 
 class RunDirError(FedsplitError):

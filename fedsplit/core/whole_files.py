@@ -42,3 +42,12 @@ def whole_folder(final: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that may still be written below the nearest folder that is there; 0 where nobody can say."""
+    there = next((p for p in (path, *path.parents) if p.exists()), None)
+    try:
+        return shutil.disk_usage(there).free if there else 0
+    except OSError:
+        return 0

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from fedsplit.core.address import host_of
 from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.foreign import MAX_NAME_CHARS, printable
 from fedsplit.core.tasks import parse_classes, parse_held
-from fedsplit.transport.wiring import host_of
 
 NodeConfig = Mapping[str, str | int | float | bool]
 # What a site may say of itself; the first two are Flower's own in simulation.

@@ -15,6 +15,7 @@ from typing import Any
 
 import grpc
 
+from fedsplit.core.address import host_of, is_loopback
 from fedsplit.core.closing import Closing
 from fedsplit.core.encoder import EncoderHost
 from fedsplit.core.errors import ConfigError, UnreachableError
@@ -24,7 +25,7 @@ from fedsplit.transport.callers import Callers
 from fedsplit.transport.revocation import Revoked
 from fedsplit.transport.servicer import Servicer
 from fedsplit.transport.tokens import check_key
-from fedsplit.transport.wiring import ServerTls, host_of, is_loopback, server_options
+from fedsplit.transport.wiring import ServerTls, server_options
 
 __all__ = ["EncoderServer", "Limits", "ServerTls", "Stats"]
 

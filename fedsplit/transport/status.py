@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 
+from fedsplit.core.address import is_loopback
 from fedsplit.core.errors import (
     EncoderError,
     OverloadedError,
@@ -18,7 +19,7 @@ from fedsplit.core.errors import (
     UnreachableError,
 )
 from fedsplit.core.foreign import printable
-from fedsplit.transport.wiring import RETRY_AFTER_KEY, is_loopback
+from fedsplit.transport.wiring import RETRY_AFTER_KEY
 
 log = logging.getLogger(__name__)
 

@@ -5,13 +5,13 @@ The options' reasons and measurements: docs/protocol.md.
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
 from typing import Any
 
 import grpc
 from pydantic import BaseModel, ConfigDict, model_validator
 
+from fedsplit.core.address import is_loopback
 from fedsplit.core.errors import ConfigError
 from fedsplit.transport.frames import MAX_GRPC_MESSAGE_BYTES
 
@@ -100,29 +100,6 @@ def read_pem(path: Path) -> bytes:
     if b"-----BEGIN" not in data:
         raise ConfigError(f"{path} is not a PEM file: it has no -----BEGIN line")
     return data
-
-
-def host_of(address: str) -> str:
-    """The host of "host:port" or "[v6]:port". Raises ConfigError for anything else."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not (port.isascii() and port.isdigit() and int(port) < 65536):
-        raise ConfigError(
-            f"{address!r} is not an address to listen on or to dial: HOST:PORT is wanted, e.g. 127.0.0.1:9443"
-        )
-    if ":" in host and not (host.startswith("[") and host.endswith("]")):
-        raise ConfigError(
-            f"{address!r} may be read in two ways; an address of IPv6 stands in brackets: [{host}]:{port}"
-        )
-    return host.removeprefix("[").removesuffix("]")
-
-
-def is_loopback(address: str) -> bool:
-    """True when "host:port" can only be reached from this machine."""
-    host = host_of(address)
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def server_options() -> list[tuple[str, Any]]:

@@ -1,0 +1,219 @@
+"""`fedsplit site join | run | clean`: what is done on a site's machine. The work is `plant.site`'s."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedsplit.cli.console import Output
+from fedsplit.cli.run import JsonFlag
+
+if TYPE_CHECKING:
+    from fedsplit.plant.site.folder import SiteFolder
+
+app = typer.Typer(
+    help="A machine that is a site of a federation.", no_args_is_help=True, rich_markup_mode=None
+)
+_DEFAULT = Path("site")
+
+SiteArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[SITE]",
+        help="The site folder; else the working directory if it is one, else ./site.",
+    ),
+]
+
+
+@app.command()
+def join(
+    code: Annotated[
+        str,
+        typer.Argument(
+            metavar="CODE",
+            help="The join code that `fedsplit federation add-site` printed; - reads it from standard input.",
+        ),
+    ],
+    *,
+    folder: Annotated[
+        Path, typer.Option("--dir", metavar="SITE", help="The site folder: a new or empty one.")
+    ] = _DEFAULT,
+    data: Annotated[
+        str, typer.Option(metavar="SOURCE", help="The site's own data, e.g. folder:/data/line-a.")
+    ] = "",
+    task: Annotated[
+        str, typer.Option(metavar="NAME", help="The task that the data is for, e.g. inspection.")
+    ] = "",
+    cut: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B",
+            help="Leave blocks A to B-1 to the server; else as the server's runs say.",
+        ),
+    ] = "",
+    text_column: Annotated[
+        str, typer.Option(metavar="NAME", help="The column of a table that holds the text.")
+    ] = "",
+    label_column: Annotated[
+        str, typer.Option(metavar="NAME", help="The column of a table that holds the label.")
+    ] = "",
+    classes: Annotated[
+        str, typer.Option(metavar="A,B", help="The only names of classes that may leave the site.")
+    ] = "",
+    pixel_max: Annotated[
+        float, typer.Option(min=0, help="The pixel value that is white; 0: found from the images.")
+    ] = 0.0,
+    again: Annotated[
+        bool, typer.Option("--again", help="New keys for a site that is a member as it is.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make this machine a site: check it, make its keys here, have them signed.
+
+    Exit codes: 0 joined, 1 the server refused or is away, 2 wrong use, settings or data.
+    """
+    from fedsplit.plant.join_code import JoinCode
+    from fedsplit.plant.site.join import Wish
+    from fedsplit.plant.site.join import join as joined
+
+    out = Output(as_json=as_json)
+    reading = {
+        "text-column": text_column,
+        "label-column": label_column,
+        "classes": classes,
+        "pixel-max": str(pixel_max) if pixel_max else "",
+    }
+    wish = Wish(
+        code=JoinCode.parse(sys.stdin.readline() if code == "-" else code),
+        folder=folder,
+        data=data,
+        task=task,
+        cut=cut,
+        reading={key: value for key, value in reading.items() if value},
+        again=again,
+    )
+    made = joined(wish, out.note)
+    site = made.folder.settings.site
+    out.note(
+        f"Site {site.name!r} is {'a member again' if made.again else 'a member'} of the federation at {site.address}. "
+        f"Start it: fedsplit site run {made.folder.path}"
+    )
+    out.result(
+        {
+            "site": site.name,
+            "folder": str(made.folder.path),
+            "address": site.address,
+            "again": made.again,
+            "samples": made.seen.samples,
+            "classes": made.seen.classes,
+            "notes": list(made.seen.notes),
+            "backbone_sha256": site.backbone_sha256,
+            "cut": made.cut,
+        }
+    )
+
+
+@app.command()
+def run(site: SiteArgument = None, as_json: JsonFlag = False) -> None:
+    """Keep the site up, in the foreground, until Ctrl-C. With --json one object is printed when it is ready.
+
+    Exit codes: 0 ended on request, 1 a service does not start, 2 wrong settings, data, certificate or clock, 4 the site is
+    no member any more.
+    """
+    from fedsplit.plant.site.run import run as keep_up
+    from fedsplit.plant.supervisor import stop_on_signals
+
+    out = Output(as_json=as_json)
+    folder = _folder(site)
+    settings = folder.settings.site
+
+    def say(text: str) -> None:
+        out.note(f"{time.strftime('%H:%M:%S')}  {text}")
+
+    def ready() -> None:
+        say(f"site {settings.name!r} is ready: it takes orders from {settings.address}")
+        out.result(
+            {
+                "site": settings.name,
+                "address": settings.address,
+                "folder": str(folder.path),
+                "pid": os.getpid(),
+            }
+        )
+
+    say(f"site {settings.name!r} starts: task {settings.task}, data {settings.data}")
+    stop = threading.Event()
+    with stop_on_signals(stop):
+        keep_up(folder, stop, say=say, ready=ready)
+    say(f"site {settings.name!r} has ended")
+
+
+@app.command()
+def clean(
+    site: SiteArgument = None,
+    *,
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Remove what goes; else it is only listed.")
+    ] = False,
+    all_backbones: Annotated[
+        bool,
+        typer.Option(
+            "--all-backbones", help="Remove every backbone; the next run needs its own again."
+        ),
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """List what the site keeps, with sizes, and what goes by the retention settings of site.toml.
+
+    Exit codes: 0 listed or removed, 1 something could not be removed, 2 no site folder.
+    """
+    from fedsplit.cli.site_kept import shown
+    from fedsplit.plant.site.clean import kept, remove
+
+    out = Output(as_json=as_json)
+    folder = _folder(site)
+    found = kept(folder, all_backbones=all_backbones)
+    out.show(shown(found, folder.path))
+    freed, faults = remove(folder, found) if apply else (0, [])
+    for fault in faults:
+        out.note(fault)
+    goes = sum(one.bytes for one in found if one.goes)
+    if apply:
+        out.note(f"{freed / 1e6:,.1f} MB were freed")
+    elif goes:
+        out.note(f"{goes / 1e6:,.1f} MB would go: fedsplit site clean {folder.path} --apply")
+    out.result(
+        {
+            "folder": str(folder.path),
+            "kept": [
+                {
+                    "kind": one.kind,
+                    "path": one.path.relative_to(folder.path).as_posix(),
+                    "bytes": one.bytes,
+                    "changed": one.changed,
+                    "goes": one.goes,
+                }
+                for one in found
+            ],
+            "freed_bytes": freed,
+            "errors": faults,
+        }
+    )
+    if faults:
+        raise typer.Exit(1)
+
+
+def _folder(path: Path | None) -> SiteFolder:
+    """The site folder that is meant. Raises ConfigError."""
+    from fedsplit.plant.site.folder import SETTINGS, SiteFolder
+
+    if path is None:
+        here = Path.cwd()
+        path = here if (here / SETTINGS).is_file() else _DEFAULT
+    return SiteFolder.at(path)

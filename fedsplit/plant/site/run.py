@@ -1,0 +1,134 @@
+"""`site run`: keeps a site up for years. A light parent, without torch: two services, and threads for all else.
+
+Checks before anything starts what would only fail later. Ends by itself, with the reason, when the site is no member any
+more; waits as long as it takes for a server that is away.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from fedsplit import __version__
+from fedsplit.core.errors import ConfigError, DataError, NotMemberError, ServerAwayError
+from fedsplit.core.foreign import printable
+from fedsplit.plant.site import keys
+from fedsplit.plant.site.calls import ControlCalls
+from fedsplit.plant.site.clean import keep_bounded
+from fedsplit.plant.site.folder import SiteFolder
+from fedsplit.plant.site.renew import Renewals
+from fedsplit.plant.site.report import Reports
+from fedsplit.plant.site.services import services
+from fedsplit.plant.site.source_paths import gone
+from fedsplit.plant.site.trust import check_clock
+from fedsplit.plant.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+_CLEAN_EVERY_S = 24 * 3600.0
+Say = Callable[[str], None]
+
+
+def run(folder: SiteFolder, stop: threading.Event, *, say: Say, ready: Callable[[], None]) -> None:
+    """Keep the site up until `stop` is set. `ready` is called once, when it takes its first orders.
+
+    Raises ConfigError, DataError, ServiceError before anything has started, and NotMemberError also later.
+    """
+    folder.present.mkdir(exist_ok=True, mode=0o700)
+    with Supervisor(services(folder), state_file=folder.state, say=say) as supervisor:
+        check(folder, say)
+        with Reports(folder, services=lambda: supervisor.state()["services"], say=say) as reports:
+            renewals = Renewals(folder, say=say)
+
+            def report() -> float:
+                wait = reports.step()
+                if reports.was_ready:
+                    once.set()
+                if reports.ended is not None:
+                    stop.set()
+                return wait
+
+            def clean() -> float:
+                keep_bounded(folder, say)
+                return _CLEAN_EVERY_S
+
+            once = _Once(ready)
+            steps = (report, renewals.step, clean)
+            with ThreadPoolExecutor(len(steps)) as pool:
+                for step in steps:
+                    pool.submit(_again_and_again, step, stop, say)
+                try:
+                    supervisor.run(stop)
+                finally:
+                    stop.set()
+    if reports.ended is not None:
+        raise NotMemberError(
+            f"site {folder.settings.site.name!r} is no member of the federation at {folder.settings.site.address} any more: "
+            f"{reports.ended}. It is stopped. To come back it joins again with a new code: fedsplit site join CODE --dir "
+            f"{folder.path}"
+        )
+
+
+def check(folder: SiteFolder, say: Say) -> None:
+    """What would only fail later. Raises ConfigError, DataError, NotMemberError."""
+    try:
+        keys.repaired(folder)
+    except OSError as err:
+        raise ConfigError(
+            f"{printable(folder.path)} cannot be written ({err.strerror}); free some space, or correct its rights"
+        ) from err
+    ends = keys.ends(keys.certificate(folder))
+    site = folder.settings.site
+    if fault := gone(site.data):
+        raise DataError(
+            f"site {site.name!r}: {fault}; correct data in {printable(folder.path / 'site.toml')}, or bring the folder back"
+        )
+    pair = (folder.certificate, folder.certificate_key)
+    try:
+        with ControlCalls(site.address, folder.ca, pair) as calls:
+            hello = calls.hello()
+    except ServerAwayError as err:
+        _not_over(folder, ends)
+        say(f"{err}; the site starts all the same and waits")
+        return
+    check_clock(hello)
+    _not_over(folder, ends)
+    if hello.fedsplit_version != __version__:
+        say(
+            f"the server has fedsplit {printable(hello.fedsplit_version, limit=40)}, this site {__version__}: runs leave the "
+            f"site out until both have the same"
+        )
+
+
+def _not_over(folder: SiteFolder, ends: float) -> None:
+    if ends < time.time():
+        raise NotMemberError(
+            f"the certificate of site {folder.settings.site.name!r} was over on {keys.day(ends)}; join again with a new "
+            f"code (on the server: fedsplit federation rotate): fedsplit site join CODE --dir {folder.path}"
+        )
+
+
+class _Once:
+    """Calls what it was given at its first `set`."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._call: Callable[[], None] | None = call
+
+    def set(self) -> None:
+        call, self._call = self._call, None
+        if call is not None:
+            call()
+
+
+def _again_and_again(step: Callable[[], float], stop: threading.Event, say: Say) -> None:
+    wait = 0.0
+    while not stop.wait(wait):
+        try:
+            wait = step()
+        except Exception as err:
+            log.exception("a step failed")
+            say(f"{type(err).__name__}: {printable(err)}; it is tried again in a minute")
+            wait = 60.0

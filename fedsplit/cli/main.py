@@ -26,6 +26,7 @@ from fedsplit.cli import (
     show_config,
     site,
     status,
+    wheelhouse,
 )
 from fedsplit.cli.console import print_error, write_anything
 from fedsplit.cli.endings import Interrupted, RunFailedError, Terminated
@@ -57,6 +58,7 @@ app.add_typer(serve_encoder.app, name="encoder")
 app.add_typer(show_config.app, name="config")
 app.add_typer(federation.app, name="federation")
 app.add_typer(site.app, name="site")
+app.command("wheelhouse")(wheelhouse.wheelhouse)
 
 
 @app.callback(invoke_without_command=True)

@@ -21,6 +21,7 @@
     │   ├── ServerAwayError     nobody answers there as yet; trying again makes sense
     │   ├── ServerRefusalError  the server says no, in its own words: a code, a request
     │   └── NotMemberError      the site is no member any more: revoked, rotated, its certificate over
+    ├── WheelhouseError     what another machine needs for an install cannot be had: no index, no wheel, no room
     └── RunDirError         a run directory cannot be written or read: disk full, damaged checkpoint
 
 Every message says what it got, what it wanted and what to do.
@@ -131,3 +132,7 @@ class NotMemberError(PlantError):
 
 class RunDirError(FedsplitError):
     """A run directory cannot be written or read."""
+
+
+class WheelhouseError(FedsplitError):
+    """What another machine needs to install fedsplit cannot be gathered here."""

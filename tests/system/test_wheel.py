@@ -14,18 +14,14 @@ from pathlib import Path
 import pytest
 
 from fedsplit.core.programs import flower_environment
-from tests.system.flower import ROOT
+from fedsplit.plant.own_wheel import own_wheel
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "-q", "-w", str(folder), str(ROOT)], check=True, timeout=300)
-    (built,) = folder.glob("fedsplit-*.whl")
-    return built
+    return own_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 def test_the_wheel_has_the_app_and_nothing_else_at_its_top(wheel: Path) -> None:

@@ -93,6 +93,7 @@ def prepare(folder: FederationFolder, ports: Ports) -> list[str]:
     conf = folder.nginx_conf
     home = home_of(conf)
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _to_owner(home, folder.path)
     secret = read_proxy_secret(folder.proxy_secret).decode()
     text = render(folder, ports, secret=secret, version=nginx.version, without=nginx.without)
     # The secret stands in it.
@@ -128,10 +129,15 @@ def _write_private(path: Path, text: str) -> None:
     number = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(number, "w", encoding="utf-8") as file:
         file.write(text)
-    if os.geteuid() == 0:
-        owner = path.parent.stat()
-        os.chown(fresh, owner.st_uid, owner.st_gid)
+    _to_owner(fresh, path.parent)
     fresh.replace(path)
+
+
+def _to_owner(path: Path, of: Path) -> None:
+    """As root: what root makes belongs to the folder's owner, as whom nginx's workers run."""
+    if os.geteuid() == 0:
+        owner = of.stat()
+        os.chown(path, owner.st_uid, owner.st_gid)
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -151,10 +152,15 @@ def service(tls: FederationFolder | None = None) -> Iterator[Service]:
 
 
 @contextmanager
-def running(folder: FederationFolder, ports: Ports) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    folder: FederationFolder, ports: Ports, **as_whom: Any
+) -> Iterator[subprocess.Popen[bytes]]:
     """nginx in front of these ports, ready; ended on the way out."""
     command = nginx.prepare(folder, ports)
-    with subprocess.Popen(command, stderr=subprocess.PIPE) as process:
+    if as_whom:  # what root's check has made, that user would have made
+        for path in nginx.home_of(folder.nginx_conf).rglob("*"):
+            os.chown(path, as_whom["user"], as_whom["group"])
+    with subprocess.Popen(command, stderr=subprocess.PIPE, **as_whom) as process:
         try:
             await_port(folder.settings.server.port)
             yield process
@@ -190,13 +196,17 @@ class PublicPort:
         return f"localhost:{self.folder.settings.server.port}"
 
     def client(self, site: Certificate | None = None, **more: Any) -> httpx.Client:
-        """An HTTP client that trusts the federation's CA."""
-        context = ssl.create_default_context(cafile=str(self.folder.ca))
-        if site is not None:
-            context.load_cert_chain(site.cert, site.key)
-        return httpx.Client(
-            base_url=f"https://{self.address}", verify=context, trust_env=False, timeout=20, **more
-        )
+        """An HTTP client of this port."""
+        return client(self.folder, site, **more)
+
+
+def client(folder: FederationFolder, site: Certificate | None = None, **more: Any) -> httpx.Client:
+    """An HTTP client that trusts the federation's CA, with a site's certificate where one is given."""
+    context = ssl.create_default_context(cafile=str(folder.ca))
+    if site is not None:
+        context.load_cert_chain(site.cert, site.key)
+    url = f"https://localhost:{folder.settings.server.port}"
+    return httpx.Client(base_url=url, verify=context, trust_env=False, timeout=20, **more)
 
 
 @contextmanager

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import os
+import pwd
 import stat
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedsplit.core.errors import ConfigError
+from fedsplit.plant import paths
 from fedsplit.plant.server import nginx
 from fedsplit.plant.server.nginx_conf import Ports, render
-from tests.plant.server.public_port import SECRET, make_folder, needs_nginx
+from tests.plant.server.public_port import (
+    SECRET,
+    client,
+    free_port,
+    make_folder,
+    needs_nginx,
+    running,
+    service,
+)
 
 PORTS = Ports(superlink=1001, encoder=1002, control=1003)
 
@@ -117,9 +129,21 @@ def test_what_nginx_refuses_is_told_in_its_words(tmp_path: Path) -> None:
 
 
 @needs_nginx
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to another user")
-def test_as_root_the_workers_run_as_the_folders_owner(tmp_path: Path) -> None:
-    folder = make_folder(tmp_path / "f")
-    os.chown(folder.path, 65534, 65534)
-    text = render(folder, PORTS, secret=SECRET, version=(1, 22, 1))
-    assert "\nuser nobody;\n" in text
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("started_by", ["root", "the owner"])
+def test_a_folder_of_an_ordinary_user(started_by: str) -> None:
+    """Started by root for another user, and by that user: its worker can write what is too large for its memory."""
+    nobody = pwd.getpwnam("nobody")
+    with tempfile.TemporaryDirectory() as place:
+        folder = make_folder(Path(place) / "plant")
+        for path in (Path(place), *Path(place).rglob("*")):
+            os.chown(path, nobody.pw_uid, nobody.pw_gid)
+        with service(folder) as superlink:
+            ports = Ports(superlink.port, free_port(), free_port())
+            as_whom: dict[str, Any] = {}
+            if started_by == "the owner":
+                as_whom = {"user": nobody.pw_uid, "group": nobody.pw_gid, "extra_groups": []}
+            with running(folder, ports, **as_whom), client(folder) as asked:
+                size = 8 << 20
+                answer = asked.post(f"{paths.FLEET}/push-object", content=bytes(size))
+                assert (answer.status_code, superlink.seen[0][3]) == (200, size)

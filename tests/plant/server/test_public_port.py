@@ -160,15 +160,24 @@ def raw(port: PublicPort, text: str) -> int:
 def test_what_needs_a_certificate_and_who_has_none(port: PublicPort, member: Certificate) -> None:
     other_ca = pki.make_ca("another", days=10)
     cases = [
-        (None, "a client certificate is wanted and none came"),
-        (certificate(port.folder, "line-1", ca=other_ca), "not of this federation"),
-        (certificate(port.folder, "line-1", days=-1 / 30), "certificate has expired: join again"),
+        (None, "no-certificate", "a client certificate is wanted and none came"),
+        (
+            certificate(port.folder, "line-1", ca=other_ca),
+            "certificate-foreign",
+            "not of this federation",
+        ),
+        (
+            certificate(port.folder, "line-1", days=-1 / 30),
+            "certificate-expired",
+            "certificate has expired: join again",
+        ),
     ]
-    for shown, why in cases:
+    for shown, kind, why in cases:
         with port.client(shown) as client:
             for path, method in CERTIFIED.items():
                 answer = client.request(method, path)
                 assert answer.status_code == 403
+                assert answer.json()["error"]["kind"] == kind
                 assert why in message(answer)
                 assert "fedsplit site join" in message(answer)
             # Whoever shows a bad certificate is told so everywhere; without one the open paths are open.

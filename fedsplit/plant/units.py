@@ -89,7 +89,9 @@ def server_unit(place: Place, *, port: int) -> str:
 
 def site_unit(place: Place) -> str:
     """`fedsplit site run` as a service."""
-    return _unit("fedsplit site", place, ["site", "run"], restart_s=30)
+    # A site that is no member any more (exit code 4) stays down: a person has to decide.
+    more = ["RestartPreventExitStatus=4"]
+    return _unit("fedsplit site", place, ["site", "run"], restart_s=30, more=more)
 
 
 def nightly_unit(place: Place, settings: Sequence[str] = ()) -> str:

@@ -19,9 +19,11 @@ from fedsplit.core.errors import EnrolmentError, FedsplitError
 from fedsplit.core.throttle import Throttle
 from fedsplit.plant import pki
 from fedsplit.plant.server import audit
+from fedsplit.plant.server.admission import Admission, Keys
 from fedsplit.plant.server.folder import FederationFolder
 from fedsplit.plant.server.node_keys import NodeKeys
-from fedsplit.plant.server.registry import Keys, Registry, Shown, Standing
+from fedsplit.plant.server.registry import Registry, Shown
+from fedsplit.plant.server.tables import Standing
 from fedsplit.plant.server.trusted import public_ca
 from fedsplit.plant.wire import (
     JoinAnswer,
@@ -56,6 +58,7 @@ class Enrolment:
     ) -> None:
         """Raises ConfigError and OSError where the CA cannot be read."""
         self._folder, self._registry = folder, registry
+        self._admission = Admission(registry)
         self._node_keys, self._backbone = node_keys, backbone
         self._ca = pki.Pair.read(folder.ca, folder.ca_key)
         self._refusals = Allowance(FEW, every_s=1.0)
@@ -63,7 +66,7 @@ class Enrolment:
 
     def join(self, request: JoinRequest) -> JoinAnswer:
         """Redeem a code. Raises EnrolmentError, ConfigError for keys of another kind, FederationError without Flower."""
-        if not self._refusals.any_left() and not self._registry.is_open(request.code_id):
+        if not self._refusals.any_left() and not self._admission.is_open(request.code_id):
             raise EnrolmentError(
                 "too many joins were refused just now; try again in a minute", kind="too-many"
             )
@@ -78,7 +81,7 @@ class Enrolment:
     def renew(self, serial: str, request: RenewRequest) -> RenewAnswer:
         """A new certificate for a member. Raises EnrolmentError, ConfigError."""
         key = pki.read_csr(request.csr.encode())
-        pem = self._registry.renew(serial, _digest(key), lambda name: self._sign(key, name))
+        pem = self._admission.renew(serial, _digest(key), lambda name: self._sign(key, name))
         return RenewAnswer(certificate=pem.decode("ascii"))
 
     def report(self, shown: Shown, report: Report) -> ReportAnswer:
@@ -103,7 +106,7 @@ class Enrolment:
             return self._sign(key, common_name)
 
         keys = Keys(tls=_digest(key), node=node_key)
-        admitted = self._registry.redeem(request.code_id, request.secret, keys, admit)
+        admitted = self._admission.redeem(request.code_id, request.secret, keys, admit)
         if admitted.ceased:
             # Where Flower is gone by now, the next comparison does it.
             self._node_keys.forget(admitted.ceased)

@@ -6,6 +6,8 @@ it writes. Times are seconds since the epoch.
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +23,7 @@ from fedsplit.core.closing import Closing
 from fedsplit.core.errors import ConfigError, FolderError
 
 VERSION = 1
+Standing = Literal["member", "revoked", "rotated", "not-member"]
 How = Literal["write", "note", "read"]
 LOCK_S = 20.0
 """How long a transaction waits for another one's end; a join holds the lock while it asks Flower."""
@@ -49,6 +52,26 @@ class Site(_Base):
     certificates: Mapped[list[Certificate]] = relationship(back_populates="site")
     node_keys: Mapped[list[NodeKey]] = relationship(back_populates="site")
 
+    def end_codes(self, why: str) -> None:
+        """No code that was not used is of use any more; a used one is not either where the site is put out."""
+        for code in self.codes:
+            if not code.ended and (not code.used or why == "revoked"):
+                code.ended = why
+
+    def cease(self, why: str) -> tuple[str, ...]:
+        """End what the site was known by until now; gives its node keys."""
+        for certificate in self.certificates:
+            certificate.ceased = certificate.ceased or why
+        keys = [k for k in self.node_keys if not k.ceased]
+        for key in keys:
+            key.ceased = why
+        return tuple(k.key for k in keys)
+
+    def code_expires(self, now: float) -> float:
+        """Until when a code may still be used; 0 where there is none."""
+        live = (c.expires for c in self.codes if not c.used and not c.ended)
+        return max((e for e in live if e > now), default=0.0)
+
 
 class Code(_Base):
     """A join code. Of its secret only a salted hash is kept."""
@@ -69,6 +92,15 @@ class Code(_Base):
     """Why it is of no use any more, though its time is not over: "replaced", "tries", "revoked"."""
     site: Mapped[Site] = relationship(back_populates="codes")
 
+    @staticmethod
+    def hashed(salt: bytes, secret: str) -> bytes:
+        """What is kept of a secret. It has 128 random bits: a slow hash would add nothing."""
+        return hashlib.sha256(salt + secret.encode("utf-8", "replace")).digest()
+
+    def opens(self, secret: str) -> bool:
+        """Is it this code's?"""
+        return hmac.compare_digest(self.hash, self.hashed(self.salt, secret))
+
 
 class Certificate(_Base):
     """A certificate that was signed for a site."""
@@ -84,6 +116,14 @@ class Certificate(_Base):
     ceased: Mapped[str] = mapped_column(default="")
     """ "", "revoked" or "rotated"."""
     site: Mapped[Site] = relationship(back_populates="certificates")
+
+    def standing(self, now: float) -> Standing:
+        """Does it let its bearer in?"""
+        if self.ceased == "revoked":
+            return "revoked"
+        if self.ceased:
+            return "rotated"
+        return "member" if self.ends > now and self.site.state == "member" else "not-member"
 
 
 class NodeKey(_Base):

@@ -16,8 +16,9 @@ from fedsplit.core.errors import ConfigError, EnrolmentError, FederationError, F
 from fedsplit.plant import pki
 from fedsplit.plant.join_code import JoinCode
 from fedsplit.plant.server import audit
+from fedsplit.plant.server.admission import MAX_TRIES, Admission, Admitted, Keys
 from fedsplit.plant.server.folder import FederationFolder
-from fedsplit.plant.server.registry import MAX_TRIES, Admitted, Keys, Registry
+from fedsplit.plant.server.registry import Registry
 from fedsplit.plant.wire import Report
 from tests.plant.server.conftest import CA
 
@@ -52,7 +53,7 @@ def signed(_name: str, common_name: str) -> bytes:
 
 
 def join(registry: Registry, code: JoinCode, number: int) -> Admitted:
-    return registry.redeem(code.id, code.secret, keys(number), signed)
+    return Admission(registry).redeem(code.id, code.secret, keys(number), signed)
 
 
 def serial_of(joined: Admitted) -> str:
@@ -105,7 +106,7 @@ def test_what_admits_fails_and_the_code_is_still_good(
         raise FederationError("the SuperLink is down")
 
     with pytest.raises(FederationError):
-        registry.redeem(code.id, code.secret, keys(1), down)
+        Admission(registry).redeem(code.id, code.secret, keys(1), down)
     assert registry.sites()[0].state == "invited"
     assert registry.node_keys() == {}
     assert audited(folder) == ["invited"]
@@ -120,7 +121,7 @@ def test_codes_expire_and_are_replaced(registry: Registry, clock: Clock) -> None
     assert refused(registry, first, 1) == "code-ended"
     clock.now += 3601
     assert refused(registry, second, 1) == "code-expired"
-    assert not registry.is_open(second.id)
+    assert not Admission(registry).is_open(second.id)
     # Nobody holds a code for it: the name is free to be invited again.
     join(registry, registry.add_site("line-1", 1), 1)
 
@@ -132,7 +133,7 @@ def test_a_wrong_secret_a_few_times_ends_the_code(
     wrong = JoinCode(code.address, code.ca_fingerprint, code.id, "0" * 32)
     for _ in range(MAX_TRIES - 1):
         assert refused(registry, wrong, 1) == "code-unknown"
-    assert registry.is_open(code.id)
+    assert Admission(registry).is_open(code.id)
     assert refused(registry, wrong, 1) == "code-unknown"
     assert refused(registry, code, 1) == "code-ended"
     assert audited(folder) == ["invited", "code-dead"]
@@ -237,18 +238,18 @@ def test_a_certificate_is_renewed_while_it_is_in_force(registry: Registry) -> No
     def issue(common_name: str) -> bytes:
         return signed("", common_name)
 
-    new = registry.renew(serial, keys(9).tls, issue)
-    assert registry.renew(serial, keys(9).tls, issue) == new
+    new = Admission(registry).renew(serial, keys(9).tls, issue)
+    assert Admission(registry).renew(serial, keys(9).tls, issue) == new
     both = {registry.shown(s).standing for s in (serial, serial_of(Admitted("", new)))}
     assert both == {"member"}
     for number in range(100, 119):
-        registry.renew(serial, keys(number).tls, issue)
+        Admission(registry).renew(serial, keys(number).tls, issue)
     with pytest.raises(EnrolmentError, match="renew later"):
-        registry.renew(serial, keys(119).tls, issue)
+        Admission(registry).renew(serial, keys(119).tls, issue)
     registry.revoke("line-1")
     for shown in (serial, "AB12"):
         with pytest.raises(EnrolmentError, match="not in force"):
-            registry.renew(shown, keys(10).tls, issue)
+            Admission(registry).renew(shown, keys(10).tls, issue)
 
 
 def test_a_serial_is_known_however_a_proxy_writes_it(registry: Registry) -> None:

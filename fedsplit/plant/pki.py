@@ -192,9 +192,8 @@ def fingerprint(certificate: x509.Certificate) -> str:
 
 
 def serial(certificate: x509.Certificate) -> str:
-    """A certificate's number as nginx writes it: upper hex, whole bytes."""
-    digits = f"{certificate.serial_number:X}"
-    return digits.rjust(len(digits) + len(digits) % 2, "0")
+    """A certificate's number as it is kept and compared: capital hexadecimal digits (core/proxied.py: bare_serial)."""
+    return f"{certificate.serial_number:X}"
 
 
 def _node_key(line: str) -> PublicKey:

@@ -171,7 +171,7 @@ class Admission:
     def _keep(self, session: Session, site: Site, pem: bytes, tls_key: str) -> Certificate:
         certificate = pki.read_certificate(pem)
         row = Certificate(
-            serial=bare_serial(pki.serial(certificate)),
+            serial=pki.serial(certificate),
             site_id=site.id,
             pem=pem.decode("ascii"),
             tls_key=tls_key,

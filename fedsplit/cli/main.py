@@ -23,6 +23,7 @@ from fedsplit.cli import (
     federation,
     run,
     serve_encoder,
+    server,
     show_config,
     site,
     status,
@@ -55,6 +56,7 @@ app.command("data")(data.data)
 app.command("status")(status.status)
 app.command("experiment")(experiment.experiment)
 app.add_typer(serve_encoder.app, name="encoder")
+app.add_typer(server.app, name="server")
 app.add_typer(show_config.app, name="config")
 app.add_typer(federation.app, name="federation")
 app.add_typer(site.app, name="site")

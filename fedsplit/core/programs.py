@@ -58,7 +58,25 @@ def free_port() -> int:
     """
     for _ in range(_PORT_TRIES):
         port = secrets.choice(_PORTS)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
+        if is_free(port):
             return port
     raise FederationError(f"no free port on 127.0.0.1 in {_PORT_TRIES} tries")
+
+
+def is_free(port: int) -> bool:
+    """May a TCP port of loopback be listened on now?"""
+    with socket.socket() as probe, contextlib.suppress(OSError):
+        if os.name != "nt":
+            # Connections that have ended keep no server from its port.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
+        return True
+    return False
+
+
+def listening(port: int, host: str = "") -> bool:
+    """Does somebody listen at a port of this machine? `host` is the address, "" for all of them."""
+    here = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    with contextlib.suppress(OSError), socket.create_connection((here, port), timeout=1.0):
+        return True
+    return False

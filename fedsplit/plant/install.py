@@ -58,13 +58,20 @@ def install(kind: Kind, folder: Path, *, reads: Sequence[Path] = (), port: int =
     return unit
 
 
-def remove(unit: str, *, everywhere: bool) -> None:
-    """Stop a service and take its unit away. What is not there is no fault."""
+def remove(unit: str, *, everywhere: bool) -> bool:
+    """Stop a service and take its unit away; whether there was one."""
     target = _folder_of_units(everywhere=everywhere) / unit
-    if target.exists():
-        _systemctl(everywhere, "disable", "--now", unit, check=False)
-        target.unlink(missing_ok=True)
-        _systemctl(everywhere, "daemon-reload", check=False)
+    if not target.exists():
+        return False
+    _systemctl(everywhere, "disable", "--now", unit, check=False)
+    target.unlink(missing_ok=True)
+    _systemctl(everywhere, "daemon-reload", check=False)
+    return True
+
+
+def has_systemd() -> bool:
+    """Does systemd run this machine?"""
+    return shutil.which("systemctl") is not None and _BOOTED.is_dir()
 
 
 def _folder_of_units(*, everywhere: bool) -> Path:
@@ -75,7 +82,7 @@ def _folder_of_units(*, everywhere: bool) -> Path:
 
 
 def _check_systemd(by_hand: str) -> None:
-    if shutil.which("systemctl") is None or not _BOOTED.is_dir():
+    if not has_systemd():
         raise ConfigError(
             "systemd does not run on this machine, so no service can be installed; have the service manager of this "
             f"machine run this command, and start it again when it ends: {by_hand}"

@@ -25,6 +25,7 @@ MAX_LINE_CHARS = 4000
 _TAIL = 20
 _COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _LEVEL = re.compile(r"\b(debug|info|notice|warn(?:ing)?|error|crit(?:ical)?|alert|emerg|fatal)\b")
+_FAULT = re.compile(r"Traceback \(most recent call last\)|[\w.]*(Error|Exception)\b")
 _LEVELS = {
     "debug": "debug",
     "info": "info",
@@ -120,7 +121,7 @@ class _Rotating(RotatingFileHandler):
 
 def guessed_level(text: str) -> str:
     """The level of a line of another program: debug, info, warning or error, from the first words of it."""
-    if text.startswith("Traceback (most recent call last)"):
+    if _FAULT.match(text):
         return "error"
     found = _LEVEL.search(text[:_LOOK_AT].lower())
     return _LEVELS.get(found[1], "error") if found else "info"

@@ -84,6 +84,14 @@ def read_certificate(pem: bytes, *, what: str = "the certificate") -> x509.Certi
         raise ConfigError(f"{what} is not a certificate in PEM") from err
 
 
+def may_sign(certificate: x509.Certificate) -> bool:
+    """Is it a CA's?"""
+    try:
+        return certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
+    except x509.ExtensionNotFound:
+        return False
+
+
 def make_ca(name: str, *, days: int) -> Pair:
     """A new CA that signs itself."""
     key = new_key()

@@ -34,7 +34,7 @@ from fedsplit.core.foreign import read_json
 from fedsplit.core.keeper import kept
 from fedsplit.core.processes import ProcessTree
 from fedsplit.core.whole_files import write_whole
-from fedsplit.plant.logs import JsonLines
+from fedsplit.plant.logs import FILES, JsonLines
 from fedsplit.plant.systemd import Notifier
 
 BACK_OFF_S = 1.0
@@ -73,32 +73,55 @@ class Supervisor(Closing):
 
     def __init__(
         self,
-        services: Sequence[Service],
+        services: Sequence[Service] | Callable[[], Sequence[Service]],
         *,
         state_file: Path,
         say: Callable[[str], None],
         about: Mapping[str, Any] | None = None,
+        log_mb: int = 25,
     ) -> None:
-        """`about`: more for `state.json`, e.g. the public host and port. Raises ServiceError when the folder is in use."""
+        """`about`: more for `state.json`, e.g. the public host and port. `log_mb` bounds each service's log.
+
+        A callable is asked for the services when the folder is ours. Raises ServiceError when it is in use.
+        """
         self._state_file = state_file
         self._say = say
         self._about = dict(about or {})
         self._notify = Notifier()
         self._written = self._fault = ""
-        self._lock = taken(state_file)
         self._started = _now()
-        self._children = [_Child(service) for service in services]
+        self._lock = taken(state_file)
+        try:
+            found = services() if callable(services) else services
+        except BaseException:
+            self._lock.release()
+            raise
+        self._children = [_Child(service, log_mb) for service in found]
         self._write()
 
-    def run(self, stop: threading.Event, *, on_up: Callable[[], None] | None = None) -> None:
-        """Keep the services up until `stop` is set. Raises ServiceError when one does not come up at first."""
+    def run(
+        self,
+        stop: threading.Event,
+        *,
+        on_up: Callable[[], None] | None = None,
+        chore: Callable[[], None] | None = None,
+        chore_s: float = 3600.0,
+    ) -> None:
+        """Keep the services up until `stop` is set. Raises ServiceError when one does not come up at first.
+
+        `chore` is done every `chore_s` in this thread; it is quick, and sees to its own errors.
+        """
         try:
             if not self._start(stop):
                 return
             self._notify.send("READY=1")
             if on_up is not None:
                 on_up()
+            due = time.monotonic() + chore_s
             while not stop.wait(self._pause()):
+                if chore is not None and time.monotonic() >= due:
+                    due = time.monotonic() + chore_s
+                    chore()
                 for child in self._children:
                     if said := child.tick():
                         self._tell(child, said)
@@ -107,6 +130,13 @@ class Supervisor(Closing):
         finally:
             self._notify.send("STOPPING=1")
             self._end()
+
+    def restart(self, name: str) -> None:
+        """End a service that is up and start it again, for it reads something anew. From `chore`, or before `run`."""
+        for child in self._children:
+            if child.service.name == name and child.phase != "down":
+                child.end()
+                child.start()
 
     def state(self) -> dict[str, Any]:
         """What `state.json` holds."""
@@ -170,9 +200,9 @@ class Supervisor(Closing):
 class _Child:
     """One service as it stands: `down` until its time comes, `starting`, `up`."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, log_mb: int) -> None:
         self.service = service
-        self.log = JsonLines(service.log, service.name)
+        self.log = JsonLines(service.log, service.name, max_bytes=log_mb * 2**20 // FILES)
         self.phase = "down"
         self.wait_s = 0.0
         self._again_at = 0.0
@@ -309,6 +339,22 @@ def taken(state_file: Path) -> FileLock:
             "must have room"
         ) from err
     return lock
+
+
+def is_taken(state_file: Path) -> bool:
+    """Do the folder's services run now? Raises ServiceError where this user may not know."""
+    path = state_file.with_name("lock")
+    if not path.exists():
+        return False
+    try:
+        FileLock(path, timeout=0, thread_local=False).acquire().lock.release()
+    except Timeout:
+        return True
+    except OSError as err:
+        raise ServiceError(
+            f"{path} cannot be looked at: {err.strerror}; do this as the user who owns the folder, or as root"
+        ) from err
+    return False
 
 
 def running_pid(state_file: Path) -> int | None:

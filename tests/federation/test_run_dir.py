@@ -21,6 +21,7 @@ from fedsplit.core.records import RoundMetrics, Status
 from fedsplit.federation.server import known_nodes
 from fedsplit.federation.server.books.run_dir import KEEP, MANIFEST, MODULE_FILE, Checkpoint, RunDir
 from tests.core.test_records import METRICS
+from tests.small_disk import small_disk
 
 
 def run_dir(root: Path, name: str = "r") -> RunDir:
@@ -354,20 +355,11 @@ def test_the_module_is_replaced_whole(tmp_path: Path) -> None:
 # A full disk.
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+@pytest.fixture(name="small_disk")
+def a_small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 256 KiB."""
-    where = tmp_path / "disk"
-    where.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(where)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount here to make a small disk with")
-    if done.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
-    yield where
-    subprocess.run(["umount", str(where)], check=True, timeout=20)
+    with small_disk(tmp_path / "disk", "size=256k") as where:
+        yield where
 
 
 def fill(disk: Path, leave: int = 0) -> None:

@@ -44,6 +44,8 @@ def test_files_are_turned_over_and_bounded(tmp_path: Path) -> None:
         ("ERROR :     broken", "error"),
         ("INFO:     127.0.0.1 - GET /hello", "info"),
         ("Traceback (most recent call last):", "error"),
+        ("ConfigError: the file cannot be used", "error"),
+        ("sqlalchemy.exc.OperationalError: database is locked", "error"),
         ("DEBUG x", "debug"),
         ("information", "info"),
         ("a sentence " + "of words " * 20 + "with an error in it", "info"),

@@ -27,6 +27,7 @@ from fedsplit.core.errors import RunDirError
 from fedsplit.core.records import RoundMetrics
 from fedsplit.federation.server.books.run_dir import RunDir
 from tests.federation.conftest import simulated
+from tests.small_disk import small_disk
 from tests.system.conftest import (
     BASE,
     assert_nothing_half_written,
@@ -39,19 +40,11 @@ from tests.system.flower import BIN
 # The disk.
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+@pytest.fixture(name="small_disk")
+def a_small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 2 MB."""
-    where = tmp_path / "disk"
-    where.mkdir()
-    if os.name == "nt" or os.geteuid() != 0:
-        pytest.skip("only root can mount a small disk")
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(where)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        pytest.skip(f"no small disk can be mounted here: {done.stderr.strip()}")
-    yield where
-    subprocess.run(["umount", str(where)], check=True)
+    with small_disk(tmp_path / "disk", "size=2m") as where:
+        yield where
 
 
 def test_disk_fills_up_in_a_run(

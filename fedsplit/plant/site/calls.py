@@ -28,6 +28,7 @@ from fedsplit.core.errors import (
 )
 from fedsplit.core.foreign import parse_json, printable
 from fedsplit.plant import paths
+from fedsplit.plant.site.folder import SiteFolder
 from fedsplit.plant.wire import (
     MAX_BODY_BYTES,
     Hello,
@@ -112,6 +113,12 @@ class ControlCalls(Closing):
         return _read(
             _sent(self._client, self._address, "POST", path, body)[0], model, self._address
         )
+
+
+def open_client(folder: SiteFolder, *, timeout_s: float = TIMEOUT_S) -> httpx.Client:
+    """A client of the public port, with the site's certificate as it is now. Raises ConfigError for files that cannot be used."""
+    pair = (folder.certificate, folder.certificate_key)
+    return _client(folder.settings.site.address, trusting(folder.ca, pair), timeout_s)
 
 
 def trusting(ca: Path | str, pair: tuple[Path, Path] | None = None) -> ssl.SSLContext:

@@ -1,0 +1,130 @@
+"""`fedsplit site` as a program: exit codes, one JSON object, another clock, disks that are full or cannot be written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedsplit.cli.main import call
+
+from .server import Control
+
+FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
+
+
+Site = Callable[..., tuple[int, dict[str, Any], str]]
+
+
+@pytest.fixture
+def site(capsys: pytest.CaptureFixture[str]) -> Iterator[Site]:
+    """Runs a command: exit code, the JSON object, what a person reads."""
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGHUP)}
+
+    def run(*words: object) -> tuple[int, dict[str, Any], str]:
+        code = call(["site", *map(str, words), "--json"])
+        told = capsys.readouterr()
+        assert "Traceback" not in told.err, told.err
+        return code, json.loads(told.out), told.err
+
+    yield run
+    for name, handler in before.items():
+        signal.signal(name, handler)
+
+
+@contextlib.contextmanager
+def a_disk(where: Path, options: str) -> Iterator[Path]:
+    """A small disk of its own."""
+    where.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(where)]
+    if not shutil.which("mount") or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        yield where
+    finally:
+        subprocess.run(["umount", str(where)], check=True)
+
+
+def test_join_and_clean(site: Site, control: Control, pictures: Path, tmp_path: Path) -> None:
+    where, code = tmp_path / "site", control.code().text()
+    data = f"folder:{pictures}"
+    asked = ("join", code, "--dir", where, "--data", data, "--task", "inspection")
+    exit_code, made, said = site(*asked)
+    assert exit_code == 0, said
+    assert made["site"] == "line-a"
+    assert made["samples"] == 12
+    assert made["classes"] == {"good": 6, "傷 deep": 6}
+    assert "12 images in 2 classes: good (6), 傷 deep (6)" in said
+    assert code not in said
+    exit_code, told, said = site("clean", where)
+    assert (exit_code, told["freed_bytes"], told["errors"]) == (0, 0, [])
+    # The same code again, elsewhere: the server's words.
+    exit_code, told, said = site(*asked[:3], tmp_path / "other", *asked[4:])
+    assert exit_code == 1
+    assert told["error"]["kind"] == "ServerRefusalError"
+    assert "used already" in told["error"]["message"]
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_code_that_is_mistyped_or_none(site: Site, control: Control, tmp_path: Path) -> None:
+    text = control.code().text()
+    other = text[:20] + ("0" if text[20] != "0" else "1") + text[21:]
+    for code, part in ((other, "mistyped"), (text[:40], "too short"), ("hello", "not a join code")):
+        exit_code, told, _ = site("join", code, "--dir", tmp_path / "site")
+        assert exit_code == 2
+        assert part in told["error"]["message"]
+        assert code not in told["error"]["message"]
+    assert not (tmp_path / "site").exists()
+
+
+def test_commands_in_a_folder_that_is_none(site: Site, tmp_path: Path) -> None:
+    for command in ("run", "clean"):
+        exit_code, told, _ = site(command, tmp_path / "nothing")
+        assert exit_code == 2
+        assert "is no site folder" in told["error"]["message"]
+
+
+@pytest.mark.skipif(FAKETIME is None, reason="libfaketime is not installed")
+def test_a_clock_that_is_an_hour_off(control: Control, pictures: Path, tmp_path: Path) -> None:
+    """With another clock in the whole process: certificates, too, are looked at by it."""
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "fedsplit.cli.main", "site", "join", control.code().text(),
+            "--dir", str(tmp_path / "site"), "--data", f"folder:{pictures}", "--task", "t",
+        ],
+        capture_output=True, text=True, check=False, timeout=120,
+        env={
+            **os.environ,
+            "LD_PRELOAD": str(FAKETIME), "FAKETIME": "+1h", "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        },
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "s ahead of the server's" in done.stderr
+    assert not (tmp_path / "site").exists()
+    assert control.node_keys == []
+
+
+@pytest.mark.parametrize(
+    ("options", "part"), [("size=1m", "MB free"), ("ro,size=200m", "cannot be made")]
+)
+def test_a_disk_that_is_full_or_cannot_be_written(
+    site: Site, control: Control, pictures: Path, tmp_path: Path, options: str, part: str
+) -> None:
+    with a_disk(tmp_path / "disk", options) as disk:
+        exit_code, told, _ = site(
+            "join", control.code().text(), "--dir", disk / "site",
+            "--data", f"folder:{pictures}", "--task", "t",
+        )  # fmt: skip
+        assert exit_code == 2
+        assert part in told["error"]["message"]
+        assert not list(disk.iterdir())
+    assert control.node_keys == []

@@ -31,12 +31,17 @@ _OLD_LABELS = ("id2label", "label2id", "num_labels")
 
 @dataclass(frozen=True)
 class Backbone:
-    """A model directory: what it is, not its weights."""
+    """A model directory in the state that it was found in: what it is, not its weights.
+
+    Two are equal as long as no file has changed between their finding, so one is a key for what is kept of its files.
+    """
 
     name: str
     path: Path
     family: Family
     config: Any = field(compare=False)
+    state: Stamp = ()
+    """Of its files, when it was found."""
 
     @classmethod
     def find(cls, name: str) -> Backbone:
@@ -131,7 +136,6 @@ def sides(size: Any) -> tuple[int, int]:
 @lru_cache(maxsize=8)
 def _found(name: str, path: Path, state: Stamp) -> Backbone:
     """The backbone, described once for each state of its files: a site asks in every round."""
-    del state
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
@@ -146,7 +150,7 @@ def _found(name: str, path: Path, state: Stamp) -> Backbone:
     family = family_of(config.model_type, where=str(path))
     if problem := _refusal(config, family):
         raise BackboneError(f"backbone {path}: {problem}")
-    return Backbone(name, path, family, config)
+    return Backbone(name, path, family, config, state)
 
 
 def _refusal(config: Any, family: Family) -> str:

@@ -12,7 +12,7 @@ import math
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -124,7 +124,7 @@ class Manifest(_Model):
         """The manifest as JSON, the same bytes everywhere."""
         return _canonical(self.model_dump(mode="json"))
 
-    @property
+    @cached_property
     def sha256(self) -> str:
         """The backbone's digest: 32 digits over configuration and tensors, 32 of what prepares inputs."""
         config = next(file.sha256 for file in self.files if file.name == CONFIG)

@@ -14,7 +14,6 @@ import torch
 from fedsplit.core.errors import BackboneError
 from fedsplit.model.backbone import Backbone, frozen_names, frozen_paths
 from fedsplit.model.checkpoint import check_tensors
-from fedsplit.model.files import Stamp, stamp
 from fedsplit.model.part import Part
 from fedsplit.model.preprocess import read_positions, read_preprocess
 from fedsplit.model.tokenizer import read_tokenizer
@@ -27,12 +26,11 @@ def check_backbone(backbone: Backbone, *, image_size: int = 0) -> None:
 
     Reads all weights once, and again only when the files have changed.
     """
-    _check(backbone, backbone.config_json, image_size, stamp(backbone.path))
+    _check(backbone, image_size)
 
 
 @lru_cache(maxsize=32)
-def _check(backbone: Backbone, config: str, image_size: int, state: Stamp) -> None:
-    del config, state
+def _check(backbone: Backbone, image_size: int) -> None:
     # A part that holds nothing: all of it is on the meta device.
     part = Part(backbone, classes=2, blocks=(), embeddings=False, pool=False)
     inputs = (

@@ -19,9 +19,10 @@ from fedsplit.core.orders import Incoming, NotHeld, Order, Outgoing, RollCall
 from fedsplit.core.proxies import proxy_variable
 from fedsplit.core.versions import installed
 from fedsplit.model.backbone import Backbone
+from fedsplit.model.store import BackboneStore
 from fedsplit.model.threads import limit_threads
 from fedsplit.site import state
-from fedsplit.site.kept import Kept
+from fedsplit.site.kept import MIB, Kept
 from fedsplit.site.round import SiteRound
 from fedsplit.site.time_limit import TimeLimit
 from fedsplit.training.data.sides import Record
@@ -59,21 +60,55 @@ class SiteRuntime:
         if site is None:
             return _not_held(whole, order, config)
         limit_threads(site.threads)
-        backbone = Backbone.find(config.placement.backbone)
+        self.kept.limit(site.memory_mib * MIB)
+        try:
+            return self._carry_out(whole, site, order, config, incoming, limit, run_id)
+        finally:
+            for note in self.kept.notes():
+                self.log.warning("site %s: %s", site.name, note)
+
+    def _carry_out(
+        self,
+        whole: SiteSettings,
+        site: SiteSettings,
+        order: Order,
+        config: RunConfig,
+        incoming: Incoming,
+        limit: TimeLimit,
+        run_id: int,
+    ) -> Outgoing:
+        backbone = self._backbone(site, order.backbone_sha256, config.placement.backbone)
         if order.backbone_sha256 != backbone.sha256:
             raise BackboneError(
                 f"site {site.name!r}: backbone {backbone.path} has digest {backbone.sha256[:12]}, the server's "
                 f"has {order.backbone_sha256[:12]} ({backbone.differs(order.backbone_sha256)}); copy the server's "
                 f"model files to this site"
             )
-        record = _record(order, site, run_id) if site.data else None
-        own = self.kept.sources.open(config, site, backbone, order.classes, record)
+        run = f"{run_id}/{order.run}"
+        record = _record(site, run) if site.data else None
+        own = self.kept.sources.open(config, site, backbone, order.classes, record, run=run)
         if order.kind == "roll-call":
             # Its own number, not that among the sites which hold the task.
             number = whole.partition[0] if whole.partition else -1
             return Outgoing(self._roll_call(config, site, number, backbone, own))
-        work = SiteRound(order, config, site, backbone, own, self.dial, self.kept, limit)
+        work = SiteRound(
+            order, config, site, backbone, own, self.dial, self.kept, f"{run_id}", limit
+        )
         return work.carry_out(incoming)
+
+    def _backbone(self, site: SiteSettings, sha256: str, name: str) -> Backbone:
+        """The run's backbone: by its digest in the site's own folder, then by the name that the run has for it."""
+        if not site.backbone_dir:
+            return Backbone.find(name)
+        if path := BackboneStore(Path(site.backbone_dir)).find(sha256):
+            return Backbone.find(str(path))
+        try:
+            return Backbone.find(name)
+        except BackboneError as err:
+            raise BackboneError(
+                f"site {site.name!r}: backbone-dir={site.backbone_dir} has no backbone with the server's digest "
+                f"{printable(sha256[:12])}; and {err}"
+            ) from err
 
     def _roll_call(
         self, config: RunConfig, site: SiteSettings, number: int, backbone: Backbone, own: SiteData
@@ -154,10 +189,9 @@ def _not_held(site: SiteSettings, order: Order, config: RunConfig) -> Outgoing:
     return Outgoing(NotHeld(site=site.name, task=config.task.name))
 
 
-def _record(order: Order, site: SiteSettings, run_id: int) -> Record:
+def _record(site: SiteSettings, run: str) -> Record:
     """What a real site keeps of its samples. A run that is resumed is a new one to Flower, and gets a new list."""
-    folder = Path(site.state_dir or state.DEFAULT_FOLDER)
-    return Record(folder, site.name, f"{run_id}/{order.run}")
+    return Record(Path(site.state_dir or state.DEFAULT_FOLDER), site.name, run)
 
 
 def _proxy_note(address: str) -> tuple[str, ...]:

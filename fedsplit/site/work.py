@@ -95,6 +95,8 @@ class SiteWork:
     own: SiteData
     dial: Dial
     kept: Kept
+    run: str = ""
+    """The run as this site knows it: another one each time that it is started or resumed."""
     limit: TimeLimit = field(default_factory=TimeLimit)
 
     def module_of(self, incoming: Incoming) -> ModuleTensors:
@@ -159,8 +161,12 @@ class SiteWork:
         head = version_of(
             {n: t for n, t in tensors.items() if module.depth(self.backbone, n) < self.cut.a}
         )
-        return self.kept.activations(self.source).at(
-            self.cut, f"{self.order.encoder_digest}/{head}"
+        return self.kept.activations.at(
+            self.cut,
+            f"{self.order.encoder_digest}/{head}",
+            source=(self.order.run, self.own.identity),
+            run=self.run,
+            round_=self.order.round,
         )
 
     def tested(
@@ -261,12 +267,6 @@ class SiteWork:
                 f"both ends"
             )
         return Regression(self.order.scale)
-
-    @functools.cached_property
-    def source(self) -> str:
-        """What kept activations are of."""
-        source = self.site.data or self.config.task.data
-        return f"{self.order.run}/{source}/{self.config.task.image_size}/{self.backbone.sha256}"
 
     @functools.cached_property
     def cut(self) -> Cut:

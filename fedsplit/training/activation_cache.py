@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,54 +24,59 @@ from torch import Tensor
 
 from fedsplit.core.cut import Cut
 from fedsplit.training.data import Batch
+from fedsplit.training.row_cache import RowCache
 
 Row = NDArray[np.float32]
 CACHE_BYTES = 256 * 2**20
+# Runs whose activations are kept at a time.
+MAX_RUNS = 2
+
+
+class _Place(NamedTuple):
+    run: Hashable
+    source: Hashable
+    cut: Cut
+    version: str
 
 
 class ActivationCache:
-    """Rows of one site's samples, up to `max_bytes` over all its places.
-
-    When it is full, the place that was used longest ago is dropped whole. Within a place nothing makes room:
-    epochs visit every sample once, so the oldest row is as good as the newest. Safe to use from several threads.
-    """
+    """Rows of samples, up to `max_bytes` over all its places; see RowCache. Safe to use from several threads."""
 
     def __init__(self, *, max_bytes: int = CACHE_BYTES) -> None:
-        self._room = max_bytes
+        self.rows = RowCache(max_bytes)
+        self._rounds: dict[_Place, int] = {}
         self._lock = threading.Lock()
-        self._places: OrderedDict[tuple[Cut, str], dict[int, Row]] = OrderedDict()
         self.hits = self.misses = 0
         """Rows asked for that were there, and that were not."""
 
-    def at(self, cut: Cut, version: str) -> CacheView:
-        """The rows of one cut and one version of all that lies below the tail."""
-        with self._lock:
-            self._places.setdefault((cut, version), {})
-            self._places.move_to_end((cut, version))
-        return CacheView(self, (cut, version))
+    def at(
+        self, cut: Cut, version: str, *, source: Hashable = "", run: Hashable = "", round_: int = 0
+    ) -> CacheView:
+        """The rows of one cut and one version of all that lies below the tail.
 
-    def _find(self, place: tuple[Cut, str], keys: list[int]) -> tuple[Row | None, ...]:
+        `source`: what the samples' numbers belong to, and what prepares them. A version that has not been used in the
+        round before is over, as are the runs before the last.
+        """
+        place = _Place(run, source, cut, version)
         with self._lock:
-            # Dropped meanwhile by a place that needed the room: nothing of it is known then.
-            rows = self._places.get(place, {})
-            found = tuple(rows.get(key) for key in keys)
-            missing = sum(row is None for row in found)
-            self.misses += missing
-            self.hits += len(found) - missing
-            return found
+            if place not in self._rounds:
+                self._drop_old(place, round_)
+            self._rounds[place] = round_
+        self.rows.use(place)
+        return CacheView(self, place)
 
-    def _keep(self, place: tuple[Cut, str], key: int, row: Row) -> None:
-        with self._lock:
-            rows = self._places.setdefault(place, {})
-            if key in rows:
-                return
-            while row.nbytes > self._room:
-                other = next((p for p in self._places if p != place), None)
-                if other is None:
-                    return
-                self._room += sum(r.nbytes for r in self._places.pop(other).values())
-            rows[key] = row
-            self._room -= row.nbytes
+    def _drop_old(self, new: _Place, round_: int) -> None:
+        places = dict(self._rounds)
+        runs = list(dict.fromkeys([p.run for p in places if p.run != new.run]))
+        over = [
+            p
+            for p, last in places.items()
+            if p.run in runs[: len(runs) + 1 - MAX_RUNS]
+            or ((p.run, p.source) == (new.run, new.source) and last < round_ - 1)
+        ]
+        for place in over:
+            self._rounds.pop(place, None)
+        self.rows.drop(over)
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class Lookup:
 class CacheView:
     """The cache as one cut at one version sees it. Made by `ActivationCache.at`."""
 
-    def __init__(self, cache: ActivationCache, place: tuple[Cut, str]) -> None:
+    def __init__(self, cache: ActivationCache, place: _Place) -> None:
         self._cache = cache
         self._place = place
         self.hits = self.misses = 0
@@ -95,10 +100,11 @@ class CacheView:
 
     def look_up(self, batch: Batch) -> Lookup:
         """What is known of a batch, and the sub-batch to ask the encoder for."""
-        known = self._cache._find(self._place, [int(key) for key in batch.keys])
+        known = tuple(self._cache.rows.find(self._place, [int(key) for key in batch.keys]))
         missing = [i for i, row in enumerate(known) if row is None]
-        self.misses += len(missing)
-        self.hits += len(known) - len(missing)
+        for counts in (self, self._cache):
+            counts.misses += len(missing)
+            counts.hits += len(known) - len(missing)
         if not missing:
             return Lookup(batch, known, None)
         return Lookup(batch, known, batch if len(missing) == len(known) else part(batch, missing))
@@ -108,8 +114,7 @@ class CacheView:
         if found.missing is None or z is None:
             return self._join(found, iter(()))
         fresh = _rows_of(z, found.missing)
-        for key, row in zip(found.missing.keys, fresh, strict=True):
-            self._cache._keep(self._place, int(key), row)
+        self._cache.rows.keep(self._place, [int(key) for key in found.missing.keys], fresh)
         return z if found.missing is found.batch else self._join(found, iter(fresh))
 
     def _join(self, found: Lookup, fresh: Iterator[Row]) -> Tensor:

@@ -80,7 +80,8 @@ class DeviceFlops:
         """Operations of the batch's first sample; measured once for each model, cut and size."""
         first = part(batch, [0])
         key = (
-            model.part.backbone,
+            # Not by its path: another model may lie there by now.
+            model.part.backbone.config_json,
             model.cut,
             tuple((n, tuple(t.shape)) for n, t in sorted(first.inputs.items())),
             tuple((n, tuple(p.shape)) for n, p in sorted(trained(model.part).items())),

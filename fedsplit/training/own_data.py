@@ -5,6 +5,7 @@ Files come and go while a run lasts; the run uses what was there at roll call.
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -50,6 +51,8 @@ class Own:
     train: Index
     test: Index
     notes: tuple[str, ...]
+    listing: str
+    """A digest of the list of which the samples' numbers are places."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +70,10 @@ class _Chosen:
 
     def digest(self, i: int) -> int:
         return self.items.digest(int(self.at[i]))
+
+    @property
+    def nbytes(self) -> int:
+        return self.items.nbytes + self.at.nbytes
 
 
 def open_own(
@@ -113,7 +120,12 @@ def open_own(
         keys=here.astype(np.int64),
         groups=None,
     )
-    return Own(examples, np.flatnonzero(own == TRAIN), np.flatnonzero(own == TEST), notes)
+    train, test = (np.flatnonzero(own == side) for side in (TRAIN, TEST))
+    return Own(examples, train, test, notes, _listing(listed.digests))
+
+
+def _listing(digests: Digests) -> str:
+    return hashlib.blake2b(digests.tobytes(), digest_size=16).hexdigest()
 
 
 def _labels(listed: Listed, names: tuple[str, ...], site: str) -> Index:
@@ -178,7 +190,7 @@ def _first(
     record.keep(source, listed)
     places = np.arange(len(found), dtype=np.int64)
     examples = replace(found, items=_Chosen(found.items, found.keys), keys=places)
-    return Own(examples, train, test, tuple(notes))
+    return Own(examples, train, test, tuple(notes), _listing(digests))
 
 
 def _without_others(found: Examples, classes: tuple[str, ...]) -> tuple[Examples, list[str]]:

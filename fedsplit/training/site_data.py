@@ -4,18 +4,22 @@ Which samples test is decided by their content, so a site sees the same ones in 
 every process. In simulation a process may be many sites: the source, its shares and what was
 prepared of it are kept once for all of them. With `method=centralised` one node stands for all
 sites and has the samples of all shares.
+
+What is kept is kept of a state of the files: a real site's are looked at for each order, a simulation's once a run, in
+which they do not change.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedsplit.core.bounded import Bounded
 from fedsplit.core.config import RunConfig, TaskSection
 from fedsplit.core.errors import DataError
 from fedsplit.core.scores import Spread, Target
@@ -28,8 +32,10 @@ from fedsplit.training.data import (
     load_source,
     parse_partition,
     partition,
+    stamp,
     train_test_split,
 )
+from fedsplit.training.data.loader import CACHE_BYTES
 from fedsplit.training.data.sides import Record
 from fedsplit.training.data.text_notes import text_facts, text_notes
 from fedsplit.training.familiar import unfamiliar
@@ -51,6 +57,8 @@ class SiteData:
     transform: CachedTransform
     notes: tuple[str, ...] = ()
     """What was guessed, left out or looks odd, a sentence each."""
+    identity: Hashable = ""
+    """What the samples' numbers belong to and what prepares them: one key for whatever is kept by these numbers."""
 
     @property
     def spread(self) -> Spread | None:
@@ -74,6 +82,11 @@ class _Shares:
         return np.sort(np.concatenate([train for train, _ in self.splits]))
 
 
+DATA_BYTES = 512 * 2**20
+"""What samples that are held in memory may take, unless the one in use takes more."""
+MAX_TRANSFORMS = 2
+"""Backbones, or sizes of input, that samples stay prepared for."""
+_MAX_STATES = 8
 EVERY_SITE = "every site"
 """Who owns a source that is dealt: in errors that only show when a sample is read."""
 
@@ -84,14 +97,19 @@ class SiteSources:
     Safe to use from several threads: of sites that open at once, one loads.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, *, data_bytes: int = DATA_BYTES, prepared_bytes: int = 2 * CACHE_BYTES
+    ) -> None:
+        """`data_bytes`: what samples in memory may take; `prepared_bytes`: what was made of them for the backbone."""
         self._lock = threading.Lock()
-        self.opened = functools.lru_cache(maxsize=32)(self._open)
-        self.loaded = functools.lru_cache(maxsize=4)(_load)
-        self.dealt = functools.lru_cache(maxsize=4)(_deal)
-        # Keyed by the source too, for what it keeps of one source is of no use to the next; two at most, for each
-        # may take loader.py's CACHE_BYTES.
-        self.transforms = functools.lru_cache(maxsize=2)(_transform)
+        self._data_bytes, self._prepared_bytes = data_bytes, prepared_bytes
+        self.opened = Bounded(self._open, 32)
+        self.loaded = Bounded(_load, 4)
+        self.dealt = Bounded(_deal, 4)
+        self.transforms = Bounded(self._transform, MAX_TRANSFORMS)
+        self._states = Bounded(lambda data, run: stamp(data), _MAX_STATES)  # noqa: ARG005
+        self.full = False
+        """Was there ever too little room for data sets beside the one in use?"""
 
     def open(
         self,
@@ -100,19 +118,67 @@ class SiteSources:
         backbone: Backbone,
         classes: tuple[str, ...] | None,
         record: Record | None = None,
+        *,
+        run: str = "",
     ) -> SiteData:
         """Load, deal and split a site's samples. Raises DataError naming the site and the file.
 
-        A real site gives the `record` of the sides that its samples have, and of those that this run uses.
+        A real site gives the `record` of the sides that its samples have, and of those that this run uses. `run` is the
+        one of a simulation, whose files are looked at once.
         """
         with self._lock:
-            return self.opened(config, site, backbone, classes, record)
+            state = self._state(site.data or config.task.data, record, run)
+            own: SiteData = self.opened(config, site, backbone, classes, record, state)
+            self._make_room()
+            return own
+
+    def look(self, config: RunConfig, site: SiteSettings) -> Examples:
+        """Read a real site's source as the next run's roll call does, which then finds it read. Raises DataError."""
+        with self._lock:
+            assert site.data
+            state = self._state(site.data, None, "")
+            return self.loaded(state, *_wanted(config, site, site.data, None, site.name))
+
+    @property
+    def prepared_full(self) -> bool:
+        """Was there ever too little room for what was prepared?"""
+        return any(transform.rows.full for transform in self.transforms.values)
+
+    def limit(self, *, data_bytes: int, prepared_bytes: int) -> None:
+        """Other bounds from now on."""
+        with self._lock:
+            self._data_bytes, self._prepared_bytes = data_bytes, prepared_bytes
+            for transform in self.transforms.values:
+                transform.rows.max_bytes = prepared_bytes // MAX_TRANSFORMS
+            self._make_room()
 
     def forget(self) -> None:
         """Free all that is kept."""
         with self._lock:
-            for cached in (self.opened, self.loaded, self.dealt, self.transforms):
-                cached.cache_clear()
+            kept = (self.opened, self.loaded, self.dealt, self.transforms, self._states)
+            for cached in kept:
+                cached.clear()
+
+    def _state(self, data: str, record: Record | None, run: str) -> str:
+        """The state of a source's files: now, or as a simulation's first site found them."""
+        if data.startswith("hf:"):
+            return record.run if record else run
+        if record is not None or not run:
+            return stamp(data)
+        return self._states(data, run)
+
+    def _make_room(self) -> None:
+        """Let go of data sets beyond the bound, those of longest ago first and never the newest."""
+        newest = {id(own.examples.items) for own in self.opened.values[-1:]}
+        while self._held() > self._data_bytes and (
+            self.opened.drop(lambda own: id(own.examples.items) not in newest)
+            or self.loaded.drop(lambda one: id(one.items) not in newest)
+        ):
+            self.full = True
+
+    def _held(self) -> int:
+        examples = [own.examples for own in self.opened.values] + self.loaded.values
+        return sum({id(one.items): one.items.nbytes for one in examples}.values())
 
     def _open(
         self,
@@ -121,48 +187,80 @@ class SiteSources:
         backbone: Backbone,
         classes: tuple[str, ...] | None,
         record: Record | None,
+        state: str,
     ) -> SiteData:
         if record is not None and site.data is not None:
-            own = _open_own(config, site, site.data, classes, record)
+            own = self._open_own(config, site, site.data, classes, record, state)
             examples, train, test, everywhere = own.examples, own.train, own.test, own.test
-            notes = own.notes
+            notes, listing = own.notes, own.listing
         else:
-            examples = self._load_for(config, site, classes)
+            examples = self._load_for(config, site, classes, state)
             train, test, everywhere, without = self._split(config, site, examples)
-            notes = (*examples.notes, *without)
+            notes, listing = (*examples.notes, *without), ""
         if examples.kind != backbone.family.kind:
             raise DataError(
                 f"site {site.name!r}: {site.data or config.task.data} holds {examples.kind}s, backbone "
                 f"{backbone.name!r} reads {backbone.family.kind}s; change data or backbone"
             )
-        transform = self.transforms(
-            backbone, config.task.image_size, config.task.max_length, config.task.data
-        )
+        transform = self.transforms(backbone, config.task.image_size, config.task.max_length)
         named = replace(examples, site=site.name)
         notes = (*unfamiliar(backbone, named), *notes, *backbone.notes)
-        return SiteData(named, train, test, everywhere, transform, notes=notes)
+        # Sites of a simulation share the numbers of their source, whatever their names.
+        source = _wanted(config, site, site.data or config.task.data, None, listing and site.name)
+        identity = (
+            listing, state if not listing else "", source, examples.pixel_max, backbone.sha256,
+            config.task.image_size, config.task.max_length,
+        )  # fmt: skip
+        return SiteData(named, train, test, everywhere, transform, notes=notes, identity=identity)
 
     def _load_for(
-        self, config: RunConfig, site: SiteSettings, classes: tuple[str, ...] | None
+        self, config: RunConfig, site: SiteSettings, classes: tuple[str, ...] | None, state: str
     ) -> Examples:
-        rest = (
-            config.task.max_samples,
-            config.task.text_column,
-            config.task.label_column,
-            site.pixel_max or config.task.pixel_max,
-            config.task.broken_files == "leave-out",
-            config.task.target,
-        )
         if site.partition is None or site.data is not None:
-            examples = self.loaded(
-                site.data or config.task.data, site.name, site.classes or classes, *rest
-            )
+            data = site.data or config.task.data
+            wanted = _wanted(config, site, data, site.classes or classes, site.name)
+            examples = self.loaded(state, *wanted)
             return examples.with_classes(classes) if classes and site.classes else examples
         try:
-            return self.loaded(config.task.data, EVERY_SITE, classes, *rest)
+            wanted = _wanted(config, site, config.task.data, classes, EVERY_SITE)
+            return self.loaded(state, *wanted)
         except DataError as err:
             # Loaded once for all; the fault is told by the site that met it, as with data of its own.
             raise DataError(str(err).replace(repr(EVERY_SITE), repr(site.name), 1)) from err
+
+    def _open_own(
+        self,
+        config: RunConfig,
+        site: SiteSettings,
+        data: str,
+        classes: tuple[str, ...] | None,
+        record: Record,
+        state: str,
+    ) -> Own:
+        def read(
+            classes: tuple[str, ...] | None = None,
+            *,
+            listed: frozenset[str] | None = None,
+            pixel_max: float = 0.0,
+        ) -> Examples:
+            if listed is None:
+                wanted = _wanted(config, site, data, site.classes or classes, site.name)
+                return self.loaded(state, *wanted)
+            # What is on the list was of its classes; what has come since is not looked at.
+            wanted = _wanted(config, site, data, None, site.name)
+            told = {"max_samples": 0, "listed": listed}
+            if pixel_max:
+                told["pixel_max"] = pixel_max
+            return load_source(**wanted._asdict() | told)
+
+        return open_own(
+            read,
+            record,
+            source=_source(config.task, data),
+            fraction=config.task.test_fraction,
+            classes=classes,
+            declared=config.task.class_names is not None,
+        )
 
     def _split(
         self, config: RunConfig, site: SiteSettings, examples: Examples
@@ -191,42 +289,52 @@ class SiteSources:
             return shares.train, shares.everywhere, shares.everywhere, shares.notes
         return (*shares.splits[number], shares.everywhere, shares.notes)
 
+    def _transform(self, backbone: Backbone, image_size: int, max_length: int) -> CachedTransform:
+        inner: ImageTransform | TextTransform
+        if backbone.family.kind == "image":
+            inner = ImageTransform.from_backbone(backbone.path, image_size=image_size)
+        else:
+            inner = TextTransform.from_backbone(backbone.path, max_length)
+        return CachedTransform(inner, cache_bytes=self._prepared_bytes // MAX_TRANSFORMS)
 
-def _open_own(
+
+class _Wanted(NamedTuple):
+    """Arguments of `load_source`."""
+
+    spec: str
+    site: str
+    classes: tuple[str, ...] | None
+    max_samples: int
+    text_column: str
+    label_column: str
+    pixel_max: float
+    leave_out_broken: bool
+    target: Target
+
+
+def _wanted(
     config: RunConfig,
     site: SiteSettings,
     data: str,
     classes: tuple[str, ...] | None,
-    record: Record,
-) -> Own:
-    def read(
-        classes: tuple[str, ...] | None = None,
-        *,
-        listed: frozenset[str] | None = None,
-        pixel_max: float = 0.0,
-    ) -> Examples:
-        return load_source(
-            data,
-            site=site.name,
-            # What is on the list was of these classes; what has come since is not looked at.
-            classes=(site.classes or classes) if listed is None else None,
-            max_samples=config.task.max_samples if listed is None else 0,
-            text_column=config.task.text_column,
-            label_column=config.task.label_column,
-            pixel_max=pixel_max or site.pixel_max or config.task.pixel_max,
-            leave_out_broken=config.task.broken_files == "leave-out",
-            target=config.task.target,
-            listed=listed,
-        )
-
-    return open_own(
-        read,
-        record,
-        source=_source(config.task, data),
-        fraction=config.task.test_fraction,
-        classes=classes,
-        declared=config.task.class_names is not None,
+    name: str,
+) -> _Wanted:
+    return _Wanted(
+        data,
+        name,
+        classes,
+        config.task.max_samples,
+        config.task.text_column,
+        config.task.label_column,
+        site.pixel_max or config.task.pixel_max,
+        config.task.broken_files == "leave-out",
+        config.task.target,
     )
+
+
+def _load(state: str, *wanted: Any) -> Examples:
+    del state
+    return load_source(**_Wanted(*wanted)._asdict())
 
 
 def _source(task: TaskSection, data: str) -> str:
@@ -242,30 +350,6 @@ def with_text_notes(own: SiteData) -> SiteData:
         return own
     notes = text_notes(text_facts(own.examples, inner), len(own.examples))
     return replace(own, notes=(*own.notes, *notes))
-
-
-def _load(
-    spec: str,
-    name: str,
-    classes: tuple[str, ...] | None,
-    max_samples: int,
-    text_column: str,
-    label_column: str,
-    pixel_max: float,
-    leave_out_broken: bool,
-    target: Target,
-) -> Examples:
-    return load_source(
-        spec,
-        site=name,
-        classes=classes,
-        max_samples=max_samples,
-        text_column=text_column,
-        label_column=label_column,
-        pixel_max=pixel_max,
-        leave_out_broken=leave_out_broken,
-        target=target,
-    )
 
 
 def _deal(
@@ -293,14 +377,3 @@ def _deal(
     used = examples.subset(np.sort(np.concatenate(dealt)))
     tests = np.flatnonzero(np.isin(used.keys, examples.keys[everywhere]))
     return _Shares(tuple(splits), everywhere, tuple(without_test(used, tests)))
-
-
-def _transform(
-    backbone: Backbone,
-    image_size: int,
-    max_length: int,
-    source: str,  # noqa: ARG001
-) -> CachedTransform:
-    if backbone.family.kind == "image":
-        return CachedTransform(ImageTransform.from_backbone(backbone.path, image_size=image_size))
-    return CachedTransform(TextTransform.from_backbone(backbone.path, max_length))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from fedsplit.core.cut import Cut
+from fedsplit.core.errors import BackboneError
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.part import Part
@@ -142,6 +145,64 @@ def test_backbones_are_bounded(tiny: dict[str, Path]) -> None:
     weights = [pool.frozen(backbone) for backbone in backbones]
     assert pool.frozen(backbones[-1]) is weights[-1]
     assert pool.frozen(backbones[-1 - MAX_BACKBONES]) is not weights[-1 - MAX_BACKBONES]
+
+
+def test_one_digest_is_one_backbone_wherever_it_lies(vit: Backbone, tmp_path: Path) -> None:
+    """Another run, task or folder reuses what is loaded; weights that were replaced in place do not."""
+    pool, bare = PartPool(), SPECS["classifier"]
+    with pool.borrowed(vit, HERE, bare) as part:
+        first = part
+    copy = Path(shutil.copytree(vit.path, tmp_path / "copy"))
+    with pool.borrowed(Backbone.find(str(copy)), HERE, bare) as part:
+        assert part is first
+    assert pool.loads == 1
+    altered(copy)
+    other = Backbone.find(str(copy))
+    with pool.borrowed(other, HERE, bare) as part:
+        assert part is not first
+    assert pool.loads == 2
+    made_anew = device_part(other, HERE, bare).model.state_dict()
+    torch.testing.assert_close(part.model.state_dict(), made_anew, rtol=0, atol=0)
+
+
+def altered(folder: Path) -> None:
+    """Change a weight in place: the same size, the same time of change."""
+    file = folder / "model.safetensors"
+    info = file.stat()
+    with file.open("r+b") as raw:
+        raw.seek(-2, os.SEEK_END)
+        last = raw.read(1)[0]
+        raw.seek(-2, os.SEEK_END)
+        raw.write(bytes([last ^ 0x40]))
+    os.utime(file, ns=(info.st_atime_ns, info.st_mtime_ns))
+
+
+def test_weights_that_are_replaced_while_a_part_is_built(vit: Backbone, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(vit.path, tmp_path / "copy"))
+    pool, backbone = PartPool(), Backbone.find(str(copy))
+    weights = pool.frozen(backbone)
+    altered(copy)
+    with pytest.raises(BackboneError, match="were replaced while a run uses them"):
+        device_part(backbone, HERE, LORA, weights=weights)
+    assert not weights.names
+
+
+def test_weights_that_no_part_uses_are_bounded(vit: Backbone, tiny: dict[str, Path]) -> None:
+    pool = PartPool(max_idle=1, max_idle_bytes=2000)
+    bare = SPECS["classifier"]
+    with pool.borrowed(vit, HERE, bare):
+        pass
+    with pool.borrowed(vit, Cut(0, 4), bare) as part:
+        held = {p.data_ptr() for p in part.model.parameters() if not p.is_meta}
+    weights = pool.frozen(vit)
+    # Those of the blocks went with the part of the cut before.
+    assert weights.nbytes() > 0
+    assert weights.nbytes(but=held) == 0
+    assert pool.full
+    with pool.borrowed(Backbone.find(str(tiny["deit"])), HERE, bare):
+        pass
+    assert pool.frozen(vit) is not weights
+    assert pool.loads == 2
 
 
 def test_after_an_error_a_part_is_not_used_again(vit: Backbone) -> None:

@@ -7,7 +7,7 @@ import sys
 
 from fedsplit.core.config import RunConfig
 from fedsplit.model.backbone import Backbone
-from fedsplit.site.kept import MAX_RUNS, Kept
+from fedsplit.site.kept import Kept
 from fedsplit.site.runtime import SiteRuntime
 from fedsplit.training.site_settings import SiteSettings
 
@@ -23,16 +23,7 @@ def test_two_runtimes_share_nothing() -> None:
     assert opened(one, 0) is opened(one, 1)
     assert opened(one, 0) is not opened(other, 0)
     assert one.parts is not other.parts
-    assert one.activations("run") is one.activations("run")
-    assert one.activations("run") is not other.activations("run")
-
-
-def test_activations_of_old_runs_are_let_go() -> None:
-    kept = Kept()
-    first = kept.activations("0")
-    for run in range(1, MAX_RUNS + 1):
-        kept.activations(str(run))
-    assert kept.activations("0") is not first
+    assert one.activations is not other.activations
 
 
 def test_a_site_needs_no_flower() -> None:

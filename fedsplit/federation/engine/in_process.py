@@ -66,6 +66,8 @@ class InProcessGrid(Closing, Grid):
 
             self._pool = ThreadPoolExecutor(workers, "site", initializer=start)
         self._closed = False
+        # Another one for each run, as Flower gives them: sites tell runs apart by it.
+        self._run_id = uuid.uuid4().int & (2**63 - 1) or 1
         # What Flower's own engines set before they call an app.
         self._before = (TaskIdentity._run_id, TaskIdentity._task_id, TaskIdentity._node_id)
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, 0
@@ -163,7 +165,11 @@ class InProcessGrid(Closing, Grid):
         if node not in self.nodes:
             return lost(message)
         context = Context(
-            run_id=1, node_id=node, node_config=self.nodes[node], state=RecordDict(), run_config={}
+            run_id=self._run_id,
+            node_id=node,
+            node_config=self.nodes[node],
+            state=RecordDict(),
+            run_config={},
         )
         try:
             return self._answer(message, context)

@@ -7,7 +7,7 @@ the calls that need them, because a device starts a new process every round.
 from fedsplit.training.data.examples import Examples
 from fedsplit.training.data.loader import CachedTransform, batches
 from fedsplit.training.data.partition import Partition, parse_partition, partition
-from fedsplit.training.data.source import SOURCES, load_source
+from fedsplit.training.data.source import SOURCES, load_source, stamp
 from fedsplit.training.data.split import train_test_split
 from fedsplit.training.data.transform import Batch, ImageTransform, TextTransform, Transform
 
@@ -24,5 +24,6 @@ __all__ = [
     "load_source",
     "parse_partition",
     "partition",
+    "stamp",
     "train_test_split",
 ]

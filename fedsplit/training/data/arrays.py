@@ -67,6 +67,11 @@ class ArrayItems:
         """Of the values as the file has them."""
         return digest_of(self.array[i].tobytes())
 
+    @property
+    def nbytes(self) -> int:
+        """Of the array."""
+        return int(self.array.nbytes)
+
 
 def read_digits(request: Request) -> Examples:
     """Read `digits`: 1,797 scans of handwritten digits, 8x8, values 0 .. 16, part of scikit-learn."""

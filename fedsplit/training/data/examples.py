@@ -6,6 +6,7 @@ in one place. The loader and the round read `Examples`; nothing here knows file 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -43,6 +44,11 @@ class Items(Protocol):
 
     def digest(self, i: int) -> int:
         """`digest_of` what sample `i` is made of, without its label: equal samples have equal ones."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the samples take, about."""
         ...
 
 
@@ -131,7 +137,11 @@ class Examples:
         return replace(self, items=items, pixel_max=pixel_max, notes=told)
 
     def digests(self) -> Digests:
-        """[N] uint64, of what the samples are made of. Reads them all. Raises DataError."""
+        """[N] uint64, of what the samples are made of. Reads them all, once. Raises DataError."""
+        return self._digests.copy()
+
+    @functools.cached_property
+    def _digests(self) -> Digests:
         found = (self.items.digest(int(key)) for key in self.keys)
         return np.fromiter(found, dtype=np.uint64, count=len(self.keys))
 

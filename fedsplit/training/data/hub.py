@@ -89,6 +89,11 @@ class HubItems:
         value = self.get(i)
         return digest_of(value.encode() if isinstance(value, str) else value.tobytes())
 
+    @property
+    def nbytes(self) -> int:
+        """Rows are read from disk one by one."""
+        return 0
+
 
 def read_hub(name: str, request: Request) -> Examples:
     """Read `hf:NAME`. Raises DataError when the hub cannot be reached or has no such data set."""

@@ -5,8 +5,10 @@ Which files they are is folder.py's; what their pixels mean is pixels.py's.
 
 from __future__ import annotations
 
+import functools
 import logging
 import struct
+import sys
 import time
 import zlib
 from collections.abc import Sequence
@@ -93,6 +95,11 @@ class ImageFiles:
             return digest_of(path.read_bytes())
         except OSError as err:
             raise self._broken(str(path), err) from err
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Of the paths."""
+        return sum(map(sys.getsizeof, self.paths))
 
     def look(self, i: int) -> Seen:
         """Decode file `i` and say what it is like."""

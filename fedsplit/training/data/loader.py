@@ -6,17 +6,18 @@ decoding, resizing, tokenising, is kept by `CachedTransform`, the same object ov
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from fedsplit.core.errors import ConfigError
-from fedsplit.training.data.examples import Examples, Items
+from fedsplit.training.data.examples import Examples
 from fedsplit.training.data.transform import Batch, Prepared, Transform, collate
+from fedsplit.training.row_cache import RowCache
 
 CACHE_BYTES = 256 * 2**20
 
@@ -47,32 +48,24 @@ def batches(
 class CachedTransform:
     """A transform that keeps what it prepared, up to `cache_bytes`; then the rest is prepared each time.
 
-    Nothing is evicted: epochs visit every sample once, so the oldest entry is as good as the newest. Texts
-    and images come out equal to the bare transform's. Safe to use from several threads.
+    What was prepared of a source goes with it, or when another one wants the room. Texts and images come out equal to
+    the bare transform's. Safe to use from several threads.
     """
 
     def __init__(self, transform: Transform, *, cache_bytes: int = CACHE_BYTES) -> None:
         self.inner = transform
-        self._room = cache_bytes
-        self._kept: dict[tuple[Items, int], Prepared] = {}
-        self._lock = threading.Lock()
+        self.rows = RowCache(cache_bytes, places=WeakKeyDictionary())
 
     def prepare(self, examples: Examples, indices: Sequence[int]) -> list[Prepared]:
         """As the inner transform, from memory where possible."""
-        names = [(examples.items, int(examples.keys[i])) for i in indices]
-        found = [self._kept.get(name) for name in names]
+        keys = [int(examples.keys[i]) for i in indices]
+        found = self.rows.find(examples.items, keys)
         missing = [at for at, value in enumerate(found) if value is None]
         fresh = self.inner.prepare(examples, [indices[at] for at in missing])
         for at, value in zip(missing, fresh, strict=True):
             found[at] = value
-            self._keep(names[at], value)
+        self.rows.keep(examples.items, [keys[at] for at in missing], fresh)
         return [value for value in found if value is not None]
-
-    def _keep(self, name: tuple[Items, int], value: Prepared) -> None:
-        with self._lock:
-            if name not in self._kept and value.nbytes <= self._room:
-                self._kept[name] = value
-                self._room -= value.nbytes
 
     def assemble(self, prepared: Sequence[Prepared]) -> tuple[dict[str, torch.Tensor], Any]:
         """As the inner transform."""

@@ -5,7 +5,9 @@ The readers live in folder.py, tables.py, arrays.py and hub.py; this file only c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from fedsplit.core.errors import ConfigError
@@ -82,6 +84,37 @@ def load_source(
     if not path.is_file():
         raise request.fault(path, f"not a file; {name}: reads one file, folder: reads a folder")
     return _FILES[name](path, request)
+
+
+def stamp(spec: str) -> str:
+    """What changes when a file of a source does, or comes or goes: a key for what was read of it. Reads no file.
+
+    Empty where nothing on this machine can be looked at: `digits`, the hub.
+    """
+    name, _, argument = spec.partition(":")
+    if name not in {*_FILES, "folder"} or "\0" in argument:
+        return ""
+    path = Path(argument).expanduser().absolute()
+    found = hashlib.blake2b(digest_size=16)
+    for place in sorted(_files(path)) if name == "folder" else [str(path)]:
+        try:
+            info = Path(place).stat()
+        except OSError as err:
+            told = f"{err.errno}"
+        else:
+            # The last two are not to be set at will: a file of the same size may be given the old time of change.
+            told = f"{info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}"
+        found.update(f"{place}\0{told}\n".encode(errors="surrogateescape"))
+    return found.hexdigest()
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Folders and files, also those of a class whose folder is a link."""
+    links = [str(p) for p in folder.glob("*") if p.is_symlink() and p.is_dir()]
+    for top in (str(folder), *links):
+        for at, _, names in os.walk(top):
+            yield at
+            yield from (f"{at}{os.sep}{name}" for name in names)
 
 
 def _meant(spec: str) -> str:

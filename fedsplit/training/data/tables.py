@@ -8,9 +8,11 @@ declared column name, and whose label comes again below, has no header and is re
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +45,11 @@ class TextItems:
     def digest(self, i: int) -> int:
         """Of the text."""
         return digest_of(self.texts[i].encode())
+
+    @functools.cached_property
+    def nbytes(self) -> int:
+        """Of the texts."""
+        return sum(map(sys.getsizeof, self.texts))
 
 
 class Table:

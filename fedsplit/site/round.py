@@ -50,7 +50,7 @@ class SiteRound(SiteWork):
     loads_before: int = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "loads_before", getattr(self.kept.parts, "loads", 0))
+        object.__setattr__(self, "loads_before", self.kept.parts.loads)
 
     def carry_out(self, incoming: Incoming) -> Outgoing:
         """Do what the order says. Raises FedsplitError."""
@@ -198,7 +198,7 @@ class SiteRound(SiteWork):
             peak_rss_bytes=peak_rss_bytes(),
             flops_device=flops,
             process=self.kept.process,
-            backbone_loads=getattr(self.kept.parts, "loads", 0) - self.loads_before,
+            backbone_loads=self.kept.parts.loads - self.loads_before,
         )
 
 

@@ -55,6 +55,10 @@ def serve(
         Path | None,
         typer.Option(metavar="JSON", help="Names and serial numbers that are not let in."),
     ] = None,
+    stats_file: Annotated[
+        Path | None,
+        typer.Option(metavar="JSON", help="Write counters there every two seconds."),
+    ] = None,
     allow_insecure: Annotated[
         bool, typer.Option("--allow-insecure", help="Serve without TLS beyond loopback.")
     ] = False,
@@ -103,7 +107,7 @@ def serve(
     serve_encoder(
         backbone=backbone, bind=bind, secret_file=secret_file, tls_cert=tls_cert, tls_key=tls_key,
         tls_client_ca=tls_client_ca, allow_insecure=allow_insecure,
-        proxy_secret_file=proxy_secret_file, revoked_file=revoked_file, on_ready=ready,
+        proxy_secret_file=proxy_secret_file, revoked_file=revoked_file, stats_file=stats_file, on_ready=ready,
     )  # fmt: skip
 
 

@@ -79,9 +79,10 @@ def _head(now: Any) -> Any:
         + (f" (started again {now.restarts[name]} times)" if now.restarts.get(name) else "")
         for name, state in now.services.items()
     )
+    sessions = f"  ({now.encoder.live_sessions} streams)" if now.encoder is not None else ""
     good = all(state == "up" for state in now.services.values())
     return Text.assemble(
-        (f"{now.address}  up", "bold green" if good else "bold yellow"), f"\n{services}"
+        (f"{now.address}  up", "bold green" if good else "bold yellow"), f"\n{services}{sessions}",
     )
 
 

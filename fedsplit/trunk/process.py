@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import secrets
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
+
 from fedsplit.core.config import RunConfig
+from fedsplit.core.whole_files import write_whole
 from fedsplit.model.backbone import Backbone
 from fedsplit.transport.keys import read_key, read_proxy_secret
 from fedsplit.transport.server import EncoderServer
 from fedsplit.transport.wiring import ServerTls
 from fedsplit.trunk.host import BackboneHost
+
+STATS_EVERY_S = 2.0
 
 
 @contextmanager
@@ -50,9 +58,13 @@ def serve_encoder(
     allow_insecure: bool = False,
     proxy_secret_file: Path | None = None,
     revoked_file: Path | None = None,
+    stats_file: Path | None = None,
     on_ready: Callable[[str], None],
 ) -> None:
-    """Serve until SIGTERM or Ctrl-C. `on_ready` gets the address once sites may dial."""
+    """Serve until SIGTERM or Ctrl-C. `on_ready` gets the address once sites may dial.
+
+    `stats_file` is rewritten every few seconds with what the server counts, JSON.
+    """
     key = read_key(secret_file)
     proxy_secret = read_proxy_secret(proxy_secret_file) if proxy_secret_file else b""
     host = BackboneHost(Backbone.find(backbone))
@@ -67,6 +79,16 @@ def serve_encoder(
         revoked_file=revoked_file,
     ) as server:  # fmt: skip
         on_ready(server.address)
+        due = 0.0
         # A wait without a time-out cannot be interrupted on Windows.
         while not stop.wait(0.5):
-            pass
+            if stats_file is not None and time.monotonic() >= due:
+                due = time.monotonic() + STATS_EVERY_S
+                _write_stats(stats_file, server)
+
+
+def _write_stats(path: Path, server: EncoderServer) -> None:
+    """Counters for whoever watches. They must cost the service nothing, least of all its life where the disk is full."""
+    numbers = server.stats().model_dump() | {"rss_bytes": psutil.Process().memory_info().rss}
+    with contextlib.suppress(OSError):
+        write_whole(path, json.dumps(numbers) + "\n")

@@ -220,5 +220,10 @@ class FederationFolder:
         return self.present / "revoked.json"
 
     @property
+    def encoder_stats(self) -> Path:
+        """What the encoder counts, rewritten every few seconds."""
+        return self.present / "encoder.json"
+
+    @property
     def nginx_conf(self) -> Path:
         return self.present / "nginx.conf"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from fedsplit.plant.server.status import FederationStatus, RunStatus, SiteStatus
@@ -66,6 +66,39 @@ class _Collected(Collector):
             ["site", "state"],
             [([s.name, s.state], 1) for s in now.sites],
         )
+        if (encoder := now.encoder) is not None:
+            yield GaugeMetricFamily(
+                "fedsplit_encoder_sessions", "Live sessions", value=encoder.live_sessions
+            )
+            yield GaugeMetricFamily(
+                "fedsplit_encoder_kept_bytes",
+                "Bytes of graphs that wait for gradients",
+                value=encoder.kept_bytes,
+            )
+            yield GaugeMetricFamily(
+                "fedsplit_encoder_memory_bytes",
+                "Resident memory of the encoder",
+                value=encoder.rss_bytes,
+            )
+            yield CounterMetricFamily(
+                "fedsplit_encoder_sessions_opened",
+                "Sessions since its start",
+                value=encoder.sessions,
+            )
+            yield CounterMetricFamily(
+                "fedsplit_encoder_steps", "Forward steps since its start", value=encoder.encoded
+            )
+            yield CounterMetricFamily(
+                "fedsplit_encoder_gradients",
+                "Backward steps since its start",
+                value=encoder.backpropped,
+            )
+            refused = CounterMetricFamily(
+                "fedsplit_encoder_refused", "Calls that were refused, by reason", labels=["reason"]
+            )
+            for reason, count in encoder.refused.items():
+                refused.add_metric([reason], count)
+            yield refused
         for name, what, value in _PER_SITE:
             yield _gauge(f"site_{name}", what, ["site"], [([s.name], value(s)) for s in now.sites])
         if now.run is not None:

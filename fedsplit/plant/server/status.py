@@ -82,6 +82,20 @@ class RunStatus(_Shown):
     """Sites that missed a round."""
 
 
+class EncoderStatus(_Shown):
+    """What the encoder counts since its start, and what is live."""
+
+    live_sessions: int = 0
+    kept_bytes: int = 0
+    """Graphs that wait for their gradients."""
+    sessions: int = 0
+    encoded: int = 0
+    backpropped: int = 0
+    published: int = 0
+    refused: dict[str, int] = {}
+    rss_bytes: int = 0
+
+
 class FederationStatus(_Shown):
     """All of it."""
 
@@ -92,6 +106,8 @@ class FederationStatus(_Shown):
     services: dict[str, str] = {}
     """Service -> up, starting or down."""
     restarts: dict[str, int] = {}
+    encoder: EncoderStatus | None = None
+    """None where it is not up."""
     sites: tuple[SiteStatus, ...] = ()
     run: RunStatus | None = None
     """The one that goes on."""
@@ -122,6 +138,7 @@ def federation_status(folder: FederationFolder) -> FederationStatus:
         message=why,
         services={name: str(one.get("state")) for name, one in services.items()},
         restarts={name: int(str(one.get("restarts") or 0)) for name, one in services.items()},
+        encoder=_encoder(folder) if services.get("encoder", {}).get("state") == "up" else None,
         sites=tuple(_site(row, run, metrics) for row in rows),
         run=run,
         ended=tuple(
@@ -137,6 +154,13 @@ def _services(folder: FederationFolder) -> dict[str, dict[str, object]]:
         return {str(name): dict(one) for name, one in found.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return {}
+
+
+def _encoder(folder: FederationFolder) -> EncoderStatus | None:
+    try:
+        return EncoderStatus.model_validate(read_json(folder.encoder_stats, limit=1 << 20))
+    except (OSError, ValueError):
+        return None
 
 
 def _run_folders(folder: FederationFolder) -> list[Path]:

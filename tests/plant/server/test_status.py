@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -32,6 +33,7 @@ from fedsplit.plant.wire import Report
 from tests.plant.server.conftest import CA
 from tests.report.samples import metrics, summary
 
+ROOT = Path(__file__).parents[3]
 SITES = {
     "line-a": "idle",
     "line-b": "working",
@@ -56,6 +58,11 @@ def plant(folder: FederationFolder) -> Iterator[FederationFolder]:
         json.dumps({"pid": os.getpid(), "services": services}), encoding="utf-8"
     )
     clock = {"now": time.time() - 3600}
+    folder.encoder_stats.write_text(
+        '{"live_sessions": 2, "kept_steps": 1, "kept_bytes": 9, "sessions": 7, "encoded": 40, "backpropped": 30, '
+        '"probed": 0, "scored": 0, "published": 3, "refused": {"token": 4}, "rss_bytes": 500000000}',
+        encoding="utf-8",
+    )
     with Registry(folder, now=lambda: clock["now"]) as registry:
         for number, name in enumerate(SITES):
             code = registry.add_site(name, 24)
@@ -162,10 +169,29 @@ def test_metrics_name_services_sites_and_runs(plant: FederationFolder) -> None:
         'fedsplit_service_restarts{service="encoder"} 2.0',
         'fedsplit_site_state{site="line-c",state="sleeping"} 1.0',
         'fedsplit_site_memory_bytes{site="line-a"} 3e+08',
+        "fedsplit_encoder_sessions 2.0",
+        "fedsplit_encoder_steps_total 40.0",
+        'fedsplit_encoder_refused_total{reason="token"} 4.0',
         'fedsplit_run_replied{run="inspection-3"} 2.0',
         'fedsplit_run_ended{outcome="failed",run="inspection-2"} 1.0',
     ):
         assert line in body.splitlines()
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are(plant: FederationFolder) -> None:
+    text = (ROOT / "deploy/grafana/fedsplit.json").read_text(encoding="utf-8")
+    board = json.loads(text)
+    asked = {
+        m
+        for p in board["panels"]
+        for t in p["targets"]
+        for m in re.findall(r"fedsplit_\w+", t["expr"])
+    }
+    given = set(
+        re.findall(r"^(fedsplit_\w+)", exposition(federation_status(plant))[0].decode(), re.M)
+    )
+    assert len(asked) > 20
+    assert asked <= given
 
 
 def test_the_state_is_read_once_however_many_look(plant: FederationFolder) -> None:

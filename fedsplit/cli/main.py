@@ -19,6 +19,7 @@ from fedsplit import __version__
 from fedsplit.cli import (
     data,
     demo,
+    doctor,
     experiment,
     federation,
     run,
@@ -53,6 +54,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("run")(run.run)
 app.command("data")(data.data)
+app.command("doctor")(doctor.doctor)
 app.command("status")(status.status)
 app.command("experiment")(experiment.experiment)
 app.add_typer(serve_encoder.app, name="encoder")

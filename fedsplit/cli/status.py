@@ -82,7 +82,8 @@ def _head(now: Any) -> Any:
     sessions = f"  ({now.encoder.live_sessions} streams)" if now.encoder is not None else ""
     good = all(state == "up" for state in now.services.values())
     return Text.assemble(
-        (f"{now.address}  up", "bold green" if good else "bold yellow"), f"\n{services}{sessions}",
+        (f"{now.address}  up", "bold green" if good else "bold yellow"),
+        f"\n{services}{sessions}",
     )
 
 

@@ -24,10 +24,11 @@ from fedsplit.cli.status import LIGHTS, view
 from fedsplit.core.records import Status
 from fedsplit.federation.server.books.run_dir import RunDir
 from fedsplit.plant import pki
+from fedsplit.plant.server.admission import Admission, Keys
 from fedsplit.plant.server.folder import FederationFolder
 from fedsplit.plant.server.metrics import exposition
 from fedsplit.plant.server.page import Watcher, page_router
-from fedsplit.plant.server.registry import Keys, Registry
+from fedsplit.plant.server.registry import Registry
 from fedsplit.plant.server.status import FederationStatus, federation_status
 from fedsplit.plant.wire import Report
 from tests.plant.server.conftest import CA
@@ -67,7 +68,7 @@ def plant(folder: FederationFolder) -> Iterator[FederationFolder]:
         for number, name in enumerate(SITES):
             code = registry.add_site(name, 24)
             if SITES[name] != "invited":
-                registry.redeem(
+                Admission(registry).redeem(
                     code.id, code.secret, Keys(f"{number:064x}", f"key {number}"), _signed
                 )
                 registry.seen(

@@ -117,6 +117,10 @@ class Control:
             self.reports.append(told)
             return ReportAnswer(standing=self.standing, server_time=time.time())
 
+        @app.get(paths.MANIFEST, response_model=None)
+        def manifest() -> JSONResponse:
+            return refused() or JSONResponse({"format": 1, "room": "x" * 100_000})
+
         return app
 
     def certificate(self, csr: str) -> str:

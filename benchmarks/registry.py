@@ -56,6 +56,7 @@ BENCHMARKS = (
     Benchmark(
         name="wire-overhead", wanted=Target(bound=1.01, at_least=False), tells_progress=False
     ),
+    Benchmark(name="through-proxy", wanted=Target(bound=0.5)),
     Benchmark(name="stream-vs-messages", wanted=Target(bound=100)),
 )
 

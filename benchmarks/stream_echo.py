@@ -21,7 +21,7 @@ import numpy as np
 
 import fedsplit
 from fedsplit.core.encoder import Array, Capabilities, Encoder, Grant, Mask, Want
-from fedsplit.transport.client import StreamEncoder
+from fedsplit.transport.client import ClientTls, StreamEncoder
 from fedsplit.transport.server import EncoderServer
 from fedsplit.transport.tokens import sign
 
@@ -130,12 +130,12 @@ def bare_rate(address: str, steps: int) -> float:
         return steps / (time.perf_counter() - started)
 
 
-def stream_rate(address: str, steps: int) -> float:
+def stream_rate(address: str, steps: int, tls: ClientTls | None = None) -> float:
     """Encodes a second through StreamEncoder, from as many threads as may be in flight."""
     h_BTD = np.random.default_rng(0).standard_normal(SHAPE, dtype=np.float32)
     token = sign(grant(), KEY, 600)
     with (
-        StreamEncoder(address, token, grant(), max_in_flight=IN_FLIGHT) as stream,
+        StreamEncoder(address, token, grant(), tls=tls, max_in_flight=IN_FLIGHT) as stream,
         ThreadPoolExecutor(IN_FLIGHT) as pool,
     ):
         stream.encode(0, h_BTD)

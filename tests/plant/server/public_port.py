@@ -20,6 +20,7 @@ from typing import Any
 import httpx
 import pytest
 
+from fedsplit.core.proxied import bare_serial
 from fedsplit.plant import paths, pki
 from fedsplit.plant.server import nginx
 from fedsplit.plant.server.folder import FederationFolder
@@ -104,7 +105,7 @@ class Service:
         body = request.rfile.read(size)
         headers = {k.lower(): v for k, v in request.headers.items()}
         self.seen.append((request.command, request.path, headers, len(body)))
-        reason = self.refuses.get(headers.get(paths.SERIAL_HEADER, ""))
+        reason = self.refuses.get(bare_serial(headers.get(paths.SERIAL_HEADER, "")))
         refused = request.path == paths.AUTHORISE and reason is not None
         request.send_response(403 if refused else 200)
         if refused and reason:

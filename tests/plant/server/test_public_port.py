@@ -17,6 +17,7 @@ from flwr.supercore.routers.runtime.responses import router as responses
 from flwr.superlink.routers.control.router import router as control
 from flwr.superlink.routers.fleet.router import router as fleet
 
+from fedsplit.core.proxied import bare_serial
 from fedsplit.plant import paths, pki
 from fedsplit.transport.wiring import COLLECT, PUBLISH
 from tests.plant.server.public_port import (
@@ -211,7 +212,7 @@ def test_the_services_are_told_who_calls_and_not_what_the_caller_says(
         for headers in told:
             assert headers[paths.PROXY_HEADER] == SECRET
             assert headers.get(paths.SITE_HEADER, "") == name
-            assert headers.get(paths.SERIAL_HEADER, "") == serial
+            assert bare_serial(headers.get(paths.SERIAL_HEADER, "")) == serial
             assert headers["x-real-ip"] == "127.0.0.1"
             assert "line-2" not in headers.values()
         # Flower is told none of it, and least of all the secret.

@@ -14,9 +14,9 @@ from fedsplit.training.activation_cache import ActivationCache
 from fedsplit.training.flops import DeviceFlops
 from fedsplit.training.site_data import SiteSources
 
-MIB = 2**20
+MB = 10**6
 # Of a machine that has more, for there may be several processes on it.
-MOST_BYTES = 2560 * MIB
+MOST_BYTES = 2500 * MB
 # Idle parts, weights that no part uses, activations, prepared samples, samples.
 _SHARES = 5
 
@@ -66,7 +66,7 @@ class Kept:
         new = {what for what, is_full in full.items() if is_full} - self._told
         self._told |= new
         return [
-            f"this process has no more room than {self.share_bytes // MIB} MiB for {what}; memory-mib={self.memory_bytes // MIB} "
+            f"this process has no more room than {self.share_bytes // MB} MB for {what}; memory-mb={self.memory_bytes // MB} "
             f"is what it may keep in all"
             for what in sorted(new)
         ]

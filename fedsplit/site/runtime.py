@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from dataclasses import dataclass, field
@@ -22,9 +23,10 @@ from fedsplit.model.backbone import Backbone
 from fedsplit.model.store import BackboneStore
 from fedsplit.model.threads import limit_threads
 from fedsplit.site import state
-from fedsplit.site.kept import MIB, Kept
+from fedsplit.site.kept import MB, Kept
 from fedsplit.site.round import SiteRound
 from fedsplit.site.time_limit import TimeLimit
+from fedsplit.site.warming import warm
 from fedsplit.training.data.sides import Record
 from fedsplit.training.dial import Dial, dial_stream
 from fedsplit.training.site_data import SiteData, with_text_notes
@@ -60,7 +62,7 @@ class SiteRuntime:
         if site is None:
             return _not_held(whole, order, config)
         limit_threads(site.threads)
-        self.kept.limit(site.memory_mib * MIB)
+        self.kept.limit(site.memory_mb * MB)
         try:
             return self._carry_out(whole, site, order, config, incoming, limit, run_id)
         finally:
@@ -95,6 +97,14 @@ class SiteRuntime:
             order, config, site, backbone, own, self.dial, self.kept, f"{run_id}", limit
         )
         return work.carry_out(incoming)
+
+    def warm(self, site: SiteSettings, *, backbone: str = "", sha256: str = "") -> None:
+        """Load what the site's first order will want, as far as it is known; the log says what was not, and why.
+
+        `backbone`: a directory or name; `sha256`: its digest in the site's `backbone-dir`. Never raises.
+        """
+        find = functools.partial(self._backbone, site, sha256, backbone)
+        warm(self.kept, site, find if backbone or sha256 else None, log=self.log)
 
     def _backbone(self, site: SiteSettings, sha256: str, name: str) -> Backbone:
         """The run's backbone: by its digest in the site's own folder, then by the name that the run has for it."""

@@ -132,6 +132,11 @@ class SiteSources:
             self._make_room()
             return own
 
+    def transform(self, config: RunConfig, backbone: Backbone) -> CachedTransform:
+        """What prepares samples for this backbone. Raises BackboneError."""
+        with self._lock:
+            return self.transforms(backbone, config.task.image_size, config.task.max_length)
+
     def look(self, config: RunConfig, site: SiteSettings) -> Examples:
         """Read a real site's source as the next run's roll call does, which then finds it read. Raises DataError."""
         with self._lock:

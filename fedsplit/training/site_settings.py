@@ -31,7 +31,7 @@ NODE_KEYS = (
     "encoder-tls-cert",
     "encoder-tls-key",
     "threads",
-    "memory-mib",
+    "memory-mb",
     "lora-rank",
     "state-dir",
 )
@@ -71,8 +71,8 @@ class SiteSettings:
     """HOST:PORT at which this site reaches the encoder; empty: the run's."""
     backbone_dir: str = ""
     """Folder of backbones by digest, looked into before the run's own name of one; empty: none."""
-    memory_mib: int = 0
-    """MiB that the site's process may keep between orders; 0: half of what was free when it started."""
+    memory_mb: int = 0
+    """Megabytes that the site's process may keep between orders; 0: half of what was free when it started."""
 
     @classmethod
     def from_node(cls, node: NodeConfig, *, node_id: int) -> SiteSettings:
@@ -94,9 +94,9 @@ class SiteSettings:
         threads = node.get("threads", 0)
         if not isinstance(threads, int) or threads < 0:
             faults.append(f"threads={threads!r} is not a number of threads")
-        memory = node.get("memory-mib", 0)
+        memory = node.get("memory-mb", 0)
         if not isinstance(memory, int) or not 0 <= memory <= 2**30:
-            faults.append(f"memory-mib={memory!r} is not a number of MiB")
+            faults.append(f"memory-mb={memory!r} is not a number of megabytes")
         rank = node.get("lora-rank", 0)
         if not isinstance(rank, int) or not 0 <= rank <= MAX_LORA_RANK:
             faults.append(f"lora-rank={rank!r} is not a rank in 0..{MAX_LORA_RANK}")
@@ -146,7 +146,7 @@ class SiteSettings:
             classes=parse_classes(str(node.get("classes", ""))),
             pixel_max=float(white) if isinstance(white, int | float) else 0.0,
             encoder_address=address,
-            memory_mib=int(memory) if isinstance(memory, int) else 0,
+            memory_mb=int(memory) if isinstance(memory, int) else 0,
             backbone_dir=str(node.get("backbone-dir", "")),
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from fedsplit.federation.site import answer
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.store import BackboneStore
 from fedsplit.site.runtime import SiteRuntime
+from fedsplit.training.data.image_files import ImageFiles
 from fedsplit.training.site_settings import SiteSettings
 from fedsplit.trunk.process import hosting
 from tests.model.stores import fill
@@ -241,3 +243,43 @@ def test_a_backbone_that_is_in_neither_place(tmp_path: Path) -> None:
     site = SiteSettings.from_node({"site": "line-a", "backbone-dir": str(tmp_path)}, node_id=1)
     with pytest.raises(BackboneError, match=r"no backbone with the server's digest 0000.*/nowhere"):
         SiteRuntime()._backbone(site, "0" * 64, "/nowhere")
+
+
+def test_a_warm_runtime_reads_neither_weights_nor_pictures_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant, runtime = Plant(tmp_path), SiteRuntime()
+    plant.node["cut"] = "1,6"
+    site = SiteSettings.from_node(plant.node, node_id=1)
+    with caplog.at_level("INFO"):
+        runtime.warm(site, backbone=str(plant.backbone))
+    for what in ("the code", "the backbone", "the data"):
+        assert f"{what}: loaded in " in caplog.text
+    assert runtime.kept.parts.loads == 1
+    monkeypatch.setattr(ImageFiles, "look", lambda *_: pytest.fail("a picture is looked at again"))
+    plant.run(runtime, "state")
+    assert runtime.kept.parts.loads == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "backbone", "told"),
+    [
+        ({"data": "folder:/nowhere"}, "vit-glyphs", r"the data cannot be .*/nowhere: does not exist"),
+        ({}, "/nowhere", r"the backbone cannot be loaded before the first order: .*/nowhere"),
+        ({"cut": "3,20"}, "vit-glyphs", r"the backbone cannot be loaded before the first order: .*3,20"),
+        ({"cut": ""}, "vit-glyphs", r"has no cut of its own"),
+        ({"tasks": "a;b=digits"}, "vit-glyphs", r"the data of task b: loaded"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_warmed_is_told(
+    change: dict[str, str],
+    backbone: str,
+    told: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    node = Plant(tmp_path).node | {"cut": "1,6"} | change
+    site = SiteSettings.from_node({k: v for k, v in node.items() if v}, node_id=1)
+    with caplog.at_level("INFO"):
+        SiteRuntime().warm(site, backbone=backbone)
+    assert re.search(told, caplog.text)

@@ -9,7 +9,6 @@ SIGTERM ends it within 5 s, also in the middle of a step: the run is told.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import logging
 import os
@@ -29,8 +28,10 @@ from fedsplit.core.foreign import printable, read_json
 from fedsplit.core.whole_files import write_whole
 from fedsplit.federation.executor import Doing, Executor, runs_of
 from fedsplit.plant.site.folder import SiteFolder
+from fedsplit.plant.site.services import node_config
 from fedsplit.plant.supervisor import stop_on_signals
 from fedsplit.site.runtime import SiteRuntime
+from fedsplit.training.site_settings import NodeConfig, SiteSettings
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +56,8 @@ class Place:
     node_key: Path | None = None
     ca: Path | None = None
     """With these three it asks the SuperLink whether a run is over."""
+    site: SiteFolder | None = None
+    """What it loads before the first order; None: code alone."""
 
     @classmethod
     def of(cls, folder: SiteFolder) -> Place:
@@ -67,6 +70,7 @@ class Place:
             superlink=folder.settings.site.address,
             node_key=folder.node_key,
             ca=folder.ca,
+            site=folder,
         )
 
 
@@ -87,7 +91,7 @@ def resident(place: Place, stop: threading.Event, runtime: SiteRuntime | None = 
 
         def work() -> None:
             try:
-                warm_up()
+                warm_up(runtime, place.site)
                 executor.run(stop)
             except BaseException as err:  # noqa: BLE001 - raised again in the main thread
                 failed.append(err)
@@ -113,12 +117,16 @@ def resident(place: Place, stop: threading.Event, runtime: SiteRuntime | None = 
     return ended
 
 
-def warm_up() -> None:
-    """Import what an order uses, so that the first one does not wait for it."""
-    began = time.monotonic()
-    for name in ("transformers", "peft"):
-        importlib.import_module(name)
-    log.info("torch and transformers are loaded, after %.1f s", time.monotonic() - began)
+def warm_up(runtime: SiteRuntime, folder: SiteFolder | None) -> None:
+    """Load what the first order would wait for: code, and with a site folder the backbone's part and the data."""
+    try:
+        node: NodeConfig = node_config(folder) if folder else {}
+        site = SiteSettings.from_node(node, node_id=0)
+        sha256 = folder.settings.site.backbone_sha256 if folder else ""
+    except ConfigError as err:
+        log.warning("nothing is loaded before the first order: %s", err)
+        return
+    runtime.warm(site, sha256=sha256)
 
 
 class _Told(Closing):
@@ -138,7 +146,7 @@ class _Told(Closing):
             "pid": os.getpid(),
             "fedsplit_version": __version__,
             "rss_bytes": psutil.Process().memory_info().rss,
-            "backbone_loads": getattr(self._runtime.kept.parts, "loads", 0),
+            "backbone_loads": self._runtime.kept.parts.loads,
             "written": time.time(),
         }
         if stopping:

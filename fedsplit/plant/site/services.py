@@ -36,6 +36,7 @@ def node_config(folder: SiteFolder) -> dict[str, str | int | float]:
         "state-dir": str(folder.kept),
         "backbone-dir": str(folder.backbones),
         "threads": settings.machine.threads,
+        "memory-mb": settings.machine.memory_mb,
         "text-column": reading.text_column,
         "label-column": reading.label_column,
         "classes": reading.classes,

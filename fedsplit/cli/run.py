@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -129,11 +130,24 @@ def run_request(request: Any, out: Output) -> int:
     from fedsplit.cli.follow import Progress
     from fedsplit.core.records import TasksSummary
 
-    with Progress(out.stderr, untrained=request.config.untrained) as progress:
+    with (
+        Progress(out.stderr, untrained=request.config.untrained) as progress,
+        _audited(request, out) as audit,
+    ):
         ended = execute(request, progress)
+        audit(ended)
     if isinstance(ended, TasksSummary):
         return finish_tasks(ended, request.run_dir, out)
     return finish(ended, request.run_dir, out)
+
+
+def _audited(request: Any, out: Output) -> Any:
+    """The run in the federation's audit log, if it is a federation folder's."""
+    if request.federation is None:
+        return nullcontext(lambda _ended: None)
+    from fedsplit.plant.server.run_audit import audited
+
+    return audited(request.federation, request.config.run.run_name, request.run_dir, out.note)
 
 
 def finish(summary: Any, run_dir: Path, out: Output) -> int:

@@ -240,6 +240,8 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True, help="of 127.0.0.1")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    # A line for each of our own calls to the SuperLink is no news.
+    logging.getLogger("httpx").setLevel(logging.WARNING)
     app = create_app(FederationFolder.at(args.folder))
     uvicorn.run(
         app,

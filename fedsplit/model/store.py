@@ -50,6 +50,7 @@ class BackboneStore:
         """Nothing is made or read yet. `fetch` is asked for what is not here."""
         self.folder = folder.expanduser().resolve()
         self._fetch = fetch
+        self._lock = FileLock(self.folder / ".lock")
 
     def find(self, sha256: str) -> Path | None:
         """The folder of the backbone with this digest, or None. Not all of its tensors need be here."""
@@ -119,9 +120,9 @@ class BackboneStore:
         for file in manifest.files:
             _compare(file, len(files[file.name]), hashlib.sha256(files[file.name]).hexdigest())
         target, new = self.folder / manifest.sha256, self.folder / f"{uuid.uuid4().hex}{_PART}"
-        if self.has_files(manifest):
-            return target
-        with self._writing():
+        with self._writing(), self.lock():
+            if self.has_files(manifest):
+                return target
             try:
                 new.mkdir(parents=True)
                 for name, data in (*files.items(), (MANIFEST, manifest.canonical())):
@@ -129,13 +130,9 @@ class BackboneStore:
                 if target.exists():  # and is damaged
                     target.rename(old := self.folder / f"{uuid.uuid4().hex}{_PART}")
                     shutil.rmtree(old, ignore_errors=True)
-                new.rename(target)
-            except OSError:
-                if not self.has_files(manifest):  # else another process was as quick
-                    raise
+                return new.rename(target)
             finally:
                 shutil.rmtree(new, ignore_errors=True)
-        return target
 
     def add_tensor(self, tensor: StoredTensor, chunks: Iterable[bytes]) -> Path:
         """Store a tensor's bytes. Raises BackboneError for wrong ones, of which nothing stays, and for a full disk."""
@@ -163,7 +160,7 @@ class BackboneStore:
         """Held by who fetches into the store, or takes out of it: one process at a time. Readers need none."""
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        return FileLock(self.folder / ".lock")
+        return self._lock
 
     def backbones(self) -> list[Path]:
         """The folders of all backbones here."""

@@ -43,6 +43,10 @@ Fetch = Callable[[str, Cut], Path]
 """(backbone's digest, cut) -> its folder in the store, with all that the cut needs. Raises BackboneError."""
 
 
+class WrongBytesError(BackboneError):
+    """What came is not what the manifest says."""
+
+
 class BackboneStore:
     """A folder of backbones in parts."""
 
@@ -137,24 +141,49 @@ class BackboneStore:
     def add_tensor(self, tensor: StoredTensor, chunks: Iterable[bytes]) -> Path:
         """Store a tensor's bytes. Raises BackboneError for wrong ones, of which nothing stays, and for a full disk."""
         part = self.folder / TENSORS / f"{uuid.uuid4().hex}{_PART}"
+        try:
+            self._append(part, 0, _capped(chunks, tensor.bytes, spare=1))
+            return self._accept(tensor, part)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def begun(self, tensor: StoredTensor) -> int:
+        """Bytes of a tensor that came, from its beginning, and wait for the rest."""
+        try:
+            return self._part(tensor).stat().st_size
+        except OSError:
+            return 0
+
+    def append(self, tensor: StoredTensor, start: int, chunks: Iterable[bytes]) -> None:
+        """Write what came from byte `start` on. For who holds `lock`. Raises BackboneError for a full disk.
+
+        What `chunks` raises leaves what was written.
+        """
+        self._append(self._part(tensor), start, _capped(chunks, tensor.bytes - start, spare=0))
+
+    def complete(self, tensor: StoredTensor) -> Path:
+        """Name what came of a tensor, all of it. Raises WrongBytesError, and removes it, where it is other bytes."""
+        part = self._part(tensor)
+        if not tensor.bytes:
+            return self.add_tensor(tensor, [])
+        try:
+            return self._accept(tensor, part)
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _part(self, tensor: StoredTensor) -> Path:
+        return tensor_file(self.folder, tensor.sha256).with_suffix(_PART)
+
+    def _append(self, part: Path, start: int, chunks: Iterable[bytes]) -> None:
         with self._writing():
             part.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                _write(part, _capped(chunks, tensor))
-                return self.accept(tensor, part)
-            finally:
-                part.unlink(missing_ok=True)
+            _write(part, chunks, start=start)
 
-    def accept(self, tensor: StoredTensor, part: Path) -> Path:
-        """Give a file of the store that holds a tensor's bytes its name. Raises BackboneError for other bytes."""
+    def _accept(self, tensor: StoredTensor, part: Path) -> Path:
         with self._writing():
             size = part.stat().st_size
             _compare(tensor, size, digest_of(part, 0, size))
             return part.replace(tensor_file(self.folder, tensor.sha256))
-
-    def part_file(self, tensor: StoredTensor) -> Path:
-        """Where the first bytes of a tensor wait for the rest; under `lock` alone."""
-        return tensor_file(self.folder, tensor.sha256).with_suffix(_PART)
 
     def lock(self) -> FileLock:
         """Held by who fetches into the store, or takes out of it: one process at a time. Readers need none."""
@@ -204,24 +233,26 @@ class BackboneStore:
 
 def _compare(part: StoredTensor | StoredFile, size: int, sha256: str) -> None:
     if (size, sha256) != (part.bytes, part.sha256):
-        raise BackboneError(
+        raise WrongBytesError(
             f"what came as {part.name} has {size} bytes and sha256 {sha256[:12]}, the manifest says {part.bytes} bytes and "
             f"{part.sha256[:12]}; something on the way changes it, or the server's files have changed"
         )
 
 
-def _capped(chunks: Iterable[bytes], tensor: StoredTensor) -> Iterator[bytes]:
-    left = tensor.bytes
+def _capped(chunks: Iterable[bytes], left: int, *, spare: int) -> Iterator[bytes]:
+    """At most `left` bytes, and `spare` more: one too many is enough to tell."""
+    left += spare
     for chunk in chunks:
-        # One byte too many is enough to tell.
-        yield chunk[: left + 1]
+        yield chunk[:left]
         left -= len(chunk)
-        if left < 0:
+        if left <= 0:
             return
 
 
-def _write(path: Path, chunks: Iterable[bytes]) -> None:
-    with path.open("wb") as file:
+def _write(path: Path, chunks: Iterable[bytes], *, start: int = 0) -> None:
+    with path.open("r+b" if start else "wb") as file:
+        file.truncate(start)
+        file.seek(start)
         for chunk in chunks:
             file.write(chunk)
         file.flush()

@@ -1,0 +1,177 @@
+"""Brings bytes of a known size from the control service, over lines that break.
+
+What has come stays, and the next request asks for the rest (Range, RFC 9110). It tries on for as long as new bytes come
+now and then. What is done with the bytes, and whether they are the right ones, is the caller's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import re
+import ssl
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import httpx
+
+from fedsplit.core.errors import BackboneError
+from fedsplit.core.foreign import parse_json, printable
+from fedsplit.plant.wire import Refusal
+
+log = logging.getLogger(__name__)
+
+PATIENCE_S = 300.0
+"""How long nothing new may come before it is given up."""
+Say = Callable[[str], None]
+_WAIT_S, _LONGEST_WAIT_S = 1.0, 30.0
+_TELL_AT = 3
+_BUSY = (429, 502, 503, 504)
+_MAX_REFUSAL_BYTES = 64 << 10
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})")
+
+
+class Sink(Protocol):
+    """Where bytes go."""
+
+    def have(self) -> int:
+        """How many are there, from the beginning."""
+
+    def write(self, start: int, chunks: Iterable[bytes]) -> None:
+        """Put `chunks` at `start`, in place of what is there from that byte on. What comes before one fails stays."""
+
+
+class GoneError(BackboneError):
+    """The server has not what was asked for, or not any more."""
+
+
+class _LineError(Exception):
+    """What may pass: nobody answers, the line was cut, the server is busy."""
+
+    def __init__(self, why: str, *, after_s: float = 0.0) -> None:
+        super().__init__(why)
+        self.after_s = after_s
+
+
+class Ranges:
+    """One control service, asked by one thread."""
+
+    def __init__(
+        self, client: httpx.Client, *, say: Say = log.info, patience_s: float = PATIENCE_S
+    ) -> None:
+        self._client, self._say, self._patience_s = client, say, patience_s
+        self._heard, self._failures = time.monotonic(), 0
+
+    def whole(self, path: str, most: int) -> bytes:
+        """All bytes of an answer of unknown size. Raises BackboneError: refused, more than `most`, nothing came."""
+        self._begin()
+        while True:
+            try:
+                with self._asked(path, {}) as answer:
+                    found = bytearray()
+                    for chunk in answer.iter_raw():
+                        found += chunk
+                        if len(found) > most:
+                            raise BackboneError(
+                                f"{path} has more than {most} bytes; is it a fedsplit server?"
+                            )
+                    return bytes(found)
+            except _LineError as err:
+                self._wait(err)
+
+    def fill(self, path: str, sha256: str, size: int, sink: Sink) -> None:
+        """Go on until `sink` has `size` bytes. Raises BackboneError: refused, no such range, nothing came."""
+        self._begin()
+        furthest = sink.have()
+        while (have := sink.have()) != size:
+            have = have if have < size else 0
+            asked = {"range": f"bytes={have}-", "if-range": f'"{sha256}"'} if have else {}
+            try:
+                with self._asked(path, asked) as answer:
+                    start = _start(answer, have, size)
+                    sink.write(start, answer.iter_raw())
+                raise _LineError("the line was cut")
+            except _LineError as err:
+                if (now := sink.have()) == size:
+                    return
+                if now > furthest:
+                    furthest = now
+                    self._begin()
+                self._wait(err)
+
+    def _begin(self) -> None:
+        self._heard, self._failures = time.monotonic(), 0
+
+    def _wait(self, err: _LineError) -> None:
+        """Until it is tried again. Raises BackboneError where that went on for too long."""
+        self._failures += 1
+        wait = min(_WAIT_S * 2 ** (self._failures - 1), _LONGEST_WAIT_S)
+        # Sites that lost one server together do not come back together.
+        wait = max(wait * random.uniform(0.5, 1.0), err.after_s)
+        if time.monotonic() - self._heard + wait > self._patience_s:
+            raise BackboneError(
+                f"the backbone does not come from the server ({err}); nothing new came for {self._patience_s:g} s. What is "
+                f"here stays: fetch again when the line is up"
+            ) from err
+        if self._failures == _TELL_AT:
+            self._say(f"nothing comes from the server ({err}); trying on")
+        time.sleep(wait)
+
+    @contextlib.contextmanager
+    def _asked(self, path: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
+        # Nothing that unpacks to more than it is.
+        headers = {"accept-encoding": "identity", **headers}
+        try:
+            with self._client.stream("GET", path, headers=headers) as answer:
+                if answer.status_code not in (200, 206, 416):
+                    raise _refused(answer, path)
+                yield answer
+        except httpx.TransportError as err:
+            if why := _final(err):
+                raise BackboneError(why) from err
+            raise _LineError(printable(err, limit=200) or type(err).__name__) from err
+
+
+def _refused(answer: httpx.Response, path: str) -> BackboneError | _LineError:
+    """What an answer that is none of those wanted means."""
+    text = bytearray()
+    for chunk in answer.iter_raw():
+        text += chunk[: _MAX_REFUSAL_BYTES - len(text)]
+    try:
+        told = Refusal.model_validate(parse_json(bytes(text))["error"])
+    except (ValueError, KeyError, TypeError):  # not our service's words
+        told = Refusal(kind="", message=f"answer {answer.status_code} for {path}")
+    message = printable(told.message, limit=2000)
+    if answer.status_code in _BUSY:
+        after = answer.headers.get("retry-after", "")
+        after_s = float(after) if after.isdigit() and len(after) < 4 else 0.0
+        return _LineError(message, after_s=min(after_s, _LONGEST_WAIT_S))
+    if told.kind == "not-found":
+        return GoneError(f"the server does not give a part of its backbone: {message}")
+    return BackboneError(f"the server does not give a part of its backbone: {message}")
+
+
+def _start(answer: httpx.Response, have: int, size: int) -> int:
+    """From which byte on the answer goes. Raises BackboneError."""
+    if answer.status_code == 200:
+        return 0
+    given = answer.headers.get("content-range", "")
+    match = _CONTENT_RANGE.fullmatch(given)
+    if answer.status_code == 416 or match is None or (int(match[1]), int(match[2])) != (have, size):
+        raise GoneError(
+            f"the bytes from {have} on of {size} were asked for, the server gives {printable(given, limit=60) or 'none'}; "
+            f"its files have changed, or something between does not pass ranges on"
+        )
+    return have
+
+
+def _final(err: BaseException) -> str:
+    """Why it makes no sense to try on; empty where it does."""
+    cause: BaseException | None = err
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return f"the server's certificate is not believed ({printable(cause.verify_message)}); join again with a new code"
+        cause = cause.__cause__ or cause.__context__
+    return ""

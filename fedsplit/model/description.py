@@ -46,11 +46,12 @@ def describe(path: Path) -> Description:
     return Description(Manifest.model_validate(said["manifest"]), blocks)
 
 
-def _described(path: str) -> Description:
+def described(path: Path) -> Description:
+    """The same in this process. Raises BackboneError."""
     from fedsplit.model.backbone import Backbone, frozen_names, frozen_paths
     from fedsplit.model.checkpoint import stored_under
 
-    backbone = Backbone.find(path)
+    backbone = Backbone.find(str(path))
     manifest, skeleton = backbone.manifest, backbone.skeleton(1)
     names = [tensor.name for tensor in manifest.tensors]
     blocks: dict[str, tuple[int, ...]] = {}
@@ -64,7 +65,7 @@ def _described(path: str) -> Description:
 def main() -> int:
     """Print the description; an error in one line on stderr."""
     try:
-        found = _described(sys.argv[1])
+        found = described(Path(sys.argv[1]))
     except BackboneError as err:
         sys.stderr.write(f"{printable(err, limit=2000)}\n")
         return 1

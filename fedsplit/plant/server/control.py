@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import lru_cache
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -27,6 +27,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from fedsplit import __version__
+from fedsplit.core.cut import Cut
 from fedsplit.core.errors import (
     ConfigError,
     EnrolmentError,
@@ -37,6 +38,7 @@ from fedsplit.core.errors import (
 from fedsplit.core.foreign import printable
 from fedsplit.core.proxied import Proxied, proxied, reason_text
 from fedsplit.plant import paths
+from fedsplit.plant.server.backbone import ServedBackbone, backbone_router
 from fedsplit.plant.server.enrolment import BackboneFacts, Enrolment, refusal
 from fedsplit.plant.server.folder import FederationFolder
 from fedsplit.plant.server.node_keys import NodeKeys, of_folder
@@ -76,7 +78,8 @@ def create_app(
     """
     registry = Registry(folder)
     node_keys = NodeKeys(folder, registry, connect or (lambda: of_folder(folder)))
-    enrolment = Enrolment(folder, registry, node_keys, backbone or (lambda: _backbone(folder)))
+    served = _served(folder)
+    enrolment = Enrolment(folder, registry, node_keys, backbone or partial(_facts, folder, served))
     registry.tell_encoder()
     guard = Guard(registry, read_proxy_secret(folder.proxy_secret))
 
@@ -85,6 +88,9 @@ def create_app(
         stop = threading.Event()
         thread = threading.Thread(target=node_keys.watch, args=[stop], name="node-keys")
         thread.start()
+        if backbone is None:
+            # Its weights are read before the first site asks.
+            threading.Thread(target=_warm, args=[served], name="backbone", daemon=True).start()
         try:
             yield
         finally:
@@ -96,6 +102,7 @@ def create_app(
     _add_site_paths(app, enrolment, guard)
     # For this machine; the proxy forwards it where the folder says so, with a login.
     app.include_router(page_router(folder))
+    app.include_router(backbone_router(served), dependencies=[Depends(guard.member)])
     _add_errors(app)
     return app
 
@@ -225,12 +232,21 @@ def _answer(status: int, kind: str, message: str) -> JSONResponse:
     return JSONResponse({"error": told.model_dump()}, status)
 
 
-@lru_cache(maxsize=1)
-def _backbone(folder: FederationFolder) -> BackboneFacts:
-    from fedsplit.model.backbone import Backbone
+def _served(folder: FederationFolder) -> ServedBackbone:
+    said = folder.settings.backbone
+    private = Cut.parse(said.private_blocks) if said.private_blocks else None
+    return ServedBackbone(lambda: said.path, private)
 
-    name = folder.settings.backbone.path
-    return BackboneFacts(name, Backbone.find(name).sha256)
+
+def _facts(folder: FederationFolder, served: ServedBackbone) -> BackboneFacts:
+    return BackboneFacts(folder.settings.backbone.path, served.parts().manifest.sha256)
+
+
+def _warm(served: ServedBackbone) -> None:
+    try:
+        served.parts()
+    except FedsplitError as err:
+        log.error("%s", err)
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ import logging
 import random
 import re
 import ssl
-import time
 from collections.abc import Callable, Iterable, Iterator
+from time import monotonic, sleep
 from typing import Protocol
 
 import httpx
@@ -62,7 +62,7 @@ class Ranges:
         self, client: httpx.Client, *, say: Say = log.info, patience_s: float = PATIENCE_S
     ) -> None:
         self._client, self._say, self._patience_s = client, say, patience_s
-        self._heard, self._failures = time.monotonic(), 0
+        self._heard, self._failures = monotonic(), 0
 
     def whole(self, path: str, most: int) -> bytes:
         """All bytes of an answer of unknown size. Raises BackboneError: refused, more than `most`, nothing came."""
@@ -102,7 +102,7 @@ class Ranges:
                 self._wait(err)
 
     def _begin(self) -> None:
-        self._heard, self._failures = time.monotonic(), 0
+        self._heard, self._failures = monotonic(), 0
 
     def _wait(self, err: _LineError) -> None:
         """Until it is tried again. Raises BackboneError where that went on for too long."""
@@ -110,14 +110,14 @@ class Ranges:
         wait = min(_WAIT_S * 2 ** (self._failures - 1), _LONGEST_WAIT_S)
         # Sites that lost one server together do not come back together.
         wait = max(wait * random.uniform(0.5, 1.0), err.after_s)
-        if time.monotonic() - self._heard + wait > self._patience_s:
+        if monotonic() - self._heard + wait > self._patience_s:
             raise BackboneError(
                 f"the backbone does not come from the server ({err}); nothing new came for {self._patience_s:g} s. What is "
                 f"here stays: fetch again when the line is up"
             ) from err
         if self._failures == _TELL_AT:
             self._say(f"nothing comes from the server ({err}); trying on")
-        time.sleep(wait)
+        sleep(wait)
 
     @contextlib.contextmanager
     def _asked(self, path: str, headers: dict[str, str]) -> Iterator[httpx.Response]:
@@ -172,6 +172,7 @@ def _final(err: BaseException) -> str:
     cause: BaseException | None = err
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return f"the server's certificate is not believed ({printable(cause.verify_message)}); join again with a new code"
+            why = printable(getattr(cause, "verify_message", cause))
+            return f"the server's certificate is not believed ({why}); join again with a new code"
         cause = cause.__cause__ or cause.__context__
     return ""

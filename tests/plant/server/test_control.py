@@ -240,6 +240,9 @@ def test_headers_that_are_not_the_proxys_let_nobody_in(
         client.get(paths.AUTHORISE, headers=headers),
         client.post(paths.RENEW, headers=headers, json=csr),
         client.post(paths.REPORT, headers=headers, json={"state": "idle"}),
+        client.get(paths.MANIFEST, headers=headers),
+        client.get(f"{paths.FILES}/config.json", headers=headers),
+        client.get(f"{paths.TENSORS}/{'0' * 64}", headers=headers),
     ):
         assert error_of(answer) == (403, kind)
     assert error_of(client.get(paths.AUTHORISE)) == (403, "not-the-proxy")

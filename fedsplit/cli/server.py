@@ -254,8 +254,7 @@ def services(folder: FolderArgument = Path(), as_json: JsonFlag = False) -> None
     place = FederationFolder.at(folder)
     with _translated(place):
         found = planned(place, out.note)
-    # The rest of the environment is this process's own.
-    shared = {k: v for k, v in found[0].env.items() if os.environ.get(k) != v}
+    shared = dict(found[0].env)
     out.show(
         "\n".join(
             [

@@ -21,22 +21,27 @@ _PORT_TRIES = 100
 
 
 def flower_environment(home: Path | None = None) -> dict[str, str]:
-    """The environment Flower runs in: nothing phones home, nothing is installed, loopback has no proxy."""
-    env = dict(os.environ)
-    env |= {
+    """The whole environment Flower runs in: this process's, and `flower_variables`."""
+    return os.environ | flower_variables(home)
+
+
+def flower_variables(home: Path | None = None) -> dict[str, str]:
+    """What Flower is told: nothing phones home, nothing is installed, loopback has no proxy. `home` is its folder."""
+    found = {
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
         # Flower's commands print pictures, which a terminal of Latin-1 cannot show. We read UTF-8.
         "PYTHONIOENCODING": "utf-8",
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", "")]),
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
     for key in ("NO_PROXY", "no_proxy"):
-        env[key] = ",".join(filter(None, [env.get(key, ""), "127.0.0.1", "localhost", "::1"]))
+        given = os.environ.get(key, "")
+        found[key] = ",".join(filter(None, [given, "127.0.0.1", "localhost", "::1"]))
     if home is not None:
-        env["FLWR_HOME"] = str(home)
-    return env
+        found["FLWR_HOME"] = str(home)
+    return found
 
 
 def program(name: str, env: Mapping[str, str]) -> str:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fedsplit.core.foreign import read_json
-from fedsplit.core.programs import flower_environment, free_port, is_free, listening, program
+from fedsplit.core.programs import flower_variables, free_port, is_free, listening, program
 from fedsplit.core.whole_files import write_whole
 from fedsplit.plant.paths import HELLO
 from fedsplit.plant.server import nginx
@@ -82,7 +82,7 @@ def write_connection(folder: FederationFolder, port: int) -> None:
 
 def services(folder: FederationFolder, ports: Mapping[str, int]) -> list[Service]:
     """All services in the order of their start. Raises ConfigError and FederationError where a program is missing."""
-    env = flower_environment(folder.flower_home)
+    env = flower_variables(folder.flower_home)
     superlink, encoder, control = (ports[name] for name in LOOPBACK_SERVICES)
     up: dict[str, tuple[list[str], Callable[[], bool] | None]] = {
         "superlink": (

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -106,7 +107,7 @@ def test_a_server_is_up_mends_itself_and_ends(
         assert len(flower.nodes()) == before == 1
     hello = httpx.get(
         f"https://127.0.0.1:{plant.settings.server.port}{HELLO}",
-        verify=str(plant.ca),
+        verify=ssl.create_default_context(cafile=plant.ca),
         trust_env=False,
     )
     assert hello.json()["fedsplit_version"]

@@ -13,11 +13,13 @@ import pytest
 
 from fedsplit.cli import server
 from fedsplit.cli.main import call
+from fedsplit.core.programs import free_port
 from fedsplit.plant import install
 from fedsplit.plant.server import nginx
 from fedsplit.plant.server.folder import FederationFolder
 from fedsplit.plant.server.init import Wanted, make_folder
 
+PORT = free_port()
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -35,11 +37,11 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def plant(tmp_path: Path) -> FederationFolder:
-    return make_folder(tmp_path / "plant", Wanted(host="127.0.0.1", port=18443))
+    return make_folder(tmp_path / "plant", Wanted(host="127.0.0.1", port=PORT))
 
 
 def test_init_says_what_comes_next(run: Run, tmp_path: Path) -> None:
-    code, out, _ = run("init", tmp_path / "my plant", "--host", "h", "--port", 18443)
+    code, out, _ = run("init", tmp_path / "my plant", "--host", "h", "--port", PORT)
     assert code == 0
     assert f"fedsplit server up '{tmp_path}/my plant'" in out
     assert "Keep a copy" in out
@@ -123,7 +125,7 @@ def test_up_where_the_port_is_taken(run: Run, tmp_path: Path) -> None:
     ("change", "said"),
     [
         (
-            ("port = 18443", "port = 0\nprot = 1"),
+            (f"port = {PORT}", "port = 0\nprot = 1"),
             ["server.port = 0", "server.prot: no such setting"],
         ),
         (("format = 1", "format = 0"), ["an older fedsplit made this"]),
@@ -184,7 +186,7 @@ def test_install_hands_on_what_the_service_needs(
     code, out, _ = run("install", plant.path, "--json")
     assert (code, json.loads(out)["installed"]) == (0, True)
     assert asked == [
-        ("server", plant.path, {"reads": [], "port": 18443, "name": server.UNIT}),
+        ("server", plant.path, {"reads": [], "port": PORT, "name": server.UNIT}),
     ]
 
 

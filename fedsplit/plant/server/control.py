@@ -29,6 +29,7 @@ from starlette.exceptions import HTTPException
 from fedsplit import __version__
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import (
+    BackboneError,
     ConfigError,
     EnrolmentError,
     FederationError,
@@ -208,6 +209,8 @@ def _add_errors(app: FastAPI) -> None:
             return _answer(
                 503, "superlink", f"{err}. The join code is still good: run the same command again"
             )
+        if isinstance(err, BackboneError):
+            return _answer(503, "backbone", f"the server cannot read its backbone: {err}")
         if isinstance(err, FolderError):
             return _answer(
                 503,

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedsplit import __version__
-from fedsplit.core.errors import EnrolmentError, FederationError
+from fedsplit.core.errors import BackboneError, EnrolmentError, FederationError
 from fedsplit.core.proxied import PROXY_HEADER, SERIAL_HEADER, SITE_HEADER
 from fedsplit.plant import paths, pki
 from fedsplit.plant.join_code import JoinCode
@@ -283,7 +283,7 @@ def test_bodies_are_bounded_before_they_are_read(client: httpx.Client) -> None:
     assert error_of(big) == (413, "bad-request")
 
 
-@pytest.mark.parametrize("path", ["/", "/docs", "/openapi.json", "/fedsplit/v1/join/", "/fedsplit"])
+@pytest.mark.parametrize("path", ["/docs", "/openapi.json", "/fedsplit/v1/join/", "/fedsplit"])
 def test_nothing_else_is_there(path: str, client: httpx.Client) -> None:
     assert error_of(client.get(path))[0] == 404
 
@@ -350,6 +350,21 @@ def test_a_full_disk_is_said_and_keeps_the_code(
     assert error_of(client.post(paths.JOIN, json=site.request(code))) == (503, "server-disk")
     folder.audit.rmdir()
     join(client, code, site)
+
+
+def test_a_backbone_that_cannot_be_read_is_said_and_keeps_the_code(
+    folder: FederationFolder, registry: Registry, flower: Flower
+) -> None:
+    def gone() -> BackboneFacts:
+        raise BackboneError("there is no folder big-model")
+
+    code, site = registry.add_site("line-1", 24), NewSite()
+    with serving(create_app(folder, connect=flower, backbone=gone)) as client:
+        answer = client.post(paths.JOIN, json=site.request(code))
+        assert error_of(answer) == (503, "backbone")
+        assert "big-model" in answer.json()["error"]["message"]
+    with serving(create_app(folder, connect=flower, backbone=lambda: BACKBONE)) as client:
+        join(client, code, site)
 
 
 def test_flowers_keys_become_those_of_the_registry(

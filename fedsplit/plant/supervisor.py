@@ -5,8 +5,9 @@ and ends them all within 10 s. Each service has a keeper (`core/keeper.py`): whe
 however it does, nothing of it is left. What it knows stands in `state.json`, and in a log. It knows nothing of what
 the services do, and loads nothing heavy: a site's small computer holds it all the time.
 
-A service that has `ready` must become ready at the first start, else `run` raises with the end of its log. Without, it
-is up when it runs. Later both are started again and again: 1 s after it ended, then 2 s, up to 60 s.
+A service that has `ready` must become ready at the first start, else `run` raises with the end of its log; up, it is
+asked again now and then, and one that hangs is started anew. Without `ready` it is up when it runs. What ends is
+started again and again: after 1 s, then 2 s, up to 60 s.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ BACK_OFF_S = 1.0
 MAX_BACK_OFF_S = 60.0
 STEADY_S = 60.0
 """After a service has run for as long, the next wait is `BACK_OFF_S` again."""
+ASK_S = 30.0
+"""How often a service that is up is asked whether it is ready ..."""
+SILENT_TIMES = 6
+"""... and how often in a row it may say no, or nothing: a machine may be busy with something else for minutes."""
 _TICK_S = 0.5
 _QUICK_TICK_S = 0.1
 _KILL_S = 2.5
@@ -52,8 +57,8 @@ _MAX_LINE_BYTES = 1 << 16
 class Service:
     """One program that runs as long as the supervisor does.
 
-    `env` is added to this process's environment. `ready` is asked every 0.1 s until it is true, at most for `ready_s`;
-    it must answer within a second or two. `stop_s`, at most 6, is the time to end by itself before it is killed.
+    `env` is added to this process's environment. `ready` is asked every 0.1 s until it is true, at most for `ready_s`,
+    and later every 30 s; it must answer within a second or two. `stop_s`, at most 6, is the time to end by itself before it is killed.
     What it writes goes to `log`, a file of JSON lines.
     """
 
@@ -207,6 +212,8 @@ class _Child:
         self.wait_s = 0.0
         self._again_at = 0.0
         self._since = 0.0
+        self._ask_at = 0.0
+        self._silent = 0
         self._restarts = 0
         self._pid: int | None = None
         self._last_exit: dict[str, Any] | None = None
@@ -263,9 +270,17 @@ class _Child:
             return self._failed(f"ended by itself ({_in_words(code)})", code)
         if self.phase == "starting":
             if self._is_ready():
-                self.phase = "up"
+                self.phase, self._silent, self._ask_at = "up", 0, now + ASK_S
             elif now - self._since > self.service.ready_s:
                 return self._failed(f"was not ready within {self.service.ready_s:.0f} s", None)
+        elif now >= self._ask_at:
+            self._ask_at = now + ASK_S
+            self._silent = 0 if self._is_ready() else self._silent + 1
+            if self._silent >= SILENT_TIMES:
+                return self._failed(
+                    f"hung: it did not answer {SILENT_TIMES} times in a row, every {ASK_S:.0f} s",
+                    None,
+                )
         return ""
 
     def ask_to_end(self) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from fedsplit.core.errors import ConfigError, FederationError
 from fedsplit.plant.server.folder import FederationFolder
-from fedsplit.plant.server.runs import last_module, present, settings_of
+from fedsplit.plant.server.runs import last_module, old_runs, present, settings_of
 from tests.report.samples import metrics, summary
 
 TOML = 'format = 1\n[server]\nhost = "h"\n[backbone]\npath = "/models/vit"\n[run]\ncut = "1,3"\nrounds = 7\n'
@@ -96,3 +96,12 @@ def test_the_last_module_is_the_newest_of_its_task_that_did_not_fail(
     (folder.runs / "broken" / "summary.json").write_text("{", encoding="utf-8")
     assert last_module(folder, "t") == folder.runs / "two" / "module"
     assert last_module(folder, "v") is None
+    # What goes when one run is kept: neither a task's last module, nor what may go on still.
+    os.utime(folder.runs / "broken" / "summary.json", (5, 5))
+    (folder.path / "federation.toml").write_text(TOML + "[retention]\nruns = 1\n", encoding="utf-8")
+    assert old_runs(FederationFolder.at(folder.path), now=86_410.0) == [
+        folder.runs / "one",
+        folder.runs / "three",
+    ]
+    assert old_runs(FederationFolder.at(folder.path), now=86_402.5) == [folder.runs / "one"]
+    assert old_runs(folder, now=1e12) == []

@@ -22,6 +22,22 @@ from fedsplit.plant.server.folder import FederationFolder
 Say = Callable[[str], None]
 
 
+def check_owner(folder: FederationFolder, say: Say) -> None:
+    """Tell root that the folder is another user's: what the server writes now, that user cannot write later."""
+    if os.name == "nt" or os.geteuid() != 0 or (owner := folder.path.stat().st_uid) == 0:
+        return
+    import pwd
+
+    try:
+        name = pwd.getpwuid(owner).pw_name
+    except KeyError:
+        name = f"#{owner}"
+    say(
+        f"{folder.path} belongs to {name}, and this is root: files that are made now will be root's, and a server of "
+        f"{name} will not be able to write them. Better: `sudo -u {name} fedsplit server up {folder.path}`"
+    )
+
+
 def check_secrets(folder: FederationFolder, say: Say) -> None:
     """See that the secrets are there and are their owner's alone; mends rights that are too wide, and says so."""
     secrets = [folder.ca_key, folder.loopback_certificate_key, folder.encoder_secret]

@@ -16,6 +16,7 @@ from fedsplit.report.read import read_summary
 CONNECTION = "fedsplit"
 """Of the folder's own Flower configuration."""
 Flat = dict[str, str | int | float | bool]
+_MAY_GO_ON_S = 86_400.0
 _OF_THE_FOLDER = ("runs-dir", "encoder-address", "encoder-secret-file", "encoder-bind")
 
 
@@ -87,6 +88,23 @@ def last_module(folder: FederationFolder, task: str) -> Path | None:
     of_task = [(path, s) for path, s in ended if s.task == task and s.outcome != "failed"]
     kept = [path / s.module for path, s in of_task if (path / s.module).is_dir()]
     return max(kept, key=lambda p: (p.parent / "summary.json").stat().st_mtime_ns, default=None)
+
+
+def old_runs(folder: FederationFolder, *, now: float) -> list[Path]:
+    """Run folders beyond those that are kept, oldest first. `now`: seconds since the epoch.
+
+    Never one that goes on, or may (it has been written in the last day), nor the last module of a task.
+    """
+    stamped = sorted((_written(path), path) for path in folder.runs.iterdir() if path.is_dir())
+    beyond = stamped[: -folder.settings.retention.runs]
+    tasks = {s[1].task for s in map(_summary, folder.runs.glob("*/summary.json")) if s is not None}
+    last = {m.parent for m in (last_module(folder, task) for task in tasks) if m is not None}
+    return [path for at, path in beyond if at < now - _MAY_GO_ON_S and path not in last]
+
+
+def _written(run_dir: Path) -> float:
+    """When a run's own files were last written."""
+    return max((p.stat().st_mtime for p in run_dir.iterdir() if p.is_file()), default=0.0)
 
 
 def _summary(path: Path) -> tuple[Path, Summary] | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +21,8 @@ from fedsplit.plant.server.certificate import check_own_certificate, renew_certi
 from fedsplit.plant.server.folder import FederationFolder
 from fedsplit.plant.server.nginx import OLDEST
 from fedsplit.plant.server.nginx_conf import Ports, render
-from fedsplit.plant.server.preflight import check_public_port, check_secrets
+from fedsplit.plant.server.preflight import check_owner, check_public_port, check_secrets
+from fedsplit.plant.server.runs import old_runs
 from fedsplit.plant.server.services import (
     LOOPBACK_SERVICES,
     chosen_ports,
@@ -45,6 +47,7 @@ def server_of(folder: FederationFolder, say: Say) -> Supervisor:
     server = folder.settings.server
 
     def checked() -> Sequence[Service]:
+        check_owner(folder, say)
         check_secrets(folder, say)
         renew_certificate(folder, say)
         check_own_certificate(folder, say)
@@ -92,7 +95,17 @@ class Chores:
         self._shown = _stamp(folder.certificate)
 
     def __call__(self) -> None:
-        """Renew the server's certificate in time, and have new ones read."""
+        """See to the certificate and to old runs."""
+        self._see_to_certificate()
+        try:
+            for path in old_runs(self._folder, now=time.time()):
+                shutil.rmtree(path)
+                self._say(f"the run {path.name} is gone: [retention] keeps the newest runs alone")
+        except OSError as err:
+            self._say(f"an old run cannot be removed: {err}")
+
+    def _see_to_certificate(self) -> None:
+        """Renew the server's certificate in time, and have a new one read."""
         try:
             if renew_certificate(self._folder, self._say):
                 # It reads its certificate at its start; sites do not notice a few seconds without it.

@@ -38,7 +38,10 @@ def run(folder: SiteFolder, stop: threading.Event, *, say: Say, ready: Callable[
     Raises ConfigError, DataError, ServiceError before anything has started, and NotMemberError also later.
     """
     folder.present.mkdir(exist_ok=True, mode=0o700)
-    with Supervisor(services(folder), state_file=folder.state, say=say) as supervisor:
+    log_mb = folder.settings.retention.log_mb
+    with Supervisor(
+        lambda: services(folder), state_file=folder.state, say=say, log_mb=log_mb
+    ) as supervisor:
         check(folder, say)
         with Reports(folder, services=lambda: supervisor.state()["services"], say=say) as reports:
             renewals = Renewals(folder, say=say)

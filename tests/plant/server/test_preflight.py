@@ -17,7 +17,7 @@ from fedsplit.plant.server import certificate
 from fedsplit.plant.server.certificate import check_own_certificate, hosts_of, renew_certificate
 from fedsplit.plant.server.folder import FederationFolder
 from fedsplit.plant.server.init import Wanted, make_folder, server_certificate
-from fedsplit.plant.server.preflight import check_public_port, check_secrets
+from fedsplit.plant.server.preflight import check_owner, check_public_port, check_secrets
 
 
 @pytest.fixture
@@ -35,6 +35,16 @@ def test_secrets_that_others_may_read_are_mended_and_told(plant: FederationFolde
     assert "secrets/encoder.secret could be read by others on this machine (mode 644)" in told[0]
     check_secrets(plant, told.append)
     assert len(told) == 1
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="only root can own nothing")
+def test_root_is_told_of_a_folder_of_another_user(plant: FederationFolder) -> None:
+    told: list[str] = []
+    check_owner(plant, told.append)
+    assert told == []
+    os.chown(plant.path, 65534, 65534)
+    check_owner(plant, told.append)
+    assert "this is root" in told[0]
 
 
 def test_secrets_that_are_lost_are_named_at_once(plant: FederationFolder) -> None:

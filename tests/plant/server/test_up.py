@@ -205,5 +205,7 @@ def test_a_new_certificate_is_read_by_those_who_show_it(
     assert server.restarted == ["superlink"]
     assert hung_up == [(4711, signal.SIGHUP)]
     plant.loopback_certificate.write_bytes(b"none")
+    plant.runs.rmdir()
     chores()
-    assert "cannot be renewed" in told[-1]
+    assert "cannot be renewed" in told[-2]
+    assert "an old run cannot be removed" in told[-1]

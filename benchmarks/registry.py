@@ -58,6 +58,7 @@ BENCHMARKS = (
     ),
     Benchmark(name="through-proxy", wanted=Target(bound=0.5)),
     Benchmark(name="stream-vs-messages", wanted=Target(bound=100)),
+    Benchmark(name="load-once", wanted=Target(bound=0.1, at_least=False)),
 )
 
 # Measurements that are no ratio and have a command of their own: not part of `make bench`.

@@ -12,6 +12,7 @@ one, which finds the order in the note that it left.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import logging
 import os
@@ -131,6 +132,11 @@ class Executor(Closing):
                 continue
             with claim:
                 self._work(claim, stop)
+
+    def tell_of_the_dead(self) -> None:
+        """Answer the order over which the executor before this one died, if that can be done now; else `run` does."""
+        with contextlib.suppress(SuperNodeError):
+            self._speak_for_the_dead()
 
     def abandon(self) -> None:
         """Tell the run, from another thread, that the order at hand will not be answered. The process ends after it."""

@@ -15,10 +15,11 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 from safetensors.numpy import load_file
 
+from benchmarks.supernode import SECRET, SuperNode, asking, supernode
 from fedsplit import __version__
-from fedsplit.cli.flower import free_port
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.orders import Order
+from fedsplit.core.programs import free_port
 from fedsplit.federation import executor, flower_runtime, messages
 from fedsplit.federation.engine.in_process import InProcessGrid
 from fedsplit.federation.executor import Executor
@@ -29,7 +30,6 @@ from fedsplit.site.runtime import SiteRuntime
 from fedsplit.training.site_settings import SiteSettings
 from fedsplit.trunk.process import hosting
 from tests.federation.conftest import settings, simulated
-from tests.federation.supernode import SECRET, SuperNode, asking, supernode
 
 
 def an_order(run: str = "run", round_: int = 3) -> Message:
@@ -139,7 +139,7 @@ def test_a_process_a_message_says_that_it_is_slow() -> None:
     ],
 )
 def test_what_is_no_order_gets_a_clear_error(kind: str, content: RecordDict) -> None:
-    with supernode({"site": "a"}, app="someone/else") as node, running(node):
+    with supernode({"site": "a"}, app=("someone/else", "1")) as node, running(node):
         node.give(asking(content, kind))
         reply = node.reply()
     assert reply.has_error()

@@ -90,6 +90,14 @@ def deployment(home: Path, nodes: list[Mapping[str, Any]]) -> Iterator[Deploymen
                 process.wait(timeout=20)
 
 
+def wait_until(true: Callable[[], object], timeout_s: float = 60.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not true():
+        if time.monotonic() > end:
+            raise TimeoutError(f"not within {timeout_s:g} s")
+        time.sleep(0.05)
+
+
 def wait_for_http(port: int, timeout_s: float = 60.0) -> None:
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:

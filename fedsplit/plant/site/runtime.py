@@ -91,6 +91,7 @@ def resident(place: Place, stop: threading.Event, runtime: SiteRuntime | None = 
 
         def work() -> None:
             try:
+                executor.tell_of_the_dead()
                 warm_up(runtime, place.site)
                 executor.run(stop)
             except BaseException as err:  # noqa: BLE001 - raised again in the main thread

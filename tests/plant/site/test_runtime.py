@@ -16,12 +16,12 @@ import psutil
 import pytest
 from flwr.app import Context, Message, RecordDict
 
+from benchmarks.supernode import SECRET, SuperNode, asking, supernode
 from fedsplit.core.errors import ConfigError
 from fedsplit.federation import executor, messages
 from fedsplit.plant.site import runtime
 from fedsplit.plant.site.folder import SiteFolder
 from fedsplit.plant.site.runtime import Place, resident
-from tests.federation.supernode import SECRET, SuperNode, asking, supernode
 from tests.federation.test_executor import an_order, until
 
 

@@ -1,4 +1,7 @@
-"""The Runtime API of a real SuperNode, without its SuperLink: messages are put in and replies taken out by hand."""
+"""The Runtime API of a real SuperNode, without its SuperLink: messages are put in and replies taken out by hand.
+
+Used by load_once.py, and by the executor's tests.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeStateFactory
 
-from fedsplit.cli.flower import free_port
+from fedsplit.core.programs import free_port
 
 SECRET = b"an executor's secret"
 RUN, NODE = 11, 22
@@ -32,15 +35,23 @@ class SuperNode:
     """What a SuperNode with process isolation has: a state, and the Runtime API over it."""
 
     def __init__(
-        self, config: Mapping[str, Any], *, port: int, app: str = "fedsplit/fedsplit"
+        self,
+        config: Mapping[str, Any],
+        *,
+        port: int = 0,
+        secret: bytes | None = SECRET,
+        app: tuple[str, str] = ("fedsplit/fedsplit", "0"),
+        bundle: bytes = b"bundle",
     ) -> None:
+        """`secret` None: any executor may come. `app`: its name and version, of which `bundle` is."""
+        port = port or free_port()
         self.address = f"127.0.0.1:{port}"
         factory = NodeStateFactory(ObjectStoreFactory())
         self.state: Any = factory.state()
         self._store = factory.objectstore_factory.store()
-        self._config, self._app = config, app
+        self._config, self._app, self._bundle = config, app, bundle
         settings = uvicorn.Config(
-            create_app(factory, SECRET), port=port, log_level="error", ws="none", lifespan="off"
+            create_app(factory, secret), port=port, log_level="error", ws="none", lifespan="off"
         )
         self._server = uvicorn.Server(settings)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
@@ -54,9 +65,10 @@ class SuperNode:
 
     def give(self, message: Message) -> str:
         """As start_client_internal.py does with what it pulled; the message's id."""
-        fab = Fab(hashlib.sha256(b"bundle").hexdigest(), b"bundle", {})
+        fab = Fab(hashlib.sha256(self._bundle).hexdigest(), self._bundle, {})
         run = Run.create_empty(message.metadata.run_id)
-        run.fab_id, run.fab_hash, run.series_id = self._app, fab.hash_str, 1
+        run.fab_id, run.fab_version = self._app
+        run.fab_hash, run.series_id = fab.hash_str, 1
         node = message.metadata.dst_node_id
         context = Context(run.run_id, node, dict(self._config), RecordDict(), {})
         self.state.set_node_id(node)
@@ -108,8 +120,9 @@ def asking(content: RecordDict, kind: str = "train") -> Message:
 
 
 @contextmanager
-def supernode(config: Mapping[str, Any], *, port: int = 0, **other: Any) -> Iterator[SuperNode]:
-    node = SuperNode(config, port=port or free_port(), **other)
+def supernode(config: Mapping[str, Any], **other: Any) -> Iterator[SuperNode]:
+    """A SuperNode while inside; see there for `other`."""
+    node = SuperNode(config, **other)
     try:
         yield node
     finally:

@@ -56,7 +56,7 @@ def running(
             assert not thread.is_alive()
 
 
-def until(true: Callable[[], object], timeout_s: float = 10.0) -> None:
+def until(true: Callable[[], object], timeout_s: float = 60.0) -> None:
     end = time.monotonic() + timeout_s
     while not true():
         assert time.monotonic() < end

@@ -240,16 +240,15 @@ def main(argv: list[str] | None = None) -> int:
     stop = threading.Event()
     with stop_on_signals(stop):
         try:
-            ended = resident(_place(argv), stop)
+            resident(_place(argv), stop)
         except FedsplitError as err:
             log.error("%s: %s", type(err).__name__, err)
             return 2 if isinstance(err, ConfigError) else 1
-    if not ended:
-        # Its thread is in the middle of a step, and the interpreter would wait for it.
-        logging.shutdown()
-        os._exit(0)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    logging.shutdown()
+    # The interpreter would wait for a step that does not end, and take its time with torch.
+    os._exit(code)

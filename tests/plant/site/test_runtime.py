@@ -66,7 +66,7 @@ def test_the_process_answers_and_says_what_it_does(secret: Path, tmp_path: Path)
     assert (found["state"], found["pid"], found["backbone_loads"]) == ("idle", child.pid, 0)
     assert found["rss_bytes"] > 100 * 2**20
     assert told(state)["state"] == "stopping"
-    assert "torch and transformers are loaded" in log
+    assert "the code: loaded in" in log
     assert "HTTP Request" not in log
     assert SECRET.decode() not in log + " ".join(argv)
 

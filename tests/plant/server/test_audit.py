@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from fedsplit.plant.server import audit
 from fedsplit.plant.server.folder import FederationFolder
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_every_word_of_the_audit_log_is_in_the_docs() -> None:
+    text = (ROOT / "docs" / "reference" / "federation-folder.md").read_text(encoding="utf-8")
+    table = text.split("## `audit.jsonl`", 1)[1]
+    first = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    documented = set(re.findall(r"`([a-z-]+)`", "".join(first))) - {"what"}
+    call = re.compile(r"audit\.record\(\s*[\w.]+,\s*\"([a-z-]+)\"")
+    sources = [p.read_text(encoding="utf-8") for p in (ROOT / "fedsplit").rglob("*.py")]
+    assert documented == {word for source in sources for word in call.findall(source)}
 
 
 def several(path: Path, who: str) -> None:

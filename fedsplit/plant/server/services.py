@@ -148,6 +148,7 @@ def _encoder(folder: FederationFolder, port: int) -> list[str]:
         *("--secret-file", str(folder.encoder_secret)),
         *("--proxy-secret-file", str(folder.proxy_secret)),
         *("--revoked-file", str(folder.revoked)),
+        *("--stats-file", str(folder.encoder_stats)),
     ]
 
 

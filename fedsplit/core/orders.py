@@ -85,6 +85,8 @@ class Order(_Part):
     """Digest of what the replay must arrive at."""
     deadline_s: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Seconds from the message's making within which an answer counts; 0: the site need not look at its clock."""
+    run_key: Word = ""
+    """A word that the run keeps when it is resumed, and that no other one of the same name has."""
     state_dir: str = ""
     """Simulation only: where the sites of this machine keep what is their own."""
 

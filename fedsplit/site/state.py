@@ -41,11 +41,12 @@ class Saved:
 class SiteState:
     """The file of one site in one run."""
 
-    def __init__(self, folder: Path, *, run: str, site: str) -> None:
+    def __init__(self, folder: Path, *, run: str, site: str, key: str = "") -> None:
+        """`key`: the run's own word, by which another run of the same name is told apart."""
         # Names of sites may hold what file names may not.
         name = hashlib.sha256(f"{run}\n{site}".encode()).hexdigest()[:24]
         self._path = folder.expanduser() / f"{name}.safetensors"
-        self._about = {"run": run, "site": site}
+        self._about = {"run": run, "site": site, "key": key}
 
     def load(self) -> Saved | None:
         """What was kept, or None."""
@@ -54,7 +55,7 @@ class SiteState:
         try:
             with safe_open(self._path, framework="numpy") as file:
                 about = file.metadata() or {}
-                if {k: about.get(k) for k in self._about} != self._about:
+                if {k: about.get(k, "") for k in self._about} != self._about:
                     raise ValueError("it belongs to another run or site")
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
                 if odd := [

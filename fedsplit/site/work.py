@@ -292,4 +292,6 @@ class SiteWork:
         # A path of the machine that simulates all sites: at a deployed site an order names no folder.
         told = self.order.state_dir if self.site.partition is not None else ""
         folder = self.site.state_dir or told or DEFAULT_FOLDER
-        return SiteState(Path(folder), run=self.order.run, site=self.site.name)
+        return SiteState(
+            Path(folder), run=self.order.run, site=self.site.name, key=self.order.run_key
+        )

@@ -228,6 +228,16 @@ def test_a_resident_runtime_equals_a_new_one(
         assert now != before
 
 
+def test_a_personal_model_of_another_run_of_the_same_name(tmp_path: Path) -> None:
+    """A site keeps it by the run, and a server that is set up anew begins again with the names of its runs."""
+    plant, runtime = Plant(tmp_path), SiteRuntime()
+    plant.flat["personalisation"] = "ditto"
+    first, module = plant.run(runtime, "state")
+    again, same = plant.run(runtime, "state")
+    assert first == again
+    assert all(np.array_equal(module[name], same[name]) for name in module)
+
+
 def test_a_backbone_is_found_by_its_digest(tmp_path: Path) -> None:
     """In the site's own folder first, whatever the run calls it."""
     plant, runtime = Plant(tmp_path), SiteRuntime()

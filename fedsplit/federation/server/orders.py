@@ -57,6 +57,7 @@ class Orders:
     """Makes the messages of a run."""
 
     run: str
+    run_key: str
     config: RunConfig
     backbone: Backbone
     spec: ModuleSpec
@@ -144,6 +145,7 @@ class Orders:
         order = Order(
             kind=kind,
             run=self.run,
+            run_key=self.run_key,
             round=round_,
             fedsplit_version=__version__,
             config=self.config.flat_for_sites(),

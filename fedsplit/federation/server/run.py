@@ -348,6 +348,7 @@ class Run:
         self.dir.write_json(
             "config.json",
             {
+                "key": self.dir.key,
                 "config": self.config.flat(),
                 "classes": list(classes),
                 **({"scale": scale.model_dump()} if scale else {}),

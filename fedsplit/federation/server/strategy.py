@@ -81,6 +81,7 @@ class SplitStrategy(Strategy):
                 )
             ),
             run=run_dir.label,
+            run_key=run_dir.key,
             config=config,
             backbone=backbone,
             spec=spec,

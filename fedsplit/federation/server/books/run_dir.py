@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,16 @@ class RunDir:
         """The name of what is in this folder; no other run or task has it."""
         self.on_status: Callable[[Status], None] = lambda _: None
         """Told each status that was written."""
+
+    @cached_property
+    def key(self) -> str:
+        """A random word, made with the run and kept in config.json: a name may be given again, at another server too."""
+        if not self.begun:
+            return secrets.token_hex(8)
+        try:
+            return str(self.read_config().get("key", ""))
+        except RunDirError:
+            return ""  # who resumes the run says it better
 
     @classmethod
     def create(cls, runs: Path, name: str, *, task: str) -> RunDir:

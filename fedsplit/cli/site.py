@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedsplit.cli import site_fetch
 from fedsplit.cli.console import Output
 from fedsplit.cli.run import JsonFlag
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="A machine that is a site of a federation.", no_args_is_help=True, rich_markup_mode=None
 )
+app.command("fetch")(site_fetch.fetch)
 _DEFAULT = Path("site")
 
 SiteArgument = Annotated[
@@ -72,6 +74,10 @@ def join(
     again: Annotated[
         bool, typer.Option("--again", help="New keys for a site that is a member as it is.")
     ] = False,
+    no_fetch: Annotated[
+        bool,
+        typer.Option("--no-fetch", help="Leave the backbone to a later `fedsplit site fetch`."),
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Make this machine a site: check it, make its keys here, have them signed.
@@ -99,7 +105,8 @@ def join(
         again=again,
     )
     made = joined(wish, out.note)
-    site = made.folder.settings.site
+    here = made.folder if no_fetch else site_fetch.at_join(made.folder, made.cut, out)
+    site = here.settings.site
     out.note(
         f"Site {site.name!r} is {'a member again' if made.again else 'a member'} of the federation at {site.address}. "
         f"Start it: fedsplit site run {made.folder.path}"

@@ -39,8 +39,8 @@ from fedsplit.model.partial import TENSORS, is_stored, places, tensor_file
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _PART = ".part"
 
-Fetch = Callable[[str, Cut], Path]
-"""(backbone's digest, cut) -> its folder in the store, with all that the cut needs. Raises BackboneError."""
+Fetch = Callable[[str, Cut | None], Path]
+"""(backbone's digest, cut) -> its folder in the store, with all that the cut needs; None: small files. Raises BackboneError."""
 
 
 class WrongBytesError(BackboneError):
@@ -70,20 +70,21 @@ class BackboneStore:
         path = self.find(manifest.sha256)
         return path is not None and stored_files(path) == manifest.files
 
-    def ready(self, sha256: str, cut: Cut) -> Path:
-        """The folder of this backbone with all that the cut needs, fetched where it is not here.
+    def ready(self, sha256: str, cut: Cut | None) -> Path:
+        """The folder of this backbone with all that the cut needs, fetched where it is not here; None: its small files.
 
         Raises BackboneError where nobody fetches, or who does cannot.
         """
         path = self.find(sha256)
-        lacking = self.missing(read_manifest(path), cut) if path else []
+        lacking = self.missing(read_manifest(path), cut) if path and cut else []
         if path and not lacking:
             return path
         if self._fetch is not None:
             return self._fetch(sha256, cut)
         what = places(t.name for t in lacking) if path else "it is not here at all"
         raise BackboneError(
-            f"{self.folder} has not what cut {cut} needs of backbone {sha256[:12]}: {what}; run fedsplit site fetch"
+            f"{self.folder} has not what cut {cut or '(not known yet)'} needs of backbone {sha256[:12]}: {what}; run fedsplit "
+            f"site fetch"
         )
 
     def needed(self, manifest: Manifest, cut: Cut) -> list[StoredTensor]:
@@ -105,15 +106,15 @@ class BackboneStore:
         lacking = (t for t in self.needed(manifest, cut) if not is_stored(self.folder, t))
         return list({tensor.sha256: tensor for tensor in lacking}.values())
 
-    def drop_damaged(self, manifest: Manifest, cut: Cut) -> int:
-        """Remove those of `needed` whose bytes have changed since they came; how many. Reads all of them."""
-        damaged = 0
-        for tensor in self.needed(manifest, cut):
+    def drop_damaged(self, manifest: Manifest) -> list[StoredTensor]:
+        """Remove what is here of a backbone with other bytes than came, and name it. Reads all that is here."""
+        damaged: dict[str, StoredTensor] = {}
+        for tensor in manifest.tensors:
             file = tensor_file(self.folder, tensor.sha256)
             if file.is_file() and digest_of(file, 0, file.stat().st_size) != tensor.sha256:
                 file.unlink(missing_ok=True)
-                damaged += 1
-        return damaged
+                damaged[tensor.sha256] = tensor
+        return list(damaged.values())
 
     def add_backbone(self, manifest: Manifest, files: dict[str, bytes]) -> Path:
         """Make the folder of a backbone of its small files, all at once. Raises BackboneError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -13,6 +14,7 @@ from pydantic import ValidationError
 
 from fedsplit import __version__
 from fedsplit.core.config import RunConfig
+from fedsplit.core.cut import Cut
 from fedsplit.core.errors import BackboneError, ConfigError, DataError
 from fedsplit.core.foreign import printable
 from fedsplit.core.notes import fit
@@ -20,7 +22,7 @@ from fedsplit.core.orders import Incoming, NotHeld, Order, Outgoing, RollCall
 from fedsplit.core.proxies import proxy_variable
 from fedsplit.core.versions import installed
 from fedsplit.model.backbone import Backbone
-from fedsplit.model.store import BackboneStore
+from fedsplit.model.store import BackboneStore, Fetch
 from fedsplit.model.threads import limit_threads
 from fedsplit.site import state
 from fedsplit.site.kept import MB, Kept
@@ -41,6 +43,8 @@ class SiteRuntime:
     kept: Kept = field(default_factory=Kept)
     log: logging.Logger = field(default_factory=lambda: logging.getLogger(__name__))
     """Where the site's own people read what leaves it."""
+    fetch: Fetch | None = None
+    """Brings what a cut needs and the site's `backbone-dir` lacks; None: nobody does."""
     resident: bool = True
     """Does it outlive a message? False: at a deployed site each message starts a process with another one."""
 
@@ -79,7 +83,8 @@ class SiteRuntime:
         limit: TimeLimit,
         run_id: int,
     ) -> Outgoing:
-        backbone = self._backbone(site, order.backbone_sha256, config.placement.backbone)
+        cut = _cut(order, site, config)
+        backbone = self._backbone(site, order.backbone_sha256, config.placement.backbone, cut)
         if order.backbone_sha256 != backbone.sha256:
             raise BackboneError(
                 f"site {site.name!r}: backbone {backbone.path} has digest {backbone.sha256[:12]}, the server's "
@@ -103,21 +108,27 @@ class SiteRuntime:
 
         `backbone`: a directory or name; `sha256`: its digest in the site's `backbone-dir`. Never raises.
         """
-        find = functools.partial(self._backbone, site, sha256, backbone)
+        find = functools.partial(self._backbone, site, sha256, backbone, site.cut)
         warm(self.kept, site, find if backbone or sha256 else None, log=self.log)
 
-    def _backbone(self, site: SiteSettings, sha256: str, name: str) -> Backbone:
-        """The run's backbone: by its digest in the site's own folder, then by the name that the run has for it."""
+    def _backbone(
+        self, site: SiteSettings, sha256: str, name: str, cut: Cut | None = None
+    ) -> Backbone:
+        """The run's backbone: by its digest in the site's own store, else by the name that the run has for it.
+
+        With all that `cut` needs; None: nobody knows yet where it will be cut.
+        """
         if not site.backbone_dir:
             return Backbone.find(name)
-        if path := BackboneStore(Path(site.backbone_dir)).find(sha256):
-            return Backbone.find(str(path))
         try:
-            return Backbone.find(name)
+            store = BackboneStore(Path(site.backbone_dir), fetch=self.fetch)
+            return Backbone.find(str(store.ready(sha256, cut)))
         except BackboneError as err:
+            with contextlib.suppress(BackboneError):
+                if (found := Backbone.find(name)).sha256 == sha256:
+                    return found
             raise BackboneError(
-                f"site {site.name!r}: backbone-dir={site.backbone_dir} has no backbone with the server's digest "
-                f"{printable(sha256[:12])}; and {err}"
+                f"site {site.name!r}: {err} (and {printable(name)} is no such backbone on this machine either)"
             ) from err
 
     def _roll_call(
@@ -187,6 +198,14 @@ class SiteRuntime:
     def _tell_notes(self, site: SiteSettings, own: SiteData) -> None:
         for note in own.notes:
             self.log.info("site %s: %s", site.name, printable(note))
+
+
+def _cut(order: Order, site: SiteSettings, config: RunConfig) -> Cut | None:
+    """Where the order cuts the backbone; at roll call that is known where the site or the run has one cut."""
+    if order.cut:
+        return Cut.parse(order.cut)
+    cuts = {site.cut} if site.cut else set(config.placement.cuts)
+    return cuts.pop() if len(cuts) == 1 else None
 
 
 def _not_held(site: SiteSettings, order: Order, config: RunConfig) -> Outgoing:

@@ -251,7 +251,9 @@ def test_a_backbone_is_found_by_its_digest(tmp_path: Path) -> None:
 
 def test_a_backbone_that_is_in_neither_place(tmp_path: Path) -> None:
     site = SiteSettings.from_node({"site": "line-a", "backbone-dir": str(tmp_path)}, node_id=1)
-    with pytest.raises(BackboneError, match=r"no backbone with the server's digest 0000.*/nowhere"):
+    with pytest.raises(
+        BackboneError, match=r"backbone 000000000000: it is not here at all; .*/nowhere is no such"
+    ):
         SiteRuntime()._backbone(site, "0" * 64, "/nowhere")
 
 

@@ -121,6 +121,12 @@ def open_client(folder: SiteFolder, *, timeout_s: float = TIMEOUT_S) -> httpx.Cl
     return _client(folder.settings.site.address, trusting(folder.ca, pair), timeout_s)
 
 
+def site_client(folder: SiteFolder) -> httpx.Client:
+    """For calls with a site's certificate that are no single question and answer. Raises ConfigError."""
+    tls = trusting(folder.ca, (folder.certificate, folder.certificate_key))
+    return _client(folder.settings.site.address, tls, TIMEOUT_S)
+
+
 def trusting(ca: Path | str, pair: tuple[Path, Path] | None = None) -> ssl.SSLContext:
     """TLS that believes one CA alone, and shows a certificate where there is one. Raises ConfigError for the files."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -175,11 +181,11 @@ def _sent(
                 raise ServerAwayError(
                     f"the server at {address} answers with more than {MAX_BODY_BYTES} bytes; is it a fedsplit server?"
                 )
-        _refuse(answer.status_code, bytes(found), address)
+        refuse(answer.status_code, bytes(found), address)
         return bytes(found), _shown(answer)
 
 
-def _refuse(status: int, body: bytes, address: str) -> None:
+def refuse(status: int, body: bytes, address: str) -> None:
     """Raise what an answer other than 2xx means."""
     if 200 <= status < 300:
         return
@@ -229,12 +235,13 @@ def _translated(address: str) -> Iterator[None]:
     try:
         yield
     except httpx.HTTPError as err:
-        raise _away(err, address) from err
+        raise away(err, address) from err
     except httpx.InvalidURL as err:
         raise ConfigError(f"{printable(address)} is no address: HOST:PORT is wanted") from err
 
 
-def _away(err: httpx.HTTPError, address: str) -> PlantError:
+def away(err: httpx.HTTPError, address: str) -> PlantError:
+    """What httpx raised, as an error of ours: where its cause is a certificate, trying again makes no sense."""
     causes = list(_causes(err))
     for cause in causes:
         if isinstance(cause, ssl.SSLCertVerificationError):

@@ -16,12 +16,23 @@ import httpx
 from filelock import Timeout
 
 from fedsplit.core.cut import Cut
-from fedsplit.core.errors import BackboneError
+from fedsplit.core.errors import (
+    BackboneError,
+    FedsplitError,
+    FolderError,
+    PlantError,
+    ServerRefusalError,
+)
 from fedsplit.core.foreign import MAX_JSON_BYTES, printable
+from fedsplit.core.whole_files import write_whole
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.manifest import Manifest, StoredTensor, read_manifest
+from fedsplit.model.partial import is_stored
 from fedsplit.model.store import BackboneStore, Fetch, WrongBytesError
 from fedsplit.plant import paths
+from fedsplit.plant.site import settings_text
+from fedsplit.plant.site.calls import site_client
+from fedsplit.plant.site.folder import SETTINGS, SiteFolder
 from fedsplit.plant.site.ranges import PATIENCE_S, GoneError, Ranges, Say
 
 log = logging.getLogger(__name__)
@@ -40,7 +51,7 @@ Progress = Callable[[int, int], None]
 def fetch_backbone(
     store: BackboneStore,
     client: httpx.Client,
-    cut: Cut,
+    cut: Cut | None,
     *,
     sha256: str = "",
     progress: Progress = lambda _here, _all: None,
@@ -49,8 +60,10 @@ def fetch_backbone(
 ) -> Path:
     """Bring what `cut` needs of the server's backbone into the store, and give the backbone's folder there.
 
-    `sha256`: the digest that is wanted; else whichever the server has. Raises BackboneError: the server has another one or
-    does not give a tensor, wrong bytes, no space, nothing new came for `patience_s`.
+    None: its small files. What is in the store and has lost bits comes again in any case.
+
+    `sha256`: the digest that is wanted; else whichever the server has. Raises BackboneError: the server has another one,
+    wrong bytes, no space; PlantError: the server does not give a tensor, or nothing new came for `patience_s`.
     """
     line = Ranges(client, say=say, patience_s=patience_s)
     with _alone(store, say):
@@ -69,14 +82,36 @@ def fetch_backbone(
 def fetcher(client: Callable[[], httpx.Client], folder: Path) -> Fetch:
     """What a store asks for tensors that it lacks: `BackboneStore(folder, fetch=fetcher(client, folder))`."""
 
-    def fetch(sha256: str, cut: Cut) -> Path:
-        log.info("backbone %s is fetched for cut %s", sha256[:12], cut)
+    def fetch(sha256: str, cut: Cut | None) -> Path:
+        log.info("backbone %s is fetched for cut %s", sha256[:12], cut or "(not known yet)")
         with client() as opened:
-            return fetch_backbone(
-                BackboneStore(folder), opened, cut, sha256=sha256, patience_s=_ORDER_PATIENCE_S
-            )
+            try:
+                return fetch_backbone(
+                    BackboneStore(folder), opened, cut, sha256=sha256, patience_s=_ORDER_PATIENCE_S
+                )
+            except PlantError as err:
+                raise BackboneError(str(err)) from err
 
     return fetch
+
+
+def of_site(folder: SiteFolder) -> Fetch:
+    """The same for a site folder: from its server, with its certificate."""
+    return fetcher(lambda: site_client(folder), folder.backbones)
+
+
+def note_backbone(folder: SiteFolder, sha256: str) -> None:
+    """Write into site.toml which backbone the site has, for what is loaded before a run. Raises FolderError."""
+    if folder.settings.site.backbone_sha256 == sha256:
+        return
+    path = folder.path / SETTINGS
+    text = settings_text.changed(path.read_text(encoding="utf-8"), {"backbone-sha256": sha256})
+    try:
+        write_whole(path, text)
+    except OSError as err:
+        raise FolderError(
+            f"{path} cannot be written ({err}); free some space, then fetch again"
+        ) from err
 
 
 @contextlib.contextmanager
@@ -103,17 +138,20 @@ class _Fetch:
     def __init__(self, store: BackboneStore, line: Ranges, progress: Progress, say: Say) -> None:
         self._store, self._line, self._progress, self._say = store, line, progress, say
 
-    def run(self, sha256: str, cut: Cut) -> Path:
+    def run(self, sha256: str, cut: Cut | None) -> Path:
         """All of it. Raises BackboneError and _ChangedError."""
         manifest = self._wanted(sha256)
         try:
             path = self._folder(manifest)
             self._tensors(manifest, cut)
-        except (WrongBytesError, GoneError):
+        except (WrongBytesError, GoneError) as err:
             # Is it the line, or has the server another backbone by now? A wanted one cannot become another.
             if not sha256 and self._manifest().sha256 != manifest.sha256:
                 raise _ChangedError from None
-            raise
+            kind: type[FedsplitError] = (
+                BackboneError if isinstance(err, WrongBytesError) else ServerRefusalError
+            )
+            raise kind(str(err)) from err
         return path
 
     def _wanted(self, sha256: str) -> Manifest:
@@ -149,15 +187,16 @@ class _Fetch:
             )
         return path
 
-    def _tensors(self, manifest: Manifest, cut: Cut) -> None:
-        if damaged := self._store.drop_damaged(manifest, cut):
+    def _tensors(self, manifest: Manifest, cut: Cut | None) -> None:
+        if damaged := self._store.drop_damaged(manifest):
             self._say(
-                f"{damaged} tensors have changed on this disk and come again; look after the disk"
+                f"{len(damaged)} tensors have changed on this disk and come again; look after the disk"
             )
-        needed = {t.sha256: t for t in self._store.needed(manifest, cut)}
-        lacking = self._store.missing(manifest, cut)
-        self._check_space(lacking, cut)
-        in_all = sum(t.bytes for t in needed.values())
+        needed = self._store.needed(manifest, cut) if cut else []
+        wanted = {t.sha256: t for t in (*needed, *damaged)}
+        lacking = [t for t in wanted.values() if not is_stored(self._store.folder, t)]
+        self._check_space(lacking)
+        in_all = sum(t.bytes for t in wanted.values())
         here = in_all - sum(t.bytes for t in lacking)
         self._progress(here, in_all)
         for tensor in lacking:
@@ -178,12 +217,12 @@ class _Fetch:
                 progress(tensor.bytes)
                 return
 
-    def _check_space(self, lacking: Iterable[StoredTensor], cut: Cut) -> None:
+    def _check_space(self, lacking: Iterable[StoredTensor]) -> None:
         wanted = sum(t.bytes - min(self._store.begun(t), t.bytes) for t in lacking)
         free = shutil.disk_usage(self._store.folder).free
         if wanted and wanted + _SPARE_BYTES > free:
             raise BackboneError(
-                f"cut {cut} needs {wanted / 1e6:,.1f} MB more of the backbone, {printable(self._store.folder)} has "
+                f"{wanted / 1e6:,.1f} MB more of the backbone are wanted, {printable(self._store.folder)} has "
                 f"{free / 1e6:,.1f} MB free, and {_SPARE_BYTES >> 20} MB stay free; free some space, or choose a cut with fewer "
                 f"blocks on this machine"
             )

@@ -17,9 +17,9 @@ from typing import Protocol
 
 import httpx
 
-from fedsplit.core.errors import BackboneError
-from fedsplit.core.foreign import parse_json, printable
-from fedsplit.plant.wire import Refusal
+from fedsplit.core.errors import ServerAwayError, ServerRefusalError
+from fedsplit.core.foreign import printable
+from fedsplit.plant.site.calls import away, refuse
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,6 @@ PATIENCE_S = 300.0
 Say = Callable[[str], None]
 _WAIT_S, _LONGEST_WAIT_S = 1.0, 30.0
 _TELL_AT = 3
-_BUSY = (429, 502, 503, 504)
 _MAX_REFUSAL_BYTES = 64 << 10
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})")
 
@@ -43,7 +42,7 @@ class Sink(Protocol):
         """Put `chunks` at `start`, in place of what is there from that byte on. What comes before one fails stays."""
 
 
-class GoneError(BackboneError):
+class GoneError(ServerRefusalError):
     """The server has not what was asked for, or not any more."""
 
 
@@ -62,10 +61,11 @@ class Ranges:
         self, client: httpx.Client, *, say: Say = log.info, patience_s: float = PATIENCE_S
     ) -> None:
         self._client, self._say, self._patience_s = client, say, patience_s
+        self._address = client.base_url.netloc.decode("ascii")
         self._heard, self._failures = monotonic(), 0
 
     def whole(self, path: str, most: int) -> bytes:
-        """All bytes of an answer of unknown size. Raises BackboneError: refused, more than `most`, nothing came."""
+        """All bytes of an answer of unknown size. Raises PlantError: refused, more than `most`, nothing came."""
         self._begin()
         while True:
             try:
@@ -74,7 +74,7 @@ class Ranges:
                     for chunk in answer.iter_raw():
                         found += chunk
                         if len(found) > most:
-                            raise BackboneError(
+                            raise ServerAwayError(
                                 f"{path} has more than {most} bytes; is it a fedsplit server?"
                             )
                     return bytes(found)
@@ -82,7 +82,7 @@ class Ranges:
                 self._wait(err)
 
     def fill(self, path: str, sha256: str, size: int, sink: Sink) -> None:
-        """Go on until `sink` has `size` bytes. Raises BackboneError: refused, no such range, nothing came."""
+        """Go on until `sink` has `size` bytes. Raises PlantError: refused, no such range, nothing came."""
         self._begin()
         furthest = sink.have()
         while (have := sink.have()) != size:
@@ -105,14 +105,14 @@ class Ranges:
         self._heard, self._failures = monotonic(), 0
 
     def _wait(self, err: _LineError) -> None:
-        """Until it is tried again. Raises BackboneError where that went on for too long."""
+        """Until it is tried again. Raises ServerAwayError where that went on for too long."""
         self._failures += 1
         wait = min(_WAIT_S * 2 ** (self._failures - 1), _LONGEST_WAIT_S)
         # Sites that lost one server together do not come back together.
         wait = max(wait * random.uniform(0.5, 1.0), err.after_s)
         if monotonic() - self._heard + wait > self._patience_s:
-            raise BackboneError(
-                f"the backbone does not come from the server ({err}); nothing new came for {self._patience_s:g} s. What is "
+            raise ServerAwayError(
+                f"the backbone does not come from the server: {err}. Nothing new came for {self._patience_s:g} s. What is "
                 f"here stays: fetch again when the line is up"
             ) from err
         if self._failures == _TELL_AT:
@@ -126,35 +126,35 @@ class Ranges:
         try:
             with self._client.stream("GET", path, headers=headers) as answer:
                 if answer.status_code not in (200, 206, 416):
-                    raise _refused(answer, path)
+                    self._refuse(answer)
                 yield answer
         except httpx.TransportError as err:
-            if why := _final(err):
-                raise BackboneError(why) from err
-            raise _LineError(printable(err, limit=200) or type(err).__name__) from err
+            told = away(err, self._address)
+            if _is_about_certificates(err):
+                raise told from err
+            raise _LineError(str(told)) from err
 
-
-def _refused(answer: httpx.Response, path: str) -> BackboneError | _LineError:
-    """What an answer that is none of those wanted means."""
-    text = bytearray()
-    for chunk in answer.iter_raw():
-        text += chunk[: _MAX_REFUSAL_BYTES - len(text)]
-    try:
-        told = Refusal.model_validate(parse_json(bytes(text))["error"])
-    except (ValueError, KeyError, TypeError):  # not our service's words
-        told = Refusal(kind="", message=f"answer {answer.status_code} for {path}")
-    message = printable(told.message, limit=2000)
-    if answer.status_code in _BUSY:
-        after = answer.headers.get("retry-after", "")
-        after_s = float(after) if after.isdigit() and len(after) < 4 else 0.0
-        return _LineError(message, after_s=min(after_s, _LONGEST_WAIT_S))
-    if told.kind == "not-found":
-        return GoneError(f"the server does not give a part of its backbone: {message}")
-    return BackboneError(f"the server does not give a part of its backbone: {message}")
+    def _refuse(self, answer: httpx.Response) -> None:
+        """Raise what an answer that is none of those wanted means."""
+        text = bytearray()
+        for chunk in answer.iter_raw():
+            text += chunk[: _MAX_REFUSAL_BYTES - len(text)]
+        try:
+            refuse(answer.status_code, bytes(text), self._address)
+        except ServerAwayError as err:
+            if answer.status_code == 404:
+                raise
+            after = answer.headers.get("retry-after", "")
+            after_s = float(after) if after.isdigit() and len(after) < 4 else 0.0
+            raise _LineError(str(err), after_s=min(after_s, _LONGEST_WAIT_S)) from err
+        except ServerRefusalError as err:
+            if answer.status_code == 404:
+                raise GoneError(str(err)) from err
+            raise
 
 
 def _start(answer: httpx.Response, have: int, size: int) -> int:
-    """From which byte on the answer goes. Raises BackboneError."""
+    """From which byte on the answer goes. Raises GoneError."""
     if answer.status_code == 200:
         return 0
     given = answer.headers.get("content-range", "")
@@ -167,12 +167,9 @@ def _start(answer: httpx.Response, have: int, size: int) -> int:
     return have
 
 
-def _final(err: BaseException) -> str:
-    """Why it makes no sense to try on; empty where it does."""
-    cause: BaseException | None = err
-    while cause is not None:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            why = printable(getattr(cause, "verify_message", cause))
-            return f"the server's certificate is not believed ({why}); join again with a new code"
-        cause = cause.__cause__ or cause.__context__
-    return ""
+def _is_about_certificates(err: BaseException | None) -> bool:
+    while err is not None:
+        if isinstance(err, ssl.SSLCertVerificationError):
+            return True
+        err = err.__cause__ or err.__context__
+    return False

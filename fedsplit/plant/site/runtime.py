@@ -76,7 +76,7 @@ class Place:
 
 def resident(place: Place, stop: threading.Event, runtime: SiteRuntime | None = None) -> bool:
     """Carry out orders until `stop` is set; False where a step had to be left in its middle. Raises ConfigError."""
-    runtime = runtime or SiteRuntime(log=logging.getLogger("fedsplit.site"))
+    runtime = runtime or _runtime(place.site)
     failed: list[BaseException] = []
     with ExitStack() as stack:
         over = None
@@ -116,6 +116,15 @@ def resident(place: Place, stop: threading.Event, runtime: SiteRuntime | None = 
     if failed:
         raise failed[0]
     return ended
+
+
+def _runtime(folder: SiteFolder | None) -> SiteRuntime:
+    fetch = None
+    if folder is not None:
+        from fedsplit.plant.site.fetch import of_site
+
+        fetch = of_site(folder)
+    return SiteRuntime(log=logging.getLogger("fedsplit.site"), fetch=fetch)
 
 
 def warm_up(runtime: SiteRuntime, folder: SiteFolder | None) -> None:

@@ -17,12 +17,14 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
 import fedsplit
 from fedsplit.core.names import certificate_name
+from fedsplit.model.description import described
 from fedsplit.plant import paths, pki
 from fedsplit.plant.join_code import JoinCode
+from fedsplit.plant.server.backbone import ServedBackbone, backbone_router
 from fedsplit.plant.wire import (
     Hello,
     JoinAnswer,
@@ -56,6 +58,9 @@ class Control:
     node_keys: list[str] = field(default_factory=list)
     reports: list[Report] = field(default_factory=list)
     renewed: int = 0
+    backbone: ServedBackbone = field(
+        default_factory=lambda: ServedBackbone(lambda: "vit-glyphs", description=described)
+    )
 
     @property
     def address(self) -> str:
@@ -118,9 +123,10 @@ class Control:
             return ReportAnswer(standing=self.standing, server_time=time.time())
 
         @app.get(paths.MANIFEST, response_model=None)
-        def manifest() -> JSONResponse:
-            return refused() or JSONResponse({"format": 1, "room": "x" * 100_000})
+        def manifest() -> Response:
+            return refused() or Response(self.backbone.parts().manifest.canonical())
 
+        app.include_router(backbone_router(self.backbone))
         return app
 
     def certificate(self, csr: str) -> str:

@@ -16,12 +16,18 @@ from typing import Any
 import pytest
 
 from fedsplit.cli.main import call
+from fedsplit.core.cut import Cut
+from fedsplit.model.backbone import Backbone
+from fedsplit.model.module import ModuleSpec
+from fedsplit.model.split import device_part
+from fedsplit.model.store import BackboneStore
 
 from .server import Control
 
 FAKETIME = next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
 
 
+SPEC = ModuleSpec(classes=("a", "b"), kind="classifier")
 Site = Callable[..., tuple[int, dict[str, Any], str]]
 
 
@@ -65,6 +71,16 @@ def test_join_and_clean(site: Site, control: Control, pictures: Path, tmp_path: 
     assert made["classes"] == {"good": 6, "傷 deep": 6}
     assert "12 images in 2 classes: good (6), 傷 deep (6)" in said
     assert code not in said
+    assert (exit_code, made["backbone_sha256"]) == (0, Backbone.find("vit-glyphs").sha256)
+    store = BackboneStore(where / "backbones")
+    before = store.total_bytes()
+    exit_code, told, said = site("fetch", where, "--cut", "0,6")
+    assert (exit_code, told["bytes"], told["cuts"]) == (0, before, ["0,6"])
+    assert device_part(
+        Backbone.find(str(store.ready(made["backbone_sha256"], Cut(1, 5)))), Cut(1, 5), SPEC
+    )
+    exit_code, told, said = site("fetch", where, "--cut", "0,7")
+    assert (exit_code, told["error"]["kind"]) == (2, "ConfigError")
     exit_code, told, said = site("clean", where)
     assert (exit_code, told["freed_bytes"], told["errors"]) == (0, 0, [])
     # The same code again, elsewhere: the server's words.
@@ -73,6 +89,22 @@ def test_join_and_clean(site: Site, control: Control, pictures: Path, tmp_path: 
     assert told["error"]["kind"] == "ServerRefusalError"
     assert "used already" in told["error"]["message"]
     assert not (tmp_path / "other").exists()
+
+
+def test_a_backbone_that_does_not_come_leaves_a_member(
+    site: Site, control: Control, pictures: Path, tmp_path: Path
+) -> None:
+    control.backbone._private = frozenset({0})
+    data = f"folder:{pictures}"
+    where = tmp_path / "site"
+    exit_code, told, _ = site(
+        "join", control.code().text(), "--dir", where, "--data", data, "--task", "t"
+    )
+    assert (exit_code, told["error"]["kind"]) == (1, "ServerRefusalError")
+    said = told["error"]["message"]
+    assert "block 0 is private" in said
+    assert f"is a member all the same; go on with: fedsplit site fetch {where}" in said
+    assert site("fetch", where, "--cut", "0,6")[0] == 0
 
 
 def test_a_code_that_is_mistyped_or_none(site: Site, control: Control, tmp_path: Path) -> None:

@@ -26,8 +26,13 @@ OLDEST = (1, 18, 0)
 PAGE_USER = "fedsplit"
 """The login of the status page, where it is public."""
 _MODULES = ("http_ssl_module", "http_v2_module", "http_auth_request_module")
+# In every nginx that was not built without them, as Debian 11's nginx-light was.
+_USUAL = tuple(
+    f"http_{name}_module"
+    for name in ("map", "proxy", "grpc", "limit_req", "limit_conn", "rewrite", "auth_basic")
+)
 _PLACES = "/usr/sbin:/usr/local/sbin:/usr/local/nginx/sbin:/opt/homebrew/bin"
-_INSTALL = 'install it (Debian, Ubuntu, Raspberry Pi OS: `apt install nginx-light`), name it in federation.toml ([proxy] nginx), or run a proxy of your own ([proxy] mode = "own")'
+_INSTALL = 'install it (Debian, Ubuntu, Raspberry Pi OS: `apt install nginx`), name it in federation.toml ([proxy] nginx), or run a proxy of your own ([proxy] mode = "own")'
 _TIMEOUT_S = 20.0
 
 
@@ -70,11 +75,13 @@ def find(program: str = "") -> Nginx:
         raise ConfigError(
             f"{found} is nginx {_dotted(number)}, which is too old: {_dotted(OLDEST)} or newer is wanted; {_INSTALL}"
         )
-    if missing := [m for m in _MODULES if f"--with-{m}" not in said]:
+    without = frozenset(re.findall(r"--without-(\w+)", said))
+    missing = [m for m in _MODULES if f"--with-{m}" not in said]
+    if missing := missing + [m for m in _USUAL if m in without]:
         raise ConfigError(
-            f"{found} was built without {', '.join(missing)}; the distribution's nginx has them: {_INSTALL}"
+            f"{found} was built without {', '.join(missing)}; another package of nginx has them: {_INSTALL}"
         )
-    return Nginx(found, number, frozenset(re.findall(r"--without-(\w+)", said)))
+    return Nginx(found, number, without)
 
 
 def version(text: str) -> tuple[int, int, int]:

@@ -67,6 +67,10 @@ def test_an_nginx_that_will_not_do(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             "nginx version: nginx/1.22.1\n--with-http_ssl_module",
             "without http_v2_module, http_auth",
         ),
+        (
+            f"nginx version: nginx/1.18.0\n{ALL} --without-http_limit_req_module",
+            "without http_limit_req",
+        ),
         ("caddy 2.7", "printed 'caddy 2.7 ', no version of nginx"),
     ):
         with pytest.raises(ConfigError, match=text):

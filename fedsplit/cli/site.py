@@ -1,36 +1,28 @@
-"""`fedsplit site join | run | clean`: what is done on a site's machine. The work is `plant.site`'s."""
+"""`fedsplit site join | run | clean | install | uninstall`: what is done on a site's machine. The work is `plant.site`'s."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from fedsplit.cli import site_fetch
+from fedsplit.cli import site_fetch, site_service
 from fedsplit.cli.console import Output
 from fedsplit.cli.run import JsonFlag
-
-if TYPE_CHECKING:
-    from fedsplit.plant.site.folder import SiteFolder
+from fedsplit.cli.site_folder import DEFAULT, SiteArgument, site_folder
 
 app = typer.Typer(
     help="A machine that is a site of a federation.", no_args_is_help=True, rich_markup_mode=None
 )
 app.command("fetch")(site_fetch.fetch)
-_DEFAULT = Path("site")
-
-SiteArgument = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="[SITE]",
-        help="The site folder; else the working directory if it is one, else ./site.",
-    ),
-]
+app.command("install")(site_service.install)
+app.command("uninstall")(site_service.uninstall)
 
 
 @app.command()
@@ -45,7 +37,7 @@ def join(
     *,
     folder: Annotated[
         Path, typer.Option("--dir", metavar="SITE", help="The site folder: a new or empty one.")
-    ] = _DEFAULT,
+    ] = DEFAULT,
     data: Annotated[
         str, typer.Option(metavar="SOURCE", help="The site's own data, e.g. folder:/data/line-a.")
     ] = "",
@@ -82,9 +74,13 @@ def join(
 ) -> None:
     """Make this machine a site: check it, make its keys here, have them signed.
 
-    Exit codes: 0 joined, 1 the server refused or is away, 2 wrong use, settings or data.
+    Exit codes: 0 joined, 1 the server refused or is away, or the doctor found something red, 2 wrong use, settings or data.
     """
+    from fedsplit.cli.doctor import table
+    from fedsplit.plant.checks import as_json as as_json_object
+    from fedsplit.plant.checks import worst
     from fedsplit.plant.join_code import JoinCode
+    from fedsplit.plant.site.doctor import site_checks
     from fedsplit.plant.site.join import Wish
     from fedsplit.plant.site.join import join as joined
 
@@ -108,9 +104,12 @@ def join(
     here = made.folder if no_fetch else site_fetch.at_join(made.folder, made.cut, out)
     site = here.settings.site
     out.note(
-        f"Site {site.name!r} is {'a member again' if made.again else 'a member'} of the federation at {site.address}. "
-        f"Start it: fedsplit site run {made.folder.path}"
+        f"Site {site.name!r} is {'a member again' if made.again else 'a member'} of the federation at {site.address}"
     )
+    found = list(site_checks(made.folder.path, joining=True))
+    out.show(table(found))
+    path = shlex.quote(str(made.folder.path))
+    out.note(f"Start it: fedsplit site run {path}, or as a service: fedsplit site install {path}")
     out.result(
         {
             "site": site.name,
@@ -122,8 +121,12 @@ def join(
             "notes": list(made.seen.notes),
             "backbone_sha256": site.backbone_sha256,
             "cut": made.cut,
+            **as_json_object(found),
         }
     )
+    if worst(found) == "red":
+        out.note("The site is a member, and something is red above: see to it before the first run")
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -137,7 +140,7 @@ def run(site: SiteArgument = None, as_json: JsonFlag = False) -> None:
     from fedsplit.plant.supervisor import stop_on_signals
 
     out = Output(as_json=as_json)
-    folder = _folder(site)
+    folder = site_folder(site)
     settings = folder.settings.site
 
     def say(text: str) -> None:
@@ -184,7 +187,7 @@ def clean(
     from fedsplit.plant.site.clean import kept, remove
 
     out = Output(as_json=as_json)
-    folder = _folder(site)
+    folder = site_folder(site)
     found = kept(folder, all_backbones=all_backbones)
     out.show(shown(found, folder.path))
     freed, faults = remove(folder, found) if apply else (0, [])
@@ -194,7 +197,9 @@ def clean(
     if apply:
         out.note(f"{freed / 1e6:,.1f} MB were freed")
     elif goes:
-        out.note(f"{goes / 1e6:,.1f} MB would go: fedsplit site clean {folder.path} --apply")
+        out.note(
+            f"{goes / 1e6:,.1f} MB would go: fedsplit site clean {shlex.quote(str(folder.path))} --apply"
+        )
     out.result(
         {
             "folder": str(folder.path),
@@ -214,13 +219,3 @@ def clean(
     )
     if faults:
         raise typer.Exit(1)
-
-
-def _folder(path: Path | None) -> SiteFolder:
-    """The site folder that is meant. Raises ConfigError."""
-    from fedsplit.plant.site.folder import SETTINGS, SiteFolder
-
-    if path is None:
-        here = Path.cwd()
-        path = here if (here / SETTINGS).is_file() else _DEFAULT
-    return SiteFolder.at(path)

@@ -65,7 +65,7 @@ def _cuts(text: str) -> tuple[Cut | None, ...]:
 
 def _fetched(folder: SiteFolder, cuts: tuple[Cut | None, ...], out: Output) -> dict[str, Any]:
     from fedsplit.model.store import BackboneStore
-    from fedsplit.plant.site.calls import site_client
+    from fedsplit.plant.site.calls import open_client
     from fedsplit.plant.site.fetch import fetch_backbone, note_backbone
 
     store = BackboneStore(folder.backbones)
@@ -73,7 +73,7 @@ def _fetched(folder: SiteFolder, cuts: tuple[Cut | None, ...], out: Output) -> d
         TextColumn("Backbone"), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
         console=out.stderr, disable=not out.stderr.is_terminal,
     )  # fmt: skip
-    with site_client(folder) as client, bar:
+    with open_client(folder) as client, bar:
         line = bar.add_task("backbone", total=None)
 
         def progress(here: int, in_all: int) -> None:

@@ -121,12 +121,6 @@ def open_client(folder: SiteFolder, *, timeout_s: float = TIMEOUT_S) -> httpx.Cl
     return _client(folder.settings.site.address, trusting(folder.ca, pair), timeout_s)
 
 
-def site_client(folder: SiteFolder) -> httpx.Client:
-    """For calls with a site's certificate that are no single question and answer. Raises ConfigError."""
-    tls = trusting(folder.ca, (folder.certificate, folder.certificate_key))
-    return _client(folder.settings.site.address, tls, TIMEOUT_S)
-
-
 def trusting(ca: Path | str, pair: tuple[Path, Path] | None = None) -> ssl.SSLContext:
     """TLS that believes one CA alone, and shows a certificate where there is one. Raises ConfigError for the files."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)

@@ -14,7 +14,7 @@ from fedsplit.core.errors import FedsplitError
 from fedsplit.core.foreign import parse_json, printable
 from fedsplit.plant import checks, paths
 from fedsplit.plant.checks import Check, Look
-from fedsplit.plant.site.calls import ControlCalls, trusting
+from fedsplit.plant.site.calls import ControlCalls, open_client
 from fedsplit.plant.site.folder import SiteFolder
 from fedsplit.plant.site.services import RUNTIME, SUPERNODE
 from fedsplit.plant.site.source import look_at
@@ -105,15 +105,8 @@ def _server(folder: SiteFolder) -> Iterator[Check]:
 
 def _way(folder: SiteFolder, again: str) -> Iterator[Check]:
     """How the site stands with the server, and round trip and throughput of the port that activations take too."""
-    tls = trusting(folder.ca, (folder.certificate, folder.certificate_key))
-    client = httpx.Client(
-        base_url=f"https://{folder.settings.site.address}",
-        verify=tls,
-        timeout=_TIMEOUT_S,
-        headers={"accept-encoding": "identity"},
-    )
     try:
-        with client:
+        with open_client(folder, timeout_s=_TIMEOUT_S) as client:
             refused = _refusal(client)
             if refused:
                 yield Check("membership", "red", refused, again)

@@ -31,7 +31,7 @@ from fedsplit.model.partial import is_stored
 from fedsplit.model.store import BackboneStore, Fetch, WrongBytesError
 from fedsplit.plant import paths
 from fedsplit.plant.site import settings_text
-from fedsplit.plant.site.calls import site_client
+from fedsplit.plant.site.calls import open_client
 from fedsplit.plant.site.folder import SETTINGS, SiteFolder
 from fedsplit.plant.site.ranges import PATIENCE_S, GoneError, Ranges, Say
 
@@ -97,7 +97,7 @@ def fetcher(client: Callable[[], httpx.Client], folder: Path) -> Fetch:
 
 def of_site(folder: SiteFolder) -> Fetch:
     """The same for a site folder: from its server, with its certificate."""
-    return fetcher(lambda: site_client(folder), folder.backbones)
+    return fetcher(lambda: open_client(folder), folder.backbones)
 
 
 def note_backbone(folder: SiteFolder, sha256: str) -> None:

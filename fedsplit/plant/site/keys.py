@@ -139,12 +139,12 @@ def certificate(folder: SiteFolder) -> x509.Certificate:
         found = pki.read_certificate(path.read_bytes(), what=str(path))
     except OSError as err:
         raise ConfigError(
-            f"{path} cannot be read ({err.strerror}); join again with a new code: fedsplit site join CODE --dir {folder.path}"
+            f"{path} cannot be read ({err.strerror}); join again with a new code: fedsplit site join CODE --dir SITE"
         ) from err
     if not _match(found, folder.certificate_key):
         raise ConfigError(
             f"{folder.certificate_key} is not the key of {path.name}; restore both from one backup, or join again with a "
-            f"new code: fedsplit site join CODE --dir {folder.path}"
+            f"new code: fedsplit site join CODE --dir SITE"
         )
     return found
 

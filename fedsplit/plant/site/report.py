@@ -52,6 +52,7 @@ class Reports(Closing):
         self._due = 0.0
         self._exit: Any = None
         self._away = ""
+        self._explained = 0.0
         self._shown: tuple[str, str] | None = None
         self._clock = ""
         self.ended: NotMemberError | None = None
@@ -103,7 +104,9 @@ class Reports(Closing):
         if fault and not self._clock:
             self._say(f"{fault}. Until then the server refuses this site")
         self._clock = fault
-        if asked and not fault:
+        if asked and not fault and time.monotonic() > self._explained:
+            # Once, however often it is refused in that time.
+            self._explained = time.monotonic() + 2 * _DOUBLED_S
             self._say(
                 f"the SuperNode ended, and the site is a member as before: it is started again. After one was killed the "
                 f"server holds its place for up to {_DOUBLED_S:g} s and refuses the next one meanwhile"
@@ -120,7 +123,7 @@ class Reports(Closing):
         return self._calls
 
     def _report(self, services: dict[str, Any]) -> Report:
-        doing = self._doing()
+        doing = self._doing(services)
         state, detail = _state(services, doing)
         if fault := gone(self._folder.settings.site.data):
             state, detail = "failing", f"the data: {fault}"
@@ -141,13 +144,17 @@ class Reports(Closing):
             certificate_ends=ends,
         )
 
-    def _doing(self) -> dict[str, Any]:
+    def _doing(self, services: dict[str, Any]) -> dict[str, Any]:
         """What the runtime says of itself; nothing before its first word."""
         try:
             found = read_json(self._folder.doing, limit=1 << 16)
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        if not isinstance(found, dict):
+            return {}
+        # Else it is the last word of one that has ended.
+        ours = found.get("pid") == services.get(RUNTIME, {}).get("pid")
+        return found if ours else {}
 
     def _show(self, told: Report) -> None:
         """Say what has changed, and once that the site is ready."""

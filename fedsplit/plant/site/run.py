@@ -7,10 +7,11 @@ more; waits as long as it takes for a server that is away.
 from __future__ import annotations
 
 import logging
+import shlex
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from fedsplit import __version__
 from fedsplit.core.errors import ConfigError, DataError, NotMemberError, ServerAwayError
@@ -24,11 +25,13 @@ from fedsplit.plant.site.report import Reports
 from fedsplit.plant.site.services import services
 from fedsplit.plant.site.source_paths import gone
 from fedsplit.plant.site.trust import check_clock
-from fedsplit.plant.supervisor import Supervisor
+from fedsplit.plant.supervisor import Service, Supervisor
 
 log = logging.getLogger(__name__)
 
 _CLEAN_EVERY_S = 24 * 3600.0
+_ASK_S = 5.0
+_JOIN_S = 1.5
 Say = Callable[[str], None]
 
 
@@ -37,41 +40,49 @@ def run(folder: SiteFolder, stop: threading.Event, *, say: Say, ready: Callable[
 
     Raises ConfigError, DataError, ServiceError before anything has started, and NotMemberError also later.
     """
-    folder.present.mkdir(exist_ok=True, mode=0o700)
-    log_mb = folder.settings.retention.log_mb
-    with Supervisor(
-        lambda: services(folder), state_file=folder.state, say=say, log_mb=log_mb
-    ) as supervisor:
+
+    def checked() -> list[Service]:
         check(folder, say)
-        with Reports(folder, services=lambda: supervisor.state()["services"], say=say) as reports:
-            renewals = Renewals(folder, say=say)
+        return services(folder)
 
-            def report() -> float:
-                wait = reports.step()
-                if reports.was_ready:
-                    once.set()
-                if reports.ended is not None:
-                    stop.set()
-                return wait
+    most = folder.settings.retention.log_mb
+    with (
+        Supervisor(checked, state_file=folder.state, say=say, log_mb=most) as supervisor,
+        Reports(folder, services=lambda: supervisor.state()["services"], say=say) as reports,
+    ):
+        renewals = Renewals(folder, say=say)
 
-            def clean() -> float:
-                keep_bounded(folder, say)
-                return _CLEAN_EVERY_S
+        def report() -> float:
+            wait = reports.step()
+            if reports.was_ready:
+                once.set()
+            if reports.ended is not None:
+                stop.set()
+            return wait
 
-            once = _Once(ready)
-            steps = (report, renewals.step, clean)
-            with ThreadPoolExecutor(len(steps)) as pool:
-                for step in steps:
-                    pool.submit(_again_and_again, step, stop, say)
-                try:
-                    supervisor.run(stop)
-                finally:
-                    stop.set()
+        def clean() -> float:
+            keep_bounded(folder, say)
+            return _CLEAN_EVERY_S
+
+        once = _Once(ready)
+        threads = [
+            threading.Thread(target=_again_and_again, args=[step, stop, say], daemon=True)
+            for step in (report, renewals.step, clean)
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            supervisor.run(stop)
+        finally:
+            stop.set()
+            # One that waits for a server that is away is left behind: nothing is lost by it.
+            for thread in threads:
+                thread.join(_JOIN_S / len(threads))
     if reports.ended is not None:
         raise NotMemberError(
             f"site {folder.settings.site.name!r} is no member of the federation at {folder.settings.site.address} any more: "
             f"{reports.ended}. It is stopped. To come back it joins again with a new code: fedsplit site join CODE --dir "
-            f"{folder.path}"
+            f"{quoted(folder.path)}"
         )
 
 
@@ -91,7 +102,7 @@ def check(folder: SiteFolder, say: Say) -> None:
         )
     pair = (folder.certificate, folder.certificate_key)
     try:
-        with ControlCalls(site.address, folder.ca, pair) as calls:
+        with ControlCalls(site.address, folder.ca, pair, timeout_s=_ASK_S) as calls:
             hello = calls.hello()
     except ServerAwayError as err:
         _not_over(folder, ends)
@@ -106,11 +117,16 @@ def check(folder: SiteFolder, say: Say) -> None:
         )
 
 
+def quoted(path: Path) -> str:
+    """A path as it is typed in a shell."""
+    return printable(shlex.quote(str(path)))
+
+
 def _not_over(folder: SiteFolder, ends: float) -> None:
     if ends < time.time():
         raise NotMemberError(
             f"the certificate of site {folder.settings.site.name!r} was over on {keys.day(ends)}; join again with a new "
-            f"code (on the server: fedsplit federation rotate): fedsplit site join CODE --dir {folder.path}"
+            f"code (on the server: fedsplit federation rotate): fedsplit site join CODE --dir {quoted(folder.path)}"
         )
 
 
@@ -132,6 +148,8 @@ def _again_and_again(step: Callable[[], float], stop: threading.Event, say: Say)
         try:
             wait = step()
         except Exception as err:
+            if stop.is_set():
+                return
             log.exception("a step failed")
             say(f"{type(err).__name__}: {printable(err)}; it is tried again in a minute")
             wait = 60.0

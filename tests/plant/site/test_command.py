@@ -60,7 +60,10 @@ def a_disk(where: Path, options: str) -> Iterator[Path]:
         subprocess.run(["umount", str(where)], check=True)
 
 
-def test_join_and_clean(site: Site, control: Control, pictures: Path, tmp_path: Path) -> None:
+def test_join_fetch_clean_and_install(
+    site: Site, control: Control, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsplit.plant.install.has_systemd", lambda: False)
     where, code = tmp_path / "site", control.code().text()
     data = f"folder:{pictures}"
     asked = ("join", code, "--dir", where, "--data", data, "--task", "inspection")
@@ -71,6 +74,8 @@ def test_join_and_clean(site: Site, control: Control, pictures: Path, tmp_path: 
     assert made["classes"] == {"good": 6, "傷 deep": 6}
     assert "12 images in 2 classes: good (6), 傷 deep (6)" in said
     assert code not in said
+    levels = {check["name"]: check["level"] for check in made["checks"]}
+    assert levels["membership"] == levels["backbone"] == levels["data"] == "green"
     assert (exit_code, made["backbone_sha256"]) == (0, Backbone.find("vit-glyphs").sha256)
     store = BackboneStore(where / "backbones")
     before = store.total_bytes()
@@ -83,6 +88,11 @@ def test_join_and_clean(site: Site, control: Control, pictures: Path, tmp_path: 
     assert (exit_code, told["error"]["kind"]) == (2, "ConfigError")
     exit_code, told, said = site("clean", where)
     assert (exit_code, told["freed_bytes"], told["errors"]) == (0, 0, [])
+    exit_code, told, said = site("install", where, "--name", "fedsplit-line-a")
+    assert (exit_code, told["installed"]) == (1, False)
+    unit = Path(told["unit"]).read_text(encoding="utf-8")
+    assert f"site run {where}" in unit
+    assert "RestartPreventExitStatus=4" in unit
     # The same code again, elsewhere: the server's words.
     exit_code, told, said = site(*asked[:3], tmp_path / "other", *asked[4:])
     assert exit_code == 1

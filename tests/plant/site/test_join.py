@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import socketserver
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,8 +153,6 @@ def test_nobody_answers(joined: Join, control: Control, tmp_path: Path) -> None:
 def test_something_else_answers(
     joined: Join, control: Control, tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import threading
-
     monkeypatch.setattr("fedsplit.plant.site.calls.look.__kwdefaults__", {"timeout_s": 0.5})
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
@@ -295,3 +296,53 @@ def test_certificates_that_are_not_ours(
     issue = control.certificate
     monkeypatch.setattr(control, "certificate", lambda _: issue(other))
     fails(joined, tmp_path, "certificate of another key", PlantError)
+
+
+@contextlib.contextmanager
+def a_proxy(port: int) -> Iterator[tuple[str, list[bytes]]]:
+    """A proxy of an office that leads every CONNECT to `port` of loopback: its address, what it was asked."""
+    asked: list[bytes] = []
+
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            head = b""
+            while b"\r\n\r\n" not in head:
+                head += self.request.recv(4096)
+            asked.append(head.split(b"\r\n")[0])
+            self.request.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            with socket.create_connection(("127.0.0.1", port)) as there:
+                back = threading.Thread(target=pump, args=[there, self.request], daemon=True)
+                back.start()
+                pump(self.request, there)
+
+    def pump(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_address[1]}", asked
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+def test_through_a_proxy_and_not_to_loopback(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        served(tmp_path / "server", hosts=("plant.example", "127.0.0.1")) as control,
+        a_proxy(control.port) as (proxy, asked),
+    ):
+        monkeypatch.setenv("HTTPS_PROXY", proxy)
+        for host, times in (("127.0.0.1", 0), ("plant.example", 3)):
+            code = replace(control.code(), address=f"{host}:{control.port}")
+            folder = tmp_path / host
+            wish = Wish(code=code, folder=folder, data=f"folder:{pictures}", task="t")
+            join(wish, lambda _: None)
+            assert len(asked) == times
+        assert set(asked) == {f"CONNECT plant.example:{control.port} HTTP/1.1".encode()}

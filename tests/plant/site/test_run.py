@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -92,6 +94,8 @@ def running_pids(folder: SiteFolder) -> list[int]:
 
 def does(folder: SiteFolder, **what: object) -> None:
     """What the runtime would write of itself."""
+    wait_for(lambda: len(running_pids(folder)) == 2)
+    what["pid"] = json.loads(folder.state.read_text())["services"][RUNTIME]["pid"]
     folder.doing.write_text(json.dumps(what), encoding="utf-8")
 
 
@@ -123,6 +127,7 @@ def test_reports_say_how_the_site_is(
     with running(folder) as (told, ended):
         wait_for(lambda: control.reports)
         assert control.reports[0].state == "starting"
+        folder.doing.write_text('{"state": "stopping", "pid": 1}')  # of one that has ended
         does(folder, state="idle", backbone_loads=1)
         wait_for(lambda: "READY" in told)
         does(folder, state="working", detail="run night: train, round 3", backbone_loads=1)
@@ -149,6 +154,26 @@ def test_a_server_that_is_away_and_comes_back(
         control.refusal = None
         wait_for(lambda: "the server answers again" in told)
         assert sum("waits and tries again" in line for line in told) == 1
+    assert not ended
+
+
+def test_a_server_that_says_nothing_does_not_hold_up_the_end(
+    folder: SiteFolder, control: Control, sleepers: dict[str, list[str]]
+) -> None:
+    with (
+        contextlib.ExitStack() as stack,
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        running(folder) as (_, ended),
+    ):
+        wait_for(lambda: control.reports)
+        object.__setattr__(folder.settings.site, "address", f"127.0.0.1:{silent.getsockname()[1]}")
+        os.utime(folder.certificate)  # a new connection
+        silent.settimeout(15)
+        line, _ = silent.accept()
+        time.sleep(0.5)
+        began = time.monotonic()
+        stack.callback(line.close)
+    assert time.monotonic() - began < 10
     assert not ended
 
 

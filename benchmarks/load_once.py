@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -140,7 +139,7 @@ def _sides(home: Path, first: FirstStep, progress: Progress) -> Iterator[Sides]:
         supernode(site | {"state-dir": str(home / "resident")}, **of_app) as resident,
         supernode(site | {"state-dir": str(home / "process")}, secret=None, **of_app) as process,
         _started(
-            [sys.executable, "-m", "fedsplit.plant.site.runtime", "--supernode", resident.address,
+            [program("fedsplit", env), "site", "executor", "--supernode", resident.address,
              "--secret-file", str(secret)], env, home, "resident",
         ),
         _started(

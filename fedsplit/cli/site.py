@@ -1,4 +1,4 @@
-"""`fedsplit site join | run | clean | install | uninstall`: what is done on a site's machine. The work is `plant.site`'s."""
+"""`fedsplit site join | run | executor | clean | install | uninstall`: what is done on a site's machine. The work is `plant.site`'s."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 
 from fedsplit.cli import site_fetch, site_service
@@ -162,6 +163,49 @@ def run(site: SiteArgument = None, as_json: JsonFlag = False) -> None:
     with stop_on_signals(stop):
         keep_up(folder, stop, say=say, ready=ready)
     say(f"site {settings.name!r} has ended")
+
+
+@app.command()
+def executor(
+    *,
+    supernode: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="--host and --port of the SuperNode.")
+    ],
+    secret_file: Annotated[
+        Path, typer.Option(metavar="FILE", help="Its --superexec-auth-secret-file.")
+    ],
+    superlink: Annotated[str, typer.Option(metavar="HOST:PORT", help="Its --superlink.")] = "",
+    node_key: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Its --auth-supernode-private-key.")
+    ] = None,
+    ca: Annotated[Path | None, typer.Option(metavar="PEM", help="Its --root-certificates.")] = None,
+    state_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where it says what it does, and notes the order at hand for the next executor.",
+        ),
+    ] = None,
+) -> None:
+    """Without a site folder: carry out the orders of a SuperNode in one process that lives on, until Ctrl-C.
+
+    The SuperNode runs with --isolation process. With --superlink and --node-key an order is dropped once its run is over.
+    """
+    if bool(superlink) != (node_key is not None):
+        raise click.UsageError("--superlink and --node-key go together; give both or neither")
+    from fedsplit.plant.site.runtime import Place, serve
+
+    serve(
+        lambda: Place(
+            supernode,
+            secret_file,
+            doing=state_dir / "runtime.json" if state_dir else None,
+            note=state_dir / "order" if state_dir else None,
+            superlink=superlink,
+            node_key=node_key,
+            ca=ca,
+        )
+    )
 
 
 @app.command()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,7 +42,7 @@ class ResidentSite:
 
     def start_runtime(self) -> None:
         self.runtime = self._start(
-            "runtime", sys.executable, "-m", "fedsplit.plant.site.runtime",
+            "runtime", str(BIN / "fedsplit"), "site", "executor",
             "--supernode", f"127.0.0.1:{self.supernode_port}", "--secret-file", str(self.home / "secret"),
             "--superlink", self.superlink, "--node-key", str(self.home / "node-key"),
             "--ca", str(self.home.parent / "ca.pem"), "--state-dir", str(self.home / "run"),

@@ -1,8 +1,8 @@
 """`python -m fedsplit.plant.site.runtime`: a site's resident runtime, the process that holds torch, model and data for years.
 
-`site run` starts it beside a SuperNode with the site folder as its one argument; whoever has a service manager of his
-own gives the SuperNode's address and the secret's file. It warms up, so that the first round is a warm one too, then
-carries out what the SuperNode brings (federation/executor.py), and writes what it does to `run/runtime.json`.
+`site run` starts it beside a SuperNode with the site folder as its one argument; `fedsplit site executor` is the same for
+whoever has no site folder. It warms up, so that the first round is a warm one too, then carries out what the SuperNode
+brings (federation/executor.py), and writes what it does to `run/runtime.json`.
 SIGTERM ends it within 5 s, also in the middle of a step: the run is told.
 """
 
@@ -15,9 +15,11 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
@@ -202,45 +204,8 @@ def _port(folder: SiteFolder) -> int:
     return port
 
 
-def _place(argv: list[str] | None) -> Place:
-    parser = argparse.ArgumentParser(
-        prog="python -m fedsplit.plant.site.runtime",
-        description="A site's resident runtime: carries out the orders that a SuperNode with process isolation brings.",
-    )
-    parser.add_argument("site", nargs="?", type=Path, metavar="SITE", help="a site folder")
-    plain = parser.add_argument_group("without a site folder")
-    plain.add_argument("--supernode", metavar="HOST:PORT", help="the SuperNode's --host and --port")
-    plain.add_argument(
-        "--secret-file", type=Path, metavar="FILE", help="its --superexec-auth-secret-file"
-    )
-    plain.add_argument("--superlink", default="", metavar="HOST:PORT", help="its --superlink")
-    plain.add_argument(
-        "--node-key", type=Path, metavar="FILE", help="its --auth-supernode-private-key"
-    )
-    plain.add_argument("--ca", type=Path, metavar="PEM", help="its --root-certificates")
-    plain.add_argument(
-        "--state-dir",
-        type=Path,
-        metavar="DIR",
-        help="where it writes what it does, and notes the order at hand",
-    )
-    args = parser.parse_args(argv)
-    if args.site is not None:
-        return Place.of(SiteFolder.at(args.site))
-    if not (args.supernode and args.secret_file):
-        parser.error("give a site folder, or both --supernode and --secret-file")
-    if bool(args.superlink) != bool(args.node_key):
-        parser.error("--superlink and --node-key go together; give both or neither")
-    state: Path | None = args.state_dir
-    return Place(
-        args.supernode, args.secret_file,
-        doing=state / "runtime.json" if state else None, note=state / "order" if state else None,
-        superlink=args.superlink, node_key=args.node_key, ca=args.ca,
-    )  # fmt: skip
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The process; its exit code."""
+def serve(place: Callable[[], Place]) -> NoReturn:
+    """The whole process: carry out orders until a signal, and end. `place` is asked first. Raises FedsplitError."""
     logging.basicConfig(
         level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
@@ -248,16 +213,26 @@ def main(argv: list[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     stop = threading.Event()
     with stop_on_signals(stop):
-        try:
-            resident(_place(argv), stop)
-        except FedsplitError as err:
-            log.error("%s: %s", type(err).__name__, err)
-            return 2 if isinstance(err, ConfigError) else 1
-    return 0
+        resident(place(), stop)
+    logging.shutdown()
+    # The interpreter would wait for a step that does not end, and take its time with torch.
+    os._exit(0)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The process of a site folder; its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fedsplit.plant.site.runtime",
+        description="A site's resident runtime. `fedsplit site run` starts it; without a site folder: fedsplit site executor.",
+    )
+    parser.add_argument("site", type=Path, metavar="SITE", help="a site folder")
+    args = parser.parse_args(argv)
+    try:
+        serve(lambda: Place.of(SiteFolder.at(args.site)))
+    except FedsplitError as err:
+        log.error("%s: %s", type(err).__name__, err)
+        return 2 if isinstance(err, ConfigError) else 1
 
 
 if __name__ == "__main__":
-    code = main()
-    logging.shutdown()
-    # The interpreter would wait for a step that does not end, and take its time with torch.
-    os._exit(code)
+    sys.exit(main())

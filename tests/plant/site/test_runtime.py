@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,12 +16,14 @@ import pytest
 from flwr.app import Context, Message, RecordDict
 
 from benchmarks.supernode import SECRET, SuperNode, asking, supernode
+from fedsplit.cli.main import call
 from fedsplit.core.errors import ConfigError
 from fedsplit.federation import executor, messages
 from fedsplit.plant.site import runtime
 from fedsplit.plant.site.folder import SiteFolder
 from fedsplit.plant.site.runtime import Place, resident
 from tests.federation.test_executor import an_order, until
+from tests.system.flower import BIN
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def told(folder: Path) -> dict[str, Any]:
 
 @contextmanager
 def process(node: SuperNode, secret: Path, folder: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "fedsplit.plant.site.runtime", "--supernode", node.address]
+    command = [str(BIN / "fedsplit"), "site", "executor", "--supernode", node.address]
     command += ["--secret-file", str(secret), "--state-dir", str(folder)]
     child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -127,11 +128,11 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(
     with pytest.raises(ConfigError, match=r"node key .* cannot be read"):
         resident(link, threading.Event())
     with pytest.raises(ConfigError, match=r"holds no site\.toml"):
-        runtime._place([str(tmp_path)])
-    for argv in ([], ["--supernode", "127.0.0.1:1"]):
-        with pytest.raises(SystemExit):
-            runtime._place(argv)
-    assert "both --supernode and --secret-file" in capsys.readouterr().err
+        Place.of(SiteFolder.at(tmp_path))
+    assert runtime.main([str(tmp_path)]) == 2
+    argv = ["site", "executor", "--supernode", "127.0.0.1:1", "--secret-file", str(secret)]
+    assert call([*argv, "--superlink", "h:1"]) == 2
+    assert "go together" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("state", [None, "{", "[]", '{"services": {"supernode": {"port": 0}}}'])

@@ -19,6 +19,7 @@ def write_whole(path: Path, text: str, *, mode: int = 0o666) -> None:
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         number = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        hand_over(part)
         with os.fdopen(number, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -27,6 +28,14 @@ def write_whole(path: Path, text: str, *, mode: int = 0o666) -> None:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def hand_over(path: Path) -> None:
+    """What root makes in somebody's folder belongs to him: a service that runs as him has to read and write it."""
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        owner = path.parent.stat()
+        if owner.st_uid != 0:
+            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from filelock import FileLock
 
 from fedsplit.core.errors import FolderError
 from fedsplit.core.foreign import printable
+from fedsplit.core.whole_files import hand_over
 from fedsplit.plant.server.folder import FederationFolder
 
 FILE_BYTES = 10 * 2**20
@@ -36,9 +37,12 @@ def record(folder: FederationFolder, what: str, who: str, **detail: object) -> N
     data = json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
     path = folder.audit
     try:
-        with FileLock(path.with_name(f".{path.name}.lock"), timeout=20, mode=0o600):
+        lock = path.with_name(f".{path.name}.lock")
+        with FileLock(lock, timeout=20, mode=0o600):
+            hand_over(lock)
             _make_room(folder, len(data))
             number = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+            hand_over(path)
             with os.fdopen(number, "ab") as file:
                 if _is_torn(path):
                     # A power cut left half a line; it must not take this one with it.

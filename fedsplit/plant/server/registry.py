@@ -23,7 +23,7 @@ from fedsplit.core.errors import ConfigError
 from fedsplit.core.foreign import MAX_NAME_CHARS, checked_name, printable
 from fedsplit.core.names import certificate_name, normalised
 from fedsplit.core.proxied import bare_serial
-from fedsplit.core.whole_files import write_whole
+from fedsplit.core.whole_files import hand_over, write_whole
 from fedsplit.plant import pki
 from fedsplit.plant.join_code import JoinCode
 from fedsplit.plant.server import audit
@@ -168,6 +168,7 @@ class Registry(Closing):
             names = session.scalars(select(Site.common_name).where(Site.state == "revoked"))
             told = {"serials": sorted(gone), "names": sorted(names)}
             self.folder.present.mkdir(mode=0o700, exist_ok=True)
+            hand_over(self.folder.present)
             write_whole(self.folder.revoked, json.dumps(told) + "\n", mode=0o600)
 
     def _new_code(self, session: Session, site: Site, hours: float) -> JoinCode:

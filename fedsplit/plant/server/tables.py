@@ -21,6 +21,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, rela
 
 from fedsplit.core.closing import Closing
 from fedsplit.core.errors import ConfigError, FolderError
+from fedsplit.core.whole_files import hand_over
 
 VERSION = 1
 Standing = Literal["member", "revoked", "rotated", "not-member"]
@@ -145,6 +146,7 @@ class Database(Closing):
         with self._translated():
             # Before SQLite does, whose own file anybody could read.
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            hand_over(path)
             self._engine = create_engine(
                 f"sqlite:///{path}", connect_args={"timeout": LOCK_S, "check_same_thread": False}
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ from fedsplit.plant.server.node_keys import NodeKeys
 from fedsplit.plant.server.registry import Registry
 from fedsplit.plant.wire import MAX_BODY_BYTES, JoinAnswer, Report
 from tests.plant.server.conftest import CA, PROXY_SECRET, serving
+from tests.small_disk import small_disk
 
 BACKBONE = BackboneFacts("vit-glyphs", "ab" * 32)
 
@@ -350,6 +353,38 @@ def test_a_full_disk_is_said_and_keeps_the_code(
     assert error_of(client.post(paths.JOIN, json=site.request(code))) == (503, "server-disk")
     folder.audit.rmdir()
     join(client, code, site)
+
+
+def test_a_disk_without_room_keeps_the_code(folder: FederationFolder, flower: Flower) -> None:
+    with small_disk(folder.path / "full", "size=400k") as disk:
+        for name in ("federation.toml", "ca", "secrets"):
+            copied(folder.path / name, disk)
+        small = FederationFolder.at(disk)
+        with Registry(small) as registry:
+            code, site = registry.add_site("line-1", 24), NewSite()
+            app = create_app(small, connect=flower, backbone=lambda: BACKBONE)
+            with serving(app) as client:
+                filler = disk / "filler"
+                fill(filler)
+                answer = client.post(paths.JOIN, json=site.request(code))
+                assert error_of(answer) == (503, "server-disk")
+                assert registry.sites()[0].state == "invited"
+                filler.unlink()
+                join(client, code, site)
+
+
+def copied(path: Path, to: Path) -> None:
+    if path.is_dir():
+        shutil.copytree(path, to / path.name)
+    else:
+        shutil.copy(path, to)
+
+
+def fill(path: Path) -> None:
+    """Take all the room that is left on its disk."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"x" * 512)
 
 
 def test_a_backbone_that_cannot_be_read_is_said_and_keeps_the_code(

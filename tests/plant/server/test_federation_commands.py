@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from typing import Any
 
@@ -104,6 +105,21 @@ def test_a_site_is_revoked_at_flower_while_the_server_is_up(
     monkeypatch.setattr(node_keys, "of_folder", lambda _folder: flower())
     assert federation("revoke", "line-1")["flower_told"] is True
     assert flower.alive == set()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can")
+def test_what_root_makes_in_a_services_folder_is_the_services(
+    federation: Command, folder: FederationFolder
+) -> None:
+    for path in (folder.path, *folder.path.rglob("*")):
+        os.chown(path, 12345, 12345)
+    made = federation("add-site", "line-1")
+    with Registry(folder) as registry:
+        join(registry, JoinCode.parse(made["code"]), 1)
+    federation("revoke", "line-1")
+    owners = {p.name: p.stat().st_uid for p in folder.path.rglob("*")}
+    assert {"registry.db", "audit.jsonl", "revoked.json", "run"} <= owners.keys()
+    assert set(owners.values()) == {12345}
 
 
 @pytest.mark.parametrize(

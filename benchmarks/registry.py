@@ -62,4 +62,4 @@ BENCHMARKS = (
 )
 
 # Measurements that are no ratio and have a command of their own: not part of `make bench`.
-APART = ("benchmarks.device_training",)
+APART = ("benchmarks.backbone_parts", "benchmarks.device_training")

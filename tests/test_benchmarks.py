@@ -110,6 +110,19 @@ def test_wire_overhead_at_its_smallest() -> None:
     assert wire_overhead.run()["ratio"] > 1
 
 
+def test_backbone_parts_counts_what_a_store_holds(tiny: dict[str, Path], tmp_path: Path) -> None:
+    from benchmarks import backbone_parts
+    from fedsplit.core.cut import Cut
+    from fedsplit.model.backbone import Backbone
+    from fedsplit.model.store import BackboneStore
+    from tests.model.stores import fill
+
+    store = BackboneStore(tmp_path)
+    fill(store, tiny["vit"], Cut(1, 3))
+    held = sum(f.stat().st_size for f in (tmp_path / "tensors").iterdir())
+    assert backbone_parts.stored(Backbone.find(str(tiny["vit"])), Cut(1, 3)) == held
+
+
 @pytest.mark.slow
 def test_split_step_at_its_smallest_does_the_same_work_on_both_sides(tiny: dict[str, Path]) -> None:
     from benchmarks import split_step

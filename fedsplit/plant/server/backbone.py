@@ -28,7 +28,7 @@ from fedsplit.plant import paths
 from fedsplit.plant.wire import Refusal
 
 MAX_TRANSFERS = 32
-"""At one time; more are asked to come again. nginx in front takes what slow lines would hold."""
+"""At one time; more are asked to come again. Each holds a chunk, an open file, and a thread while it reads."""
 _RETRY_S = 3
 _CHUNK = 1 << 18
 # Of RFC 9110 the forms with one range; what is none of them is answered whole, as it says.

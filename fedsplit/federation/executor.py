@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -32,6 +31,7 @@ from fedsplit.core.errors import ConfigError, SuperNodeError
 from fedsplit.core.foreign import printable
 from fedsplit.core.orders import Order
 from fedsplit.federation import messages
+from fedsplit.federation.at_hand import STOPPING, Note, Over, Watch
 from fedsplit.federation.site import answer
 from fedsplit.site.runtime import SiteRuntime
 
@@ -45,19 +45,12 @@ POLL_S = 0.2
 # Where no order has come for a while, a second does: each look costs a device some CPU.
 QUIET_AFTER_S, QUIET_POLL_S = 120.0, 1.0
 _BACK_OFF_S = 10.0
-# A SuperNode gives a task up after a minute without a heartbeat.
-_BEAT_S, _LOOK_S = 10.0, 2.0
 _PUSH_TRIES = 6
 _KINDS = ("query", "train", "evaluate")
 _DIED = (
     "the site's runtime process ended while it worked on this order (killed, or out of memory) and has been started "
     "again"
 )
-_STOPPING = "the site's runtime is being stopped"
-_OVER = "its run is over"
-
-Over = Callable[[int, int], bool]
-"""(run, node) -> has the run ended?"""
 
 
 @dataclass(frozen=True)
@@ -99,12 +92,8 @@ class Executor(Closing):
             )
         self._flower = _flower_runtime()
         self._api = self._flower.RuntimeApi(address, secret)
-        self._address, self._runtime, self._note, self._over = (
-            address,
-            runtime,
-            note,
-            over or _not_known,
-        )
+        self._address, self._runtime, self._over = address, runtime, over or _not_known
+        self._note = Note(note)
         self._told = Doing()
         self._last_order = time.monotonic()
         self._away_s = 0.0
@@ -146,12 +135,12 @@ class Executor(Closing):
                 return
             claim, message = at_work
             try:
-                claim.push(self._flower.crashed(_STOPPING, message))
-                claim.finish(_STOPPING)
+                claim.push(self._flower.crashed(STOPPING, message))
+                claim.finish(STOPPING)
             except SuperNodeError as err:
                 log.warning("the run was not told that its order is abandoned: %s", err)
                 return
-            self._forget()
+            self._note.drop()
 
     def close(self) -> None:
         """Close the connection to the SuperNode."""
@@ -165,8 +154,10 @@ class Executor(Closing):
             # Nothing is known that could be answered; without heartbeats the SuperNode tells the run itself.
             self._failed(f"an order could not be taken: {err}")
             return
-        self._remember(claim, work.message)
-        with _Watch(claim, work, self._over, stop) as watch:
+        with self._lock:
+            self._at_work = claim, work.message
+        self._note.write(claim.note(work.message))
+        with Watch(claim, work, self._over, stop) as watch:
             reply, failed = self._answer(work, watch.cancelled)
             self._hand_over(claim, reply, failed, stop)
         self._last_order = time.monotonic()
@@ -214,7 +205,7 @@ class Executor(Closing):
                     why = err
                 else:
                     self._at_work = None
-                    self._forget()
+                    self._note.drop()
                     return
             if why.lost:
                 break
@@ -222,41 +213,14 @@ class Executor(Closing):
         # Whoever is left to wait hears of it from the SuperNode, as soon as the heartbeats have stopped for a minute.
         with self._lock:
             self._at_work = None
-            self._forget()
+            self._note.drop()
         self._failed(f"an answer could not be handed over: {why}")
-
-    def _remember(self, claim: Claim, message: Message) -> None:
-        with self._lock:
-            self._at_work = claim, message
-        if self._note is None:
-            return
-        try:
-            self._note.parent.mkdir(parents=True, exist_ok=True)
-            self._note.unlink(missing_ok=True)
-            # The token in it is the right to answer in this site's name.
-            number = os.open(self._note, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with os.fdopen(number, "wb") as file:
-                file.write(claim.note(message))
-        except OSError as err:
-            log.warning(
-                "%s cannot be written, and the order is carried out all the same: %s",
-                self._note,
-                err,
-            )
-
-    def _forget(self) -> None:
-        if self._note is not None:
-            self._note.unlink(missing_ok=True)
 
     def _speak_for_the_dead(self) -> None:
         """Answer the order over which the executor before this one died, once."""
-        if self._note is None or self._told.state != "starting" or not self._note.is_file():
+        if self._told.state != "starting" or (note := self._note.read()) is None:
             return
-        try:
-            left = self._flower.left_behind(self._address, self._note.read_bytes())
-        except OSError:
-            left = None
-        if left is not None:
+        if (left := self._flower.left_behind(self._address, note)) is not None:
             claim, message = left
             with claim:
                 try:
@@ -266,7 +230,7 @@ class Executor(Closing):
                 except SuperNodeError as err:
                     if not err.lost:
                         raise
-        self._forget()
+        self._note.drop()
 
     def _failed(self, why: str) -> None:
         log.error("%s", printable(why, limit=2000))
@@ -295,44 +259,6 @@ class Executor(Closing):
     def _poll_s(self) -> float:
         quiet = time.monotonic() - self._last_order > QUIET_AFTER_S
         return QUIET_POLL_S if quiet else POLL_S
-
-
-class _Watch(Closing):
-    """Keeps a task ours while it is worked on, and knows why it is to be dropped."""
-
-    def __init__(self, claim: Claim, work: Work, over: Over, stop: threading.Event) -> None:
-        self._claim, self._over, self._stop = claim, over, stop
-        self._run = work.context.run_id, work.context.node_id
-        self._why = ""
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="heartbeats", daemon=True)
-        self._thread.start()
-
-    def cancelled(self) -> str:
-        """Why the order is to be dropped; empty while it is not."""
-        return _STOPPING if self._stop.is_set() else self._why
-
-    def close(self) -> None:
-        """No heartbeat from now on."""
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        beaten = time.monotonic()
-        while not self._done.wait(_LOOK_S):
-            if not self._why and self._over(*self._run):
-                self._why = _OVER
-            if time.monotonic() - beaten < _BEAT_S:
-                continue
-            beaten = time.monotonic()
-            try:
-                self._claim.beat()
-            except SuperNodeError as err:
-                # Away for a moment is no reason to drop anything: the answer is pushed when it is back.
-                if err.lost:
-                    self._why = str(err)
-            except ConfigError as err:
-                self._why = str(err)
 
 
 def runs_of(superlink: str, node_key: Path, ca: Path | None) -> Runs:

@@ -70,7 +70,7 @@ from fedsplit.core.errors import ConfigError, SuperNodeError
 from fedsplit.core.foreign import parse_json, printable
 
 _ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
-_CALL_S = 30.0
+_CALL_S, _ASK_S = 30.0, 5.0
 # A SuperNode makes the task a moment before it has the message.
 _MESSAGE_S, _LOOK_S = 10.0, 0.05
 _MAX_NOTE_BYTES = 1 << 20
@@ -245,6 +245,8 @@ class Runs(Closing):
             )  # fmt: skip
         except (OSError, ValueError) as err:
             raise ConfigError(f"the certificate {ca_file} cannot be used: {err}") from err
+        # Whoever asks has heartbeats to send: a line that is cut must not keep him.
+        self._client._client.timeout = httpx.Timeout(_ASK_S)
 
     def over(self, run_id: int, node_id: int) -> bool:
         """Has the run ended, as far as can be found out? Where nobody answers it has not."""

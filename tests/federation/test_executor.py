@@ -20,12 +20,13 @@ from fedsplit import __version__
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.orders import Order
 from fedsplit.core.programs import free_port
-from fedsplit.federation import executor, flower_runtime, messages
+from fedsplit.federation import at_hand, executor, flower_runtime, messages
 from fedsplit.federation.engine.in_process import InProcessGrid
 from fedsplit.federation.executor import Executor
 from fedsplit.federation.server.endpoint import Endpoint
 from fedsplit.federation.server.run import Run
 from fedsplit.federation.site import answer, new_runtime
+from fedsplit.plant import pki
 from fedsplit.site.runtime import SiteRuntime
 from fedsplit.training.site_settings import SiteSettings
 from fedsplit.trunk.process import hosting
@@ -76,8 +77,8 @@ def working_until_cancelled(monkeypatch: pytest.MonkeyPatch) -> None:
         )
 
     monkeypatch.setattr(executor, "answer", steps)
-    monkeypatch.setattr(executor, "_LOOK_S", 0.02)
-    monkeypatch.setattr(executor, "_BEAT_S", 0.02)
+    monkeypatch.setattr(at_hand, "LOOK_S", 0.02)
+    monkeypatch.setattr(at_hand, "BEAT_S", 0.02)
 
 
 # Runs.
@@ -348,6 +349,20 @@ def test_another_secret_is_refused_and_none_is_shown(
     for secret in ("guessed", SECRET.decode(), *tokens):
         assert secret not in caplog.text
     assert len(tokens) == 1
+
+
+def test_a_superlink_that_does_not_answer_ends_no_run(tmp_path: Path) -> None:
+    key = tmp_path / "node-key"
+    key.write_bytes(pki.new_node_key()[0])
+    with executor.runs_of(f"127.0.0.1:{free_port()}", key, None) as runs:
+        assert runs.over(1, 2) is False
+    key.write_bytes(b"-----BEGIN OPENSSH PRIVATE KEY-----")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        executor.runs_of("127.0.0.1:1", key, None)
+    key.write_bytes(pki.new_node_key()[0])
+    (tmp_path / "ca").write_text("no certificate")
+    with pytest.raises(ConfigError, match=r"certificate .* cannot be used"):
+        executor.runs_of("127.0.0.1:1", key, tmp_path / "ca")
 
 
 def test_only_this_machine_is_asked() -> None:

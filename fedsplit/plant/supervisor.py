@@ -97,6 +97,7 @@ class Supervisor(Closing):
         self._started = _now()
         self._lock = taken(state_file)
         try:
+            self._end_left_over()
             found = services() if callable(services) else services
         except BaseException:
             self._lock.release()
@@ -154,6 +155,20 @@ class Supervisor(Closing):
         for child in self._children:
             child.log.close()
         self._lock.release()
+
+    def _end_left_over(self) -> None:
+        """End services of an earlier supervisor that was killed together with their keepers: they hold ports and keys."""
+        folder = str(self._state_file.parent.parent)
+        tree = ProcessTree()
+        for name, pid in _pids_before(self._state_file).items():
+            with contextlib.suppress(psutil.Error):
+                # A number may be another program's by now; ours name the folder.
+                if any(folder in word for word in psutil.Process(pid).cmdline()):
+                    tree.adopt(pid)
+                    self._say(
+                        f"{name} (process {pid}) is left over from an earlier time; it is ended"
+                    )
+        tree.end()
 
     def _start(self, stop: threading.Event) -> bool:
         for child in self._children:
@@ -379,6 +394,16 @@ def running_pid(state_file: Path) -> int | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return pid if isinstance(pid, int) and pid > 1 else None
+
+
+def _pids_before(state_file: Path) -> dict[str, int]:
+    """The services' processes as the last supervisor wrote them."""
+    try:
+        services = read_json(state_file, limit=1 << 20)["services"]
+        pids = {str(name): one["pid"] for name, one in services.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+    return {name: pid for name, pid in pids.items() if isinstance(pid, int) and pid > 1}
 
 
 @contextlib.contextmanager

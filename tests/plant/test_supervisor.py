@@ -55,7 +55,10 @@ def state(folder: Path) -> dict[str, dict[str, object]]:
 
 def alive(pid: object) -> bool:
     assert isinstance(pid, int)
-    return psutil.pid_exists(pid) and runs(psutil.Process(pid))
+    try:
+        return runs(psutil.Process(pid))
+    except psutil.NoSuchProcess:
+        return False
 
 
 def wait_for(what: object, within_s: float = 15.0) -> None:
@@ -146,6 +149,29 @@ def test_one_that_is_never_ready_is_ended(tmp_path: Path) -> None:
         with pytest.raises(ServiceError, match="slow was not ready within 1 s"):
             it.run(threading.Event())
         assert it.state()["services"]["slow"]["pid"] is None
+
+
+def test_what_an_earlier_one_left_is_ended_and_nobody_else(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SLEEP]
+    told: list[str] = []
+    with (
+        subprocess.Popen([*command, f"--of={tmp_path}"]) as ours,
+        subprocess.Popen(command) as theirs,
+    ):
+        left = {"ours": {"pid": ours.pid}, "theirs": {"pid": theirs.pid}, "none": {"pid": None}}
+        file = tmp_path / "run" / "state.json"
+        file.parent.mkdir()
+        file.write_text(json.dumps({"pid": 1, "services": left}))
+        try:
+            with Supervisor([], state_file=file, say=told.append):
+                assert ours.wait(10) != 0
+                assert theirs.poll() is None
+        finally:
+            ours.kill()
+            theirs.kill()
+    assert told == [f"ours (process {ours.pid}) is left over from an earlier time; it is ended"]
+    file.write_text('{"services": 3}')
+    Supervisor([], state_file=file, say=print).close()
 
 
 def test_one_that_hangs_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

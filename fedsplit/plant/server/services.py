@@ -31,8 +31,10 @@ from fedsplit.plant.supervisor import Service
 
 LOOPBACK_SERVICES = ("superlink", "encoder", "control")
 _ASK_S = 2.0
-_READY_S = {"encoder": 900.0, "control": 300.0}
-"""A large backbone is read, and its digest taken, before the encoder listens; the others know in a minute."""
+_READY_S = {"encoder": 900.0}
+"""A large backbone is read, and its digest taken, before the encoder listens ..."""
+_OTHERS_READY_S = 180.0
+"""... the others take seconds, or a minute on a small machine that has just started."""
 _PYTHON = [sys.executable, "-m"]
 
 
@@ -109,7 +111,7 @@ def services(folder: FederationFolder, ports: Mapping[str, int]) -> list[Service
             folder.logs / f"{name}.jsonl",
             env=env,
             ready=ready,
-            ready_s=_READY_S.get(name, 60.0),
+            ready_s=_READY_S.get(name, _OTHERS_READY_S),
             port=ports.get(name, 0),
             cwd=folder.path,
         )

@@ -72,7 +72,10 @@ def state(plant: FederationFolder) -> dict[str, Any]:
 
 
 def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and runs(psutil.Process(pid))
+    try:
+        return runs(psutil.Process(pid))
+    except psutil.NoSuchProcess:
+        return False
 
 
 @nginx

@@ -45,6 +45,9 @@ TIMEOUT_S = 20.0
 _Answer = TypeVar("_Answer", bound=BaseModel)
 _MAX_CERTIFICATES = 10
 _MAX_CERTIFICATE_BYTES = 16 << 10
+# What the service, and the proxy before it, call a site that only a new code brings back. A certificate that is foreign or
+# not valid yet is not among them: there a person's slip at the server may be put right.
+_PUT_OUT = ("revoked", "rotated", "not-member", "certificate-expired")
 # OpenSSL's numbers of why a certificate is not believed.
 _NOT_YET, _OVER = 9, 10
 _OTHER_NAME = (62, 64)
@@ -193,9 +196,9 @@ def refuse(status: int, body: bytes, address: str) -> None:
                 f"at `fedsplit doctor` there"
             ) from None
         if status == 400:
-            raise NotMemberError(
-                f"the server at {address} does not take this site's certificate (answer 400); it is over, or another "
-                f"federation's: join again with a new code (on the server: fedsplit federation rotate)"
+            raise ServerRefusalError(
+                f"the server at {address} does not take this site's certificate (answer 400): it is over by the server's "
+                f"clock, or another federation's; join again with a new code (on the server: fedsplit federation rotate)"
             ) from None
         raise ServerAwayError(
             f"{address} answers {status} and not as a fedsplit server does; check address and port"
@@ -203,7 +206,7 @@ def refuse(status: int, body: bytes, address: str) -> None:
     message = printable(told.message, limit=2000)
     if status in (502, 503, 504, 429):
         raise ServerAwayError(message)
-    if told.kind in ("revoked", "rotated", "not-member"):
+    if told.kind in _PUT_OUT:
         raise NotMemberError(message)
     raise ServerRefusalError(message)
 

@@ -158,7 +158,7 @@ def _no_member(folder: SiteFolder) -> str:
         with ControlCalls(folder.settings.site.address, folder.ca, pair) as calls:
             answer = calls.report(Report(state="stopping", fedsplit_version=__version__))
         return "" if answer.standing == "member" else answer.standing
-    except (ConfigError, NotMemberError) as err:
+    except (ConfigError, NotMemberError, ServerRefusalError) as err:
         return str(err)
     except PlantError as err:
         raise ConfigError(

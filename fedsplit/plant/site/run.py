@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedsplit import __version__
-from fedsplit.core.errors import ConfigError, DataError, NotMemberError, ServerAwayError
+from fedsplit.core.errors import ConfigError, DataError, NotMemberError, PlantError
 from fedsplit.core.foreign import printable
 from fedsplit.plant.site import keys
 from fedsplit.plant.site.calls import ControlCalls
@@ -26,6 +26,7 @@ from fedsplit.plant.site.services import services
 from fedsplit.plant.site.source_paths import gone
 from fedsplit.plant.site.trust import check_clock
 from fedsplit.plant.supervisor import Service, Supervisor
+from fedsplit.plant.wire import Report
 
 log = logging.getLogger(__name__)
 
@@ -79,11 +80,7 @@ def run(folder: SiteFolder, stop: threading.Event, *, say: Say, ready: Callable[
             for thread in threads:
                 thread.join(_JOIN_S / len(threads))
     if reports.ended is not None:
-        raise NotMemberError(
-            f"site {folder.settings.site.name!r} is no member of the federation at {folder.settings.site.address} any more: "
-            f"{reports.ended}. It is stopped. To come back it joins again with a new code: fedsplit site join CODE --dir "
-            f"{quoted(folder.path)}"
-        )
+        raise _put_out(folder, str(reports.ended))
 
 
 def check(folder: SiteFolder, say: Say) -> None:
@@ -100,21 +97,41 @@ def check(folder: SiteFolder, say: Say) -> None:
         raise DataError(
             f"site {site.name!r}: {fault}; correct data in {printable(folder.path / 'site.toml')}, or bring the folder back"
         )
-    pair = (folder.certificate, folder.certificate_key)
     try:
-        with ControlCalls(site.address, folder.ca, pair, timeout_s=_ASK_S) as calls:
-            hello = calls.hello()
-    except ServerAwayError as err:
-        _not_over(folder, ends)
+        _ask(folder, ends, say)
+    except NotMemberError as err:
+        raise _put_out(folder, str(err)) from err
+    except PlantError as err:
+        if ends < time.time():
+            raise _put_out(folder, _over(ends)) from err
         say(f"{err}; the site starts all the same and waits")
-        return
-    check_clock(hello)
-    _not_over(folder, ends)
-    if hello.fedsplit_version != __version__:
-        say(
-            f"the server has fedsplit {printable(hello.fedsplit_version, limit=40)}, this site {__version__}: runs leave the "
-            f"site out until both have the same"
-        )
+
+
+def _ask(folder: SiteFolder, ends: float, say: Say) -> None:
+    """Ask the server how the site stands. Raises ConfigError for a clock that it would refuse, and PlantError."""
+    site = folder.settings.site
+    pair = (folder.certificate, folder.certificate_key)
+    with ControlCalls(site.address, folder.ca, pair, timeout_s=_ASK_S) as calls:
+        hello = calls.hello()
+        check_clock(hello)
+        if ends < time.time():
+            raise NotMemberError(_over(ends))
+        if hello.fedsplit_version != __version__:
+            say(
+                f"the server has fedsplit {printable(hello.fedsplit_version, limit=40)}, this site {__version__}: runs leave "
+                f"the site out until both have the same"
+            )
+        answer = calls.report(Report(state="starting", fedsplit_version=__version__))
+    if answer.standing != "member":
+        raise NotMemberError(answer.message or f"it was {answer.standing}")
+
+
+def _put_out(folder: SiteFolder, why: str) -> NotMemberError:
+    site = folder.settings.site
+    return NotMemberError(
+        f"site {site.name!r} is no member of the federation at {site.address} any more: {why}. It is stopped. To come back "
+        f"it joins again with a new code: fedsplit site join CODE --dir {quoted(folder.path)}"
+    )
 
 
 def quoted(path: Path) -> str:
@@ -122,12 +139,8 @@ def quoted(path: Path) -> str:
     return printable(shlex.quote(str(path)))
 
 
-def _not_over(folder: SiteFolder, ends: float) -> None:
-    if ends < time.time():
-        raise NotMemberError(
-            f"the certificate of site {folder.settings.site.name!r} was over on {keys.day(ends)}; join again with a new "
-            f"code (on the server: fedsplit federation rotate): fedsplit site join CODE --dir {quoted(folder.path)}"
-        )
+def _over(ends: float) -> str:
+    return f"its certificate was over on {keys.day(ends)} (a new code, on the server: fedsplit federation rotate)"
 
 
 class _Once:

@@ -75,9 +75,14 @@ def _named(certificate: x509.Certificate, address: str) -> None:
     host = address.rpartition(":")[0].strip("[]")
     try:
         names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except x509.ExtensionNotFound:
-        return  # TLS itself says it
-    known = [str(name.value) for name in names]
+        known = [str(name.value) for name in names]
+    except (
+        ValueError,
+        x509.ExtensionNotFound,
+        x509.DuplicateExtension,
+        x509.UnsupportedGeneralNameType,
+    ):
+        return  # nobody has looked at this certificate yet; TLS itself says what is wrong
     if host.lower() not in {name.lower() for name in known} and not any("*" in n for n in known):
         raise ServerAwayError(
             f"the certificate of the server at {address} is for {printable(', '.join(known), limit=200)}, not for {host}; "

@@ -21,6 +21,7 @@ from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.split import device_part
 from fedsplit.model.store import BackboneStore
+from fedsplit.plant.site.join import Joined
 
 from .server import Control
 
@@ -126,6 +127,15 @@ def test_a_code_that_is_mistyped_or_none(site: Site, control: Control, tmp_path:
         assert part in told["error"]["message"]
         assert code not in told["error"]["message"]
     assert not (tmp_path / "site").exists()
+
+
+def test_a_revoked_site_has_an_exit_code_of_its_own(
+    site: Site, control: Control, joined: Callable[..., Joined]
+) -> None:
+    folder = joined().folder
+    control.standing = "revoked"
+    exit_code, told, _ = site("run", folder.path)
+    assert (exit_code, told["error"]["kind"]) == (4, "NotMemberError")
 
 
 def test_commands_in_a_folder_that_is_none(site: Site, tmp_path: Path) -> None:

@@ -11,33 +11,33 @@ from fedsplit.core.errors import ConfigError
 from fedsplit.transport.tokens import MIN_KEY_BYTES, check_key
 
 _MAX_BYTES = 1024
+_MAKE = "`python -c 'import secrets; print(secrets.token_hex(32))'`"
 
 
 def read_key(path: Path) -> bytes:
     """The signing key in a file, white space around it dropped. Raises ConfigError."""
-    key = _read(path)
+    key = _read(path, f"`fedsplit encoder serve --new-secret --secret-file {path} ...`")
     check_key(key)
     return key
 
 
 def read_proxy_secret(path: Path) -> bytes:
     """The secret that a proxy shows its services. Raises ConfigError where it would not stand in a header, or is weak."""
-    secret = _read(path)
+    secret = _read(path, _MAKE)
     if not re.fullmatch(rb"[0-9A-Za-z_-]{%d,%d}" % (MIN_KEY_BYTES, _MAX_BYTES), secret):
         raise ConfigError(
             f"the proxy's secret file {path} holds {len(secret)} bytes; {MIN_KEY_BYTES} to {_MAX_BYTES} letters, digits, "
-            "'-' and '_' are wanted: make one with `python -c 'import secrets; print(secrets.token_hex(32))'`"
+            f"'-' and '_' are wanted: make one with {_MAKE}"
         )
     return secret
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, how_made: str) -> bytes:
     try:
         return path.expanduser().read_bytes().strip()
     except OSError as err:
         raise ConfigError(
-            f"secret file {path} cannot be read ({err.strerror}); make one with "
-            f"`fedsplit encoder serve --new-secret --secret-file {path} ...`"
+            f"secret file {path} cannot be read ({err.strerror}); make one with {how_made}"
         ) from err
 
 

@@ -229,6 +229,8 @@ def test_what_the_encoder_does_not_start_with(host: FakeHost, tmp_path: Path) ->
         file.write_text(text)
         with pytest.raises(ConfigError, match="letters, digits"):
             read_proxy_secret(file)
+    with pytest.raises(ConfigError, match=r"nowhere cannot be read .*token_hex"):
+        read_proxy_secret(tmp_path / "nowhere")
     file.write_text(SECRET + "\n")
     assert read_proxy_secret(file) == SECRET.encode()
 

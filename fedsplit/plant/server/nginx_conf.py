@@ -46,9 +46,9 @@ _KIND = {
     "~expired": "certificate-expired",
     "~not yet valid": "certificate-not-yet-valid",
     "default": "certificate-foreign",
-    "SUCCESS": "refused",
+    "SUCCESS": "certificate-foreign",
 }
-_REFUSED = "this site's access was revoked or its certificate replaced: ask the operator, and join again with a new code"
+_REFUSED = "the certificate names no site of this federation, or is no longer in force: ask the operator for a new join code"
 
 
 def render(

@@ -93,17 +93,13 @@ def encoder(port: int, secret: str) -> list[str]:
 
 
 def control(port: int, proxied: list[str]) -> list[str]:
-    """The control service's paths. It knows who is a member, and says why not on `renew` and `report` itself."""
+    """The control service's paths. It knows who is a member, and says itself why somebody is not."""
     to = f"proxy_pass http://127.0.0.1:{port}"
     open_to_all = [*proxied, "limit_req zone=fedsplit_join burst=20 nodelay;"]
     certified = [
         *proxied,
         "if ($fedsplit_nameless) { return 403; }",
         "limit_req zone=fedsplit_sites burst=400 nodelay;",
-    ]
-    members = [
-        *certified,
-        *_ASKED,
     ]
     file = "[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
     ask = [
@@ -118,10 +114,12 @@ def control(port: int, proxied: list[str]) -> list[str]:
         *block(f"location = {paths.JOIN}", [*_only("POST"), *open_to_all, f"{to}{paths.JOIN};"]),
         *block(f"location = {paths.RENEW}", [*_only("POST"), *certified, f"{to}{paths.RENEW};"]),
         *block(f"location = {paths.REPORT}", [*_only("POST"), *certified, f"{to}{paths.REPORT};"]),
-        *block(f"location = {paths.MANIFEST}", [*_only("GET"), *members, f"{to}{paths.MANIFEST};"]),
-        *block(f'location ~ "^{paths.FILES}/{file}$"', [*_only("GET"), *members, f"{to};"]),
         *block(
-            f'location ~ "^{paths.TENSORS}/[0-9a-f]{{64}}$"', [*_only("GET"), *members, f"{to};"]
+            f"location = {paths.MANIFEST}", [*_only("GET"), *certified, f"{to}{paths.MANIFEST};"]
+        ),
+        *block(f'location ~ "^{paths.FILES}/{file}$"', [*_only("GET"), *certified, f"{to};"]),
+        *block(
+            f'location ~ "^{paths.TENSORS}/[0-9a-f]{{64}}$"', [*_only("GET"), *certified, f"{to};"]
         ),
         *block(f"location = {_ASK}", ask),
     ]

@@ -10,9 +10,9 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import click
 import typer
@@ -21,13 +21,9 @@ from fedsplit.cli.console import Output
 from fedsplit.cli.run import JsonFlag
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from fedsplit.plant.server.folder import FederationFolder
-    from fedsplit.plant.supervisor import Supervisor
 
 UNIT = "fedsplit-server"
-_COLOURS = {"up": "green", "starting": "yellow", "down": "red"}
 NOT_UP = 1
 """Exit code of `server down` where nothing was up."""
 
@@ -97,6 +93,7 @@ def init(
     Exit codes: 0 made, 2 what was given cannot be used, 1 the disk is full or cannot be written. Then nothing is left.
     """
     from fedsplit.plant.server.init import Wanted, make_folder
+    from fedsplit.plant.server.preflight import outlook
 
     out = Output(as_json=as_json)
     _check_pairs(certificate, certificate_key, ca, ca_key)
@@ -115,7 +112,7 @@ def init(
         ca_key=ca_key,
     )  # fmt: skip
     made = make_folder(folder, wanted)
-    for note in _outlook(made):
+    for note in outlook(made):
         out.note(f"note: {note}")
     shown = shlex.quote(str(folder))
     out.show(
@@ -133,6 +130,7 @@ def up(folder: FolderArgument = Path(), as_json: JsonFlag = False) -> None:
 
     Exit codes: 0 it was ended, 1 it could not start, 2 the folder or its settings cannot be used.
     """
+    from fedsplit.cli.server_view import view
     from fedsplit.core.extras import check_extra
     from fedsplit.plant.logs import JsonLines
     from fedsplit.plant.server.folder import FederationFolder
@@ -151,7 +149,7 @@ def up(folder: FolderArgument = Path(), as_json: JsonFlag = False) -> None:
 
         with _translated(place), stop_on_signals(stop), server_of(place, say) as server:
             address = f"{place.settings.server.host}:{place.settings.server.port}"
-            with _view(server, out):
+            with view(server, out):
                 say(f"starting the server of {place.path} for sites that dial {address}")
 
                 def ready() -> None:
@@ -298,28 +296,6 @@ def _backbone(name: str) -> str:
     return str(found.path.resolve()) if Path(name).exists() else name
 
 
-def _outlook(folder: FederationFolder) -> list[str]:
-    """What will keep `server up` from starting as things are now."""
-    from fedsplit.core.errors import ConfigError
-    from fedsplit.plant.server import nginx
-    from fedsplit.plant.server.certificate import check_own_certificate
-    from fedsplit.plant.server.preflight import check_public_port
-
-    found: list[str] = []
-    settings = folder.settings
-    own = settings.proxy.mode == "own"
-    checks: list[Callable[[], object]] = [lambda: check_own_certificate(folder, found.append)]
-    if not own:
-        checks.append(lambda: check_public_port(settings.server.bind, settings.server.port))
-        checks.append(lambda: nginx.find(settings.proxy.nginx))
-    for check in checks:
-        try:
-            check()
-        except ConfigError as err:
-            found.append(str(err))
-    return found
-
-
 def _write_unit(folder: FederationFolder, name: str) -> Path:
     from fedsplit.core.whole_files import write_whole
     from fedsplit.plant.units import Place, server_unit
@@ -344,39 +320,3 @@ def _translated(folder: FederationFolder) -> Iterator[None]:
             f"{where} cannot be written or read: {err.strerror or err}; the server's user must own {folder.path}, and its "
             "disk must have room"
         ) from err
-
-
-@contextlib.contextmanager
-def _view(server: Supervisor, out: Output) -> Iterator[None]:
-    """In a terminal a short table of the services that follows what happens; else nothing beside the lines."""
-    if not out.stderr.is_terminal or out.as_json:
-        yield
-        return
-    from rich.live import Live
-
-    with Live(
-        get_renderable=lambda: _table(server.state()),
-        console=out.stderr,
-        refresh_per_second=2,
-        transient=True,
-    ):
-        yield
-
-
-def _table(state: dict[str, Any]) -> Table:
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False)
-    for head in ("service", "state", "process", "port", "restarts", "last end"):
-        table.add_column(head)
-    for name, one in state["services"].items():
-        last = one["last_exit"]
-        table.add_row(
-            name,
-            f"[{_COLOURS[one['state']]}]{one['state']}[/]",
-            str(one["pid"] or "-"),
-            str(one["port"] or "-"),
-            str(one["restarts"]),
-            f"{last['at']} {last['why']}" if last else "-",
-        )
-    return table

@@ -30,7 +30,7 @@ def install(
     Without systemd the unit's text is written into the folder, and the command says what to do with it (exit code 1).
     """
     from fedsplit.core.errors import ConfigError
-    from fedsplit.plant.supervisor import is_taken, running_pid
+    from fedsplit.plant.lock import is_taken, running_pid
 
     out = Output(as_json=as_json)
     folder = site_folder(site)

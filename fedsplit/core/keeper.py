@@ -3,7 +3,7 @@
 `python -m fedsplit.core.keeper [--remove FOLDER] [--grace SECONDS] PROGRAM ARGS...` with a pipe as its standard input. The pipe's end
 (EOF) is the sign: it comes when the command closes it, and also when the command was killed outright and could close
 nothing. Then every descendant is ended, the folder is removed, and only then does this process end. So who waits for
-this process knows that nothing is left. Started by `cli/flower.py` for a run and by `plant/supervisor.py` for each
+this process knows that nothing is left. Started by `cli/flower.py` for a run and by `plant/service.py` for each
 service; knows nothing of Flower.
 """
 

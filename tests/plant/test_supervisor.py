@@ -19,9 +19,11 @@ import pytest
 
 from fedsplit.core.errors import ServiceError
 from fedsplit.core.processes import runs
-from fedsplit.plant import supervisor as module
+from fedsplit.plant import service, supervisor
+from fedsplit.plant.lock import running_pid, taken
 from fedsplit.plant.logs import read_tail
-from fedsplit.plant.supervisor import Service, Supervisor, running_pid, stop_on_signals, taken
+from fedsplit.plant.service import Service
+from fedsplit.plant.supervisor import Supervisor, stop_on_signals
 
 SLEEP = "import time; time.sleep(600)"
 
@@ -97,7 +99,7 @@ def test_each_starts_when_the_one_before_is_ready_and_all_end(tmp_path: Path) ->
 def test_one_that_dies_is_named_and_starts_again_with_its_children_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BACK_OFF_S", 0.2)
+    monkeypatch.setattr(service, "BACK_OFF_S", 0.2)
     # Its child leads a session of its own, as Flower's SuperExec's do.
     code = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {SLEEP!r}], start_new_session=True); print('child', p.pid); {SLEEP}"
     told: list[str] = []
@@ -120,8 +122,8 @@ def test_one_that_dies_is_named_and_starts_again_with_its_children_gone(
 
 
 def test_the_waits_double_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "BACK_OFF_S", 0.05)
-    monkeypatch.setattr(module, "MAX_BACK_OFF_S", 0.15)
+    monkeypatch.setattr(service, "BACK_OFF_S", 0.05)
+    monkeypatch.setattr(service, "MAX_BACK_OFF_S", 0.15)
     told: list[str] = []
     with running(
         [python("ill", "print('why'); raise SystemExit(3)", tmp_path)], tmp_path, told
@@ -134,9 +136,9 @@ def test_the_waits_double_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_what_does_not_come_up_at_first_is_told_with_its_log(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
-    service = python("ill", "print('no such port'); raise SystemExit(3)", tmp_path, ready=bool)
+    ill = python("ill", "print('no such port'); raise SystemExit(3)", tmp_path, ready=bool)
     with (
-        Supervisor([service], state_file=tmp_path / "run/state.json", say=print) as it,
+        Supervisor([ill], state_file=tmp_path / "run/state.json", say=print) as it,
         pytest.raises(ServiceError, match=r"(?s)ill ended by itself \(exit code 3\).*no such port"),
     ):
         it.run(threading.Event())
@@ -144,8 +146,8 @@ def test_what_does_not_come_up_at_first_is_told_with_its_log(tmp_path: Path) -> 
 
 def test_one_that_is_never_ready_is_ended(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
-    service = python("slow", SLEEP, tmp_path, ready=lambda: False, ready_s=0.7)
-    with Supervisor([service], state_file=tmp_path / "run/state.json", say=print) as it:
+    ill = python("slow", SLEEP, tmp_path, ready=lambda: False, ready_s=0.7)
+    with Supervisor([ill], state_file=tmp_path / "run/state.json", say=print) as it:
         with pytest.raises(ServiceError, match="slow was not ready within 1 s"):
             it.run(threading.Event())
         assert it.state()["services"]["slow"]["pid"] is None
@@ -175,8 +177,8 @@ def test_what_an_earlier_one_left_is_ended_and_nobody_else(tmp_path: Path) -> No
 
 
 def test_one_that_hangs_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ASK_S", 0.05)
-    monkeypatch.setattr(module, "BACK_OFF_S", 0.05)
+    monkeypatch.setattr(service, "ASK_S", 0.05)
+    monkeypatch.setattr(service, "BACK_OFF_S", 0.05)
     answers = threading.Event()
     answers.set()
     told: list[str] = []
@@ -195,7 +197,7 @@ def test_a_second_one_in_the_folder_is_refused_by_the_firsts_number(tmp_path: Pa
     (tmp_path / "logs").mkdir()
     file = tmp_path / "run/state.json"
     with Supervisor([], state_file=file, say=print):
-        code = f"from pathlib import Path; from fedsplit.plant.supervisor import taken; taken(Path({str(file)!r}))"
+        code = f"from pathlib import Path; from fedsplit.plant.lock import taken; taken(Path({str(file)!r}))"
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert f"run already: process {os.getpid()} keeps them" in done.stderr
     taken(file).release()
@@ -206,7 +208,8 @@ def test_killed_outright_it_leaves_nothing_behind(tmp_path: Path) -> None:
     code = f"""
 import sys, threading
 from pathlib import Path
-from fedsplit.plant.supervisor import Service, Supervisor
+from fedsplit.plant.service import Service
+from fedsplit.plant.supervisor import Supervisor
 folder = Path({str(tmp_path)!r})
 (folder / "logs").mkdir()
 deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up'); time.sleep(600)"
@@ -257,7 +260,7 @@ def test_a_full_disk_is_told_once_and_the_services_go_on(
 
     with running([python("work", SLEEP, tmp_path)], tmp_path, told) as it:
         with monkeypatch.context() as patch:
-            patch.setattr(module, "write_whole", full)
+            patch.setattr(supervisor, "write_whole", full)
             it._children[0]._restarts = 1
             wait_for(lambda: told)
             time.sleep(1.2)

@@ -17,9 +17,27 @@ from collections.abc import Callable
 import psutil
 
 from fedsplit.core.errors import ConfigError
+from fedsplit.plant.server import nginx
+from fedsplit.plant.server.certificate import check_own_certificate
 from fedsplit.plant.server.folder import FederationFolder
 
 Say = Callable[[str], None]
+
+
+def outlook(folder: FederationFolder) -> list[str]:
+    """What will keep a new folder's server from starting on this machine, as things are now."""
+    found: list[str] = []
+    server, proxy = folder.settings.server, folder.settings.proxy
+    checks: list[Callable[[], object]] = [lambda: check_own_certificate(folder, found.append)]
+    if proxy.mode == "nginx":
+        checks.append(lambda: check_public_port(server.bind, server.port))
+        checks.append(lambda: nginx.find(proxy.nginx))
+    for check in checks:
+        try:
+            check()
+        except ConfigError as err:
+            found.append(str(err))
+    return found
 
 
 def check_owner(folder: FederationFolder, say: Say) -> None:

@@ -27,7 +27,7 @@ from fedsplit.plant.server import nginx
 from fedsplit.plant.server.folder import FederationFolder
 from fedsplit.plant.server.nginx_conf import Ports
 from fedsplit.plant.server.runs import CONNECTION
-from fedsplit.plant.supervisor import Service
+from fedsplit.plant.service import Service
 
 LOOPBACK_SERVICES = ("superlink", "encoder", "control")
 _ASK_S = 2.0

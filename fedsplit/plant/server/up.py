@@ -17,6 +17,7 @@ import psutil
 
 from fedsplit.core.errors import FedsplitError, ServiceError
 from fedsplit.core.processes import ProcessTree, runs
+from fedsplit.plant.lock import is_taken, running_pid, taken
 from fedsplit.plant.server.certificate import check_own_certificate, renew_certificate
 from fedsplit.plant.server.folder import FederationFolder
 from fedsplit.plant.server.nginx import OLDEST
@@ -30,7 +31,8 @@ from fedsplit.plant.server.services import (
     ports_before,
     services,
 )
-from fedsplit.plant.supervisor import Service, Supervisor, is_taken, running_pid, taken
+from fedsplit.plant.service import Service
+from fedsplit.plant.supervisor import Supervisor
 from fedsplit.transport.keys import read_proxy_secret
 
 CHORE_S = 3600.0

@@ -32,12 +32,12 @@ from fedsplit.core.names import MAX_TASK_CHARS, RULE, certificate_name, is_name
 from fedsplit.core.whole_files import free_bytes, write_whole
 from fedsplit.plant import pki
 from fedsplit.plant.join_code import JoinCode
+from fedsplit.plant.lock import taken
 from fedsplit.plant.site import keys, settings_text, source
 from fedsplit.plant.site.calls import ControlCalls
 from fedsplit.plant.site.folder import SETTINGS, SiteFile, SiteFolder
 from fedsplit.plant.site.source_paths import absolute
 from fedsplit.plant.site.trust import believed
-from fedsplit.plant.supervisor import taken
 from fedsplit.plant.wire import JoinAnswer, JoinRequest, Report
 
 LEAST_FREE_BYTES = 64 << 20

@@ -16,6 +16,7 @@ from pathlib import Path
 from fedsplit import __version__
 from fedsplit.core.errors import ConfigError, DataError, NotMemberError, PlantError
 from fedsplit.core.foreign import printable
+from fedsplit.plant.service import Service
 from fedsplit.plant.site import keys
 from fedsplit.plant.site.calls import ControlCalls
 from fedsplit.plant.site.clean import keep_bounded
@@ -25,7 +26,7 @@ from fedsplit.plant.site.report import Reports
 from fedsplit.plant.site.services import services
 from fedsplit.plant.site.source_paths import gone
 from fedsplit.plant.site.trust import check_clock
-from fedsplit.plant.supervisor import Service, Supervisor
+from fedsplit.plant.supervisor import Supervisor
 from fedsplit.plant.wire import Report
 
 log = logging.getLogger(__name__)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from fedsplit.core.programs import flower_environment, free_port, program
 from fedsplit.core.whole_files import write_whole
+from fedsplit.plant.service import Service
 from fedsplit.plant.site.folder import SiteFolder
 from fedsplit.plant.site.settings_text import toml_value
-from fedsplit.plant.supervisor import Service
 from fedsplit.training.site_settings import NodeConfig, SiteSettings
 
 SUPERNODE, RUNTIME = "supernode", "runtime"

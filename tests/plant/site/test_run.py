@@ -21,13 +21,14 @@ import psutil
 import pytest
 
 from fedsplit.core.errors import ConfigError, DataError, FedsplitError, NotMemberError, ServiceError
+from fedsplit.plant.lock import taken
+from fedsplit.plant.service import Service
 from fedsplit.plant.site import keys, renew, report
 from fedsplit.plant.site import run as module
 from fedsplit.plant.site.folder import SiteFolder
 from fedsplit.plant.site.join import Joined
 from fedsplit.plant.site.services import RUNTIME, SUPERNODE, node_config, services
 from fedsplit.plant.site.trust import clock_fault
-from fedsplit.plant.supervisor import Service, taken
 
 from .server import Control
 

@@ -17,6 +17,7 @@ from fedsplit.core.config import RunConfig
 from fedsplit.core.cut import Cut
 from fedsplit.core.errors import BackboneError, ConfigError, DataError
 from fedsplit.core.foreign import printable
+from fedsplit.core.memory import give_back
 from fedsplit.core.notes import fit
 from fedsplit.core.orders import Incoming, NotHeld, Order, Outgoing, RollCall
 from fedsplit.core.proxies import proxy_variable
@@ -72,6 +73,8 @@ class SiteRuntime:
         finally:
             for note in self.kept.notes():
                 self.log.warning("site %s: %s", site.name, note)
+            if site.data:  # In simulation it would only take time.
+                give_back()
 
     def _carry_out(
         self,

@@ -104,6 +104,8 @@ class SiteSources:
         self._lock = threading.Lock()
         self._data_bytes, self._prepared_bytes = data_bytes, prepared_bytes
         self.opened = Bounded(self._open, 32)
+        # Of a run that is over nobody asks again; two for each that is not, as of roll call and after it.
+        self.own = Bounded(self._open, 8)
         self.loaded = Bounded(_load, 4)
         self.dealt = Bounded(_deal, 4)
         self.transforms = Bounded(self._transform, MAX_TRANSFORMS)
@@ -128,8 +130,9 @@ class SiteSources:
         """
         with self._lock:
             state = self._state(site.data or config.task.data, record, run)
-            own: SiteData = self.opened(config, site, backbone, classes, record, state)
-            self._make_room()
+            opened = self.opened if record is None else self.own
+            own: SiteData = opened(config, site, backbone, classes, record, state)
+            self._make_room(own.examples)
             return own
 
     def transform(self, config: RunConfig, backbone: Backbone) -> CachedTransform:
@@ -155,12 +158,12 @@ class SiteSources:
             self._data_bytes, self._prepared_bytes = data_bytes, prepared_bytes
             for transform in self.transforms.values:
                 transform.rows.max_bytes = prepared_bytes // MAX_TRANSFORMS
-            self._make_room()
+            self._make_room(None)
 
     def forget(self) -> None:
         """Free all that is kept."""
         with self._lock:
-            kept = (self.opened, self.loaded, self.dealt, self.transforms, self._states)
+            kept = (self.opened, self.own, self.loaded, self.dealt, self.transforms, self._states)
             for cached in kept:
                 cached.clear()
 
@@ -172,17 +175,19 @@ class SiteSources:
             return stamp(data)
         return self._states(data, run)
 
-    def _make_room(self) -> None:
+    def _make_room(self, newest: Examples | None) -> None:
         """Let go of data sets beyond the bound, those of longest ago first and never the newest."""
-        newest = {id(own.examples.items) for own in self.opened.values[-1:]}
+        items = newest and newest.items
         while self._held() > self._data_bytes and (
-            self.opened.drop(lambda own: id(own.examples.items) not in newest)
-            or self.loaded.drop(lambda one: id(one.items) not in newest)
+            self.own.drop(lambda own: own.examples.items is not items)
+            or self.opened.drop(lambda own: own.examples.items is not items)
+            or self.loaded.drop(lambda one: one.items is not items)
         ):
             self.full = True
 
     def _held(self) -> int:
-        examples = [own.examples for own in self.opened.values] + self.loaded.values
+        opened = self.own.values + self.opened.values
+        examples = [own.examples for own in opened] + self.loaded.values
         return sum({id(one.items): one.items.nbytes for one in examples}.values())
 
     def _open(

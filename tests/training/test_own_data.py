@@ -187,7 +187,7 @@ def test_other_sources_change_too(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(KEPT.sources, "transforms", lambda *_: None)
-    monkeypatch.setattr(KEPT.sources, "forget", KEPT.sources.opened.clear)
+    monkeypatch.setattr(KEPT.sources, "forget", KEPT.sources.own.clear)
     model = Backbone.find(str(tiny["bert"])) if kind == "csv" else vit
     path = tmp_path / f"table.{kind}"
     pixels = np.random.default_rng(1).integers(0, 256, (60, 4, 4), dtype=np.uint8)

@@ -17,6 +17,7 @@ import shutil
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 from filelock import FileLock
@@ -25,7 +26,7 @@ from fedsplit.core.cut import Cut
 from fedsplit.core.errors import BackboneError
 from fedsplit.model.backbone import Backbone, frozen_names, frozen_paths
 from fedsplit.model.checkpoint import stored_under
-from fedsplit.model.files import MANIFEST
+from fedsplit.model.files import MANIFEST, Stamp, stamp
 from fedsplit.model.manifest import (
     Manifest,
     StoredFile,
@@ -89,16 +90,8 @@ class BackboneStore:
 
     def needed(self, manifest: Manifest, cut: Cut) -> list[StoredTensor]:
         """The tensors that a device with this cut reads. The backbone's folder must be here. Raises BackboneError."""
-        backbone = Backbone.find(str(self.folder / manifest.sha256))
-        cut.check(backbone.blocks)
-        skeleton = backbone.skeleton(1)
-        paths = frozen_paths(
-            backbone.family,
-            cut.device_blocks(backbone.blocks),
-            pool=not cut.pooled(backbone.blocks),
-        )
-        wanted = frozen_names(skeleton, paths)
-        keys = stored_under((t.name for t in manifest.tensors), skeleton, wanted)
+        path = self.folder / manifest.sha256
+        keys = _needed(path, stamp(path), cut)
         return [tensor for tensor in manifest.tensors if tensor.name in keys]
 
     def missing(self, manifest: Manifest, cut: Cut) -> list[StoredTensor]:
@@ -230,6 +223,19 @@ class BackboneStore:
                 f"the backbones in {self.folder} cannot be changed ({err}); free some space there or correct the rights; "
                 f"what is there stays whole"
             ) from err
+
+
+@lru_cache(maxsize=16)
+def _needed(path: Path, state: Stamp, cut: Cut) -> frozenset[str]:
+    """Stored names of what a cut needs. A skeleton takes 100 ms and more, and a site asks in every round."""
+    del state
+    backbone = Backbone.find(str(path))
+    cut.check(backbone.blocks)
+    skeleton = backbone.skeleton(1)
+    blocks = cut.device_blocks(backbone.blocks)
+    paths = frozen_paths(backbone.family, blocks, pool=not cut.pooled(backbone.blocks))
+    names = (tensor.name for tensor in read_manifest(path).tensors)
+    return frozenset(stored_under(names, skeleton, frozen_names(skeleton, paths)))
 
 
 def _compare(part: StoredTensor | StoredFile, size: int, sha256: str) -> None:

@@ -153,7 +153,9 @@ def _show_code(
         f"Join code of {name}, good for one use until {_day(expires)}. Who has it can join as {name}: send it by a way "
         f"that only the site's people read. On the site's machine:\n\n    fedsplit site join CODE {more}\n"
     )
-    out.show(text)
+    if not out.as_json:
+        # With --json it stands in the object alone: stderr goes to logs.
+        out.show(text)
     out.result(
         {"site": name, "code": text, "expires": round(expires, 3), "expires_at": _iso(expires)}
     )

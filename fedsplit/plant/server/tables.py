@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from sqlalchemy import ForeignKey, create_engine, event
+from sqlalchemy import URL, ForeignKey, create_engine, event
 from sqlalchemy.engine import Connection
 from sqlalchemy.exc import DatabaseError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
@@ -148,7 +148,8 @@ class Database(Closing):
             os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
             hand_over(path)
             self._engine = create_engine(
-                f"sqlite:///{path}", connect_args={"timeout": LOCK_S, "check_same_thread": False}
+                URL.create("sqlite", database=str(path)),
+                connect_args={"timeout": LOCK_S, "check_same_thread": False},
             )
             event.listen(self._engine, "connect", _on_connect)
             event.listen(self._engine, "begin", _on_begin)

@@ -22,7 +22,7 @@ CA = pki.make_ca("fedsplit test", days=3650)
 
 @pytest.fixture
 def folder(tmp_path: Path) -> FederationFolder:
-    path = tmp_path / "plant"
+    path = tmp_path / "plant? 検査 %41#1"
     (path / "ca").mkdir(parents=True)
     (path / "secrets").mkdir()
     (path / "federation.toml").write_text(

@@ -49,6 +49,7 @@ def test_a_code_is_printed_and_good_for_the_time_asked(
     assert abs(made["expires"] - time.time() - 5400) < 60
     code = JoinCode.parse(made["code"])
     assert "site join CODE" in federation.told
+    assert made["code"] not in federation.told
     with Registry(folder) as registry:
         join(registry, code, 1)
 

@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -64,6 +63,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _STATUS = {"too-many": 429, "key-used": 409, "code-used": 409}
+_BACKBONE_S = 10.0
+"""How long a join waits for a backbone that is being read; sites wait for 20 s."""
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -80,7 +81,8 @@ def create_app(
     registry = Registry(folder)
     node_keys = NodeKeys(folder, registry, connect or (lambda: of_folder(folder)))
     served = _served(folder)
-    enrolment = Enrolment(folder, registry, node_keys, backbone or partial(_facts, folder, served))
+    facts = _Facts(folder.settings.backbone.path, served)
+    enrolment = Enrolment(folder, registry, node_keys, backbone or facts)
     registry.tell_encoder()
     guard = Guard(registry, read_proxy_secret(folder.proxy_secret))
 
@@ -90,8 +92,7 @@ def create_app(
         thread = threading.Thread(target=node_keys.watch, args=[stop], name="node-keys")
         thread.start()
         if backbone is None:
-            # Its weights are read before the first site asks.
-            threading.Thread(target=_warm, args=[served], name="backbone", daemon=True).start()
+            facts.start()
         try:
             yield
         finally:
@@ -210,7 +211,7 @@ def _add_errors(app: FastAPI) -> None:
                 503, "superlink", f"{err}. The join code is still good: run the same command again"
             )
         if isinstance(err, BackboneError):
-            return _answer(503, "backbone", f"the server cannot read its backbone: {err}")
+            return _answer(503, "backbone", f"the server cannot say what its backbone is: {err}")
         if isinstance(err, FolderError):
             return _answer(
                 503,
@@ -241,15 +242,32 @@ def _served(folder: FederationFolder) -> ServedBackbone:
     return ServedBackbone(lambda: said.path, private)
 
 
-def _facts(folder: FederationFolder, served: ServedBackbone) -> BackboneFacts:
-    return BackboneFacts(folder.settings.backbone.path, served.parts().manifest.sha256)
+class _Facts:
+    """What sites have to fetch. The weights are read in a thread of its own, before the first site asks."""
 
+    def __init__(self, name: str, served: ServedBackbone) -> None:
+        self._name, self._served = name, served
+        self._looked = threading.Event()
 
-def _warm(served: ServedBackbone) -> None:
-    try:
-        served.parts()
-    except FedsplitError as err:
-        log.error("%s", err)
+    def start(self) -> None:
+        """Begin to read."""
+        threading.Thread(target=self._look, name="backbone", daemon=True).start()
+
+    def __call__(self) -> BackboneFacts:
+        """Raises BackboneError, also while a large one is being read."""
+        if not self._looked.wait(_BACKBONE_S):
+            raise BackboneError(
+                "it is still being read, for the server has just started; run the same command again in a minute"
+            )
+        return BackboneFacts(self._name, self._served.parts().manifest.sha256)
+
+    def _look(self) -> None:
+        try:
+            self._served.parts()
+        except FedsplitError as err:
+            log.error("%s", err)
+        finally:
+            self._looked.set()
 
 
 def main() -> None:

@@ -6,10 +6,12 @@ import contextlib
 import datetime
 import json
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -23,7 +25,7 @@ from fedsplit.core.errors import BackboneError, EnrolmentError, FederationError
 from fedsplit.core.proxied import PROXY_HEADER, SERIAL_HEADER, SITE_HEADER
 from fedsplit.plant import paths, pki
 from fedsplit.plant.join_code import JoinCode
-from fedsplit.plant.server import audit
+from fedsplit.plant.server import audit, control
 from fedsplit.plant.server.control import create_app
 from fedsplit.plant.server.enrolment import FEW, Allowance, BackboneFacts
 from fedsplit.plant.server.folder import FederationFolder
@@ -400,6 +402,24 @@ def test_a_backbone_that_cannot_be_read_is_said_and_keeps_the_code(
         assert "big-model" in answer.json()["error"]["message"]
     with serving(create_app(folder, connect=flower, backbone=lambda: BACKBONE)) as client:
         join(client, code, site)
+
+
+def test_a_backbone_that_is_still_being_read_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(control, "_BACKBONE_S", 0.1)
+    go_on = threading.Event()
+
+    class Served:
+        def parts(self) -> Any:
+            assert go_on.wait(20)
+            return SimpleNamespace(manifest=SimpleNamespace(sha256="ab" * 32))
+
+    facts = control._Facts("big", Served())  # type: ignore[arg-type]
+    facts.start()
+    with pytest.raises(BackboneError, match=r"still being read.*again in a minute"):
+        facts()
+    go_on.set()
+    monkeypatch.setattr(control, "_BACKBONE_S", 20)
+    assert facts() == BackboneFacts("big", "ab" * 32)
 
 
 def test_flowers_keys_become_those_of_the_registry(

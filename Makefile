@@ -13,7 +13,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1
 
-.PHONY: help setup demo demo-pages test test-fast test-lowest test-newest check format bench proto clean
+.PHONY: help setup demo demo-pages test test-fast test-lowest test-newest check format bench sizes proto clean
 
 help:            ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## */\t/' | expand -t 14
@@ -61,6 +61,9 @@ format: $(STAMP) ## let ruff put the code in order
 
 bench: $(STAMP)  ## ratios of interleaved runs, to benchmarks/results/
 	$(BIN)/python -m benchmarks
+
+sizes: $(STAMP)  ## measure installs and idle memory, into docs/reference/sizes.md: some minutes
+	$(BIN)/python scripts/sizes.py $(if $(TORCH_INDEX),--index $(TORCH_INDEX))
 
 proto: $(STAMP)  ## generate the gRPC messages anew (a test compares them)
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. fedsplit/transport/encoder.proto

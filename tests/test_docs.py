@@ -140,7 +140,8 @@ def test_command_lines_parse(page: Path) -> None:
     for words in commands(page.read_text(encoding="utf-8"), "fedsplit"):
         if "|" in words or "..." in words:
             continue  # a list of commands, not a command
-        check_parses([*words])
+        # A variable that the page had the reader set.
+        check_parses(["8443" if word == "$PORT" else word for word in words])
 
 
 def check_parses(words: list[str]) -> None:

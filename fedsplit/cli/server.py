@@ -138,7 +138,7 @@ def up(folder: FolderArgument = Path(), as_json: JsonFlag = False) -> None:
     from fedsplit.plant.supervisor import stop_on_signals
 
     out = Output(as_json=as_json)
-    check_extra("server", "the server of a federation", "fastapi", "uvicorn", "sqlalchemy")
+    check_extra("server", "the server of a federation", "matplotlib", "prometheus_client")
     place = FederationFolder.at(folder)
     stop = threading.Event()
     with JsonLines(place.logs / "supervisor.jsonl", "supervisor") as log:

@@ -23,7 +23,8 @@ ACCOUNT = "fedsplit"
 """The account of services that root installs, made where it is not there."""
 _MACHINE_UNITS = Path("/etc/systemd/system")
 _BOOTED = Path("/run/systemd/system")
-_TIMEOUT_S = 120.0
+_TIMEOUT_S = 630.0
+"""systemd itself gives up after TimeoutStartSec."""
 Say = Callable[[str], None]
 
 
@@ -48,7 +49,9 @@ def install(kind: Kind, folder: Path, *, reads: Sequence[Path] = (), port: int =
     target.write_text(text, encoding="utf-8")
     try:
         _systemctl(everywhere, "daemon-reload")
-        _systemctl(everywhere, "enable", "--now", unit)
+        _systemctl(everywhere, "enable", unit)
+        # Not `--now`: one that runs already would go on as it was before an upgrade.
+        _systemctl(everywhere, "restart", unit)
     except ServiceError:
         remove(unit, everywhere=everywhere)
         raise

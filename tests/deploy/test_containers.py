@@ -89,7 +89,7 @@ class Fake:
             f'#!/bin/sh\necho "$*${{FEDSPLIT_CODE:+ (code known)}}" >> {self.calls}\n'
             'case "$1 $2" in\n'
             '"server init") mkdir -p "$3"; : > "$3/federation.toml" ;;\n'
-            '"site join") mkdir -p "$5"; : > "$5/site.toml" ;;\n'
+            f'"site join") cat > {folder}/code-given; mkdir -p "$5"; : > "$5/site.toml" ;;\n'
             "esac\n"
         )
         script.chmod(0o755)
@@ -144,8 +144,9 @@ def test_a_site_joins_once_and_then_runs_without_its_code(fake: Fake) -> None:
     missing = fake.run("site-entry.sh", FEDSPLIT_CODE="abc", FEDSPLIT_DATA="folder:/data")
     assert "the task (FEDSPLIT_TASK) is not given" in missing.stderr
     assert fake.run("site-entry.sh", FEDSPLIT_CODE="abc", **given).returncode == 0
-    joined = "site join abc --dir site --data folder:/data --task inspection"
+    joined = "site join - --dir site --data folder:/data --task inspection"
     assert fake.told() == [f"{joined} (code known)", "site run site"]
+    assert (fake.folder / "code-given").read_text() == "abc\n"
     shutil.rmtree(fake.folder / "site")
     (fake.folder / "code").write_text("abc\n")
     fake.run("site-entry.sh", FEDSPLIT_CODE_FILE="code", **given)

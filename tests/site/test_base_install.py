@@ -61,6 +61,19 @@ for source, backbone, cut in (
         ended = run.go()
     print(kind, ended.outcome, ended.rounds_done, ended.accuracy_global is not None)
 """
+# All that a site's machine may load, and the command line.
+IMPORTS = """
+import importlib, pkgutil, sys
+import fedsplit
+for name in ("site", "training", "model", "transport", "core", "cli", "plant.site"):
+    package = importlib.import_module(f"fedsplit.{name}")
+    for module in pkgutil.walk_packages(package.__path__, f"fedsplit.{name}."):
+        importlib.import_module(module.name)
+for name in ("federation.site", "federation.executor", "plant.checks", "plant.install", "plant.wheelhouse"):
+    importlib.import_module(f"fedsplit.{name}")
+import client_app.app
+print("all")
+"""
 COMMAND = "from fedsplit.cli.main import call\nsys.exit(call(sys.argv[1:]))"
 # A first import of torch and transformers on a busy machine.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(240)]
@@ -85,6 +98,11 @@ def test_a_roll_call_and_a_round_on_pictures_arrays_and_texts(tmp_path: Path) ->
         line for line in done.stdout.splitlines() if line.split()[0] in {"folder", "npz", "csv"}
     ]
     assert told == [f"{kind} complete 1 True" for kind in ("folder", "npz", "csv")], done.stderr
+
+
+def test_all_modules_of_a_site_load() -> None:
+    done = without(IMPORTS)
+    assert done.stdout.splitlines()[-1:] == ["all"], done.stderr
 
 
 def test_a_source_is_looked_at_with_its_contact_sheet(tmp_path: Path) -> None:

@@ -95,11 +95,11 @@ def encoder(port: int, secret: str) -> list[str]:
 def control(port: int, proxied: list[str]) -> list[str]:
     """The control service's paths. It knows who is a member, and says itself why somebody is not."""
     to = f"proxy_pass http://127.0.0.1:{port}"
-    open_to_all = [*proxied, "limit_req zone=fedsplit_join burst=20 nodelay;"]
+    often = [*proxied, "limit_req zone=fedsplit_sites burst=400 nodelay;"]
+    seldom = [*proxied, "limit_req zone=fedsplit_join burst=20 nodelay;"]
     certified = [
-        *proxied,
+        *often,
         "if ($fedsplit_nameless) { return 403; }",
-        "limit_req zone=fedsplit_sites burst=400 nodelay;",
     ]
     file = "[A-Za-z0-9_][A-Za-z0-9._-]{0,127}"
     ask = [
@@ -110,8 +110,8 @@ def control(port: int, proxied: list[str]) -> list[str]:
         f"{to}{paths.AUTHORISE};",
     ]
     return [
-        *block(f"location = {paths.HELLO}", [*_only("GET"), *open_to_all, f"{to}{paths.HELLO};"]),
-        *block(f"location = {paths.JOIN}", [*_only("POST"), *open_to_all, f"{to}{paths.JOIN};"]),
+        *block(f"location = {paths.HELLO}", [*_only("GET"), *often, f"{to}{paths.HELLO};"]),
+        *block(f"location = {paths.JOIN}", [*_only("POST"), *seldom, f"{to}{paths.JOIN};"]),
         *block(f"location = {paths.RENEW}", [*_only("POST"), *certified, f"{to}{paths.RENEW};"]),
         *block(f"location = {paths.REPORT}", [*_only("POST"), *certified, f"{to}{paths.REPORT};"]),
         *block(

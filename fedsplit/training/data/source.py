@@ -94,27 +94,34 @@ def stamp(spec: str) -> str:
     name, _, argument = spec.partition(":")
     if name not in {*_FILES, "folder"} or "\0" in argument:
         return ""
-    path = Path(argument).expanduser().absolute()
+    path = str(Path(argument).expanduser().absolute())
     found = hashlib.blake2b(digest_size=16)
-    for place in sorted(_files(path)) if name == "folder" else [str(path)]:
-        try:
-            info = Path(place).stat()
-        except OSError as err:
-            told = f"{err.errno}"
-        else:
-            # The last two are not to be set at will: a file of the same size may be given the old time of change.
-            told = f"{info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}"
-        found.update(f"{place}\0{told}\n".encode(errors="surrogateescape"))
+    for line in [*_states(path)] if name == "folder" else [_state(path, lambda: Path(path).stat())]:
+        found.update(line.encode(errors="surrogateescape"))
     return found.hexdigest()
 
 
-def _files(folder: Path) -> Iterator[str]:
-    """Folders and files, also those of a class whose folder is a link."""
-    links = [str(p) for p in folder.glob("*") if p.is_symlink() and p.is_dir()]
-    for top in (str(folder), *links):
-        for at, _, names in os.walk(top):
-            yield at
-            yield from (f"{at}{os.sep}{name}" for name in names)
+def _states(folder: str, *, links: bool = True) -> Iterator[str]:
+    """The states of all that lies below, and with `links` also behind the folders of classes that are links."""
+    try:
+        with os.scandir(folder) as entries:
+            inside = sorted(entries, key=lambda entry: entry.name)
+    except OSError as err:
+        yield f"{folder}\0{err.errno}\n"
+        return
+    for entry in inside:
+        yield _state(entry.path, entry.stat)
+        if entry.is_dir(follow_symlinks=links):
+            yield from _states(entry.path, links=False)
+
+
+def _state(path: str, stat: Callable[[], os.stat_result]) -> str:
+    try:
+        info = stat()
+    except OSError as err:
+        return f"{path}\0{err.errno}\n"
+    # The last two are not to be set at will: a file of the same size may be given the old time of change.
+    return f"{path}\0{info.st_size} {info.st_mtime_ns} {info.st_ctime_ns} {info.st_ino}\n"
 
 
 def _meant(spec: str) -> str:

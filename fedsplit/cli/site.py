@@ -137,6 +137,8 @@ def run(site: SiteArgument = None, as_json: JsonFlag = False) -> None:
     Exit codes: 0 ended on request, 1 a service does not start, 2 wrong settings, data, certificate or clock, 4 the site is
     no member any more.
     """
+    from fedsplit.core.errors import FedsplitError
+    from fedsplit.plant.logs import JsonLines
     from fedsplit.plant.site.run import run as keep_up
     from fedsplit.plant.supervisor import stop_on_signals
 
@@ -144,7 +146,10 @@ def run(site: SiteArgument = None, as_json: JsonFlag = False) -> None:
     folder = site_folder(site)
     settings = folder.settings.site
 
+    log = JsonLines(folder.logs / "supervisor.jsonl", "supervisor")
+
     def say(text: str) -> None:
+        log.write(text)
         out.note(f"{time.strftime('%H:%M:%S')}  {text}")
 
     def ready() -> None:
@@ -160,9 +165,13 @@ def run(site: SiteArgument = None, as_json: JsonFlag = False) -> None:
 
     say(f"site {settings.name!r} starts: task {settings.task}, data {settings.data}")
     stop = threading.Event()
-    with stop_on_signals(stop):
-        keep_up(folder, stop, say=say, ready=ready)
-    say(f"site {settings.name!r} has ended")
+    with log, stop_on_signals(stop):
+        try:
+            keep_up(folder, stop, say=say, ready=ready)
+        except FedsplitError as err:
+            log.write(f"{type(err).__name__}: {err}", level="error")
+            raise
+        say(f"site {settings.name!r} has ended")
 
 
 @app.command()

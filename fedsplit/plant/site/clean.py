@@ -76,6 +76,10 @@ def remove(folder: SiteFolder, found: list[Kept]) -> tuple[int, list[str]]:
             freed += BackboneStore(folder.backbones).prune(stays)
         except BackboneError as err:
             faults.append(str(err))
+        except OSError as err:  # its lock
+            faults.append(
+                f"{folder.backbones} cannot be changed ({err.strerror}); correct its rights"
+            )
     return freed, faults
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedsplit import __version__
-from fedsplit.core.errors import ConfigError, DataError, NotMemberError, PlantError
+from fedsplit.core.errors import DataError, FolderError, NotMemberError, PlantError
 from fedsplit.core.foreign import printable
 from fedsplit.plant.service import Service
 from fedsplit.plant.site import keys
@@ -44,8 +44,13 @@ def run(folder: SiteFolder, stop: threading.Event, *, say: Say, ready: Callable[
     """
 
     def checked() -> list[Service]:
+        # First: it may make the room that the rest needs.
+        keep_bounded(folder, say)
         check(folder, say)
-        return services(folder)
+        try:
+            return services(folder)
+        except OSError as err:
+            raise _unwritable(folder, err) from err
 
     most = folder.settings.retention.log_mb
     with (
@@ -68,8 +73,8 @@ def run(folder: SiteFolder, stop: threading.Event, *, say: Say, ready: Callable[
 
         once = _Once(ready)
         threads = [
-            threading.Thread(target=_again_and_again, args=[step, stop, say], daemon=True)
-            for step in (report, renewals.step, clean)
+            threading.Thread(target=_again_and_again, args=[step, wait, stop, say], daemon=True)
+            for step, wait in ((report, 0.0), (renewals.step, 0.0), (clean, _CLEAN_EVERY_S))
         ]
         for thread in threads:
             thread.start()
@@ -85,13 +90,11 @@ def run(folder: SiteFolder, stop: threading.Event, *, say: Say, ready: Callable[
 
 
 def check(folder: SiteFolder, say: Say) -> None:
-    """What would only fail later. Raises ConfigError, DataError, NotMemberError."""
+    """What would only fail later. Raises ConfigError, DataError, FolderError, NotMemberError."""
     try:
         keys.repaired(folder)
     except OSError as err:
-        raise ConfigError(
-            f"{printable(folder.path)} cannot be written ({err.strerror}); free some space, or correct its rights"
-        ) from err
+        raise _unwritable(folder, err) from err
     ends = keys.ends(keys.certificate(folder))
     site = folder.settings.site
     if fault := gone(site.data):
@@ -127,6 +130,13 @@ def _ask(folder: SiteFolder, ends: float, say: Say) -> None:
         raise NotMemberError(answer.message or f"it was {answer.standing}")
 
 
+def _unwritable(folder: SiteFolder, err: OSError) -> FolderError:
+    return FolderError(
+        f"{printable(err.filename or folder.path)} cannot be written ({err.strerror}); free some space, or correct the rights "
+        f"of {printable(folder.path)}"
+    )
+
+
 def _put_out(folder: SiteFolder, why: str) -> NotMemberError:
     site = folder.settings.site
     return NotMemberError(
@@ -156,8 +166,9 @@ class _Once:
             call()
 
 
-def _again_and_again(step: Callable[[], float], stop: threading.Event, say: Say) -> None:
-    wait = 0.0
+def _again_and_again(
+    step: Callable[[], float], wait: float, stop: threading.Event, say: Say
+) -> None:
     while not stop.wait(wait):
         try:
             wait = step()

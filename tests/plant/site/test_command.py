@@ -180,3 +180,23 @@ def test_a_disk_that_is_full_or_cannot_be_written(
         assert part in told["error"]["message"]
         assert not list(disk.iterdir())
     assert control.node_keys == []
+
+
+def test_a_site_on_a_disk_that_fills_up_and_cannot_be_written(
+    site: Site, joined: Callable[..., Joined], tmp_path: Path
+) -> None:
+    with a_disk(tmp_path / "disk", "size=70m") as disk:
+        folder = joined(folder=disk / "site").folder
+        with (disk / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while file.write(b"\0" * 65536):
+                pass
+        exit_code, told, _ = site("run", folder.path)
+        assert (exit_code, told["error"]["kind"]) == (1, "FolderError")
+        assert "No space left" in told["error"]["message"]
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        exit_code, told, _ = site("run", folder.path)
+        assert (exit_code, told["error"]["kind"]) == (1, "ServiceError")
+        assert "Read-only file system" in told["error"]["message"]
+        (exit_code, told, _) = site("clean", folder.path, "--apply", "--all-backbones")
+        assert (exit_code, told["errors"]) == (0, [])  # there is nothing to remove
+    assert not list((tmp_path / "disk").iterdir())

@@ -125,7 +125,7 @@ def plant(tmp_path: Path) -> Iterator[Plant]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_the_manual_does_what_it_says(plant: Plant) -> None:
     for step in steps(ENGLISH):
         plant.do(step)

@@ -159,3 +159,21 @@ def test_messages_share_the_streams_encoder() -> None:
     with stream_vs_messages.stream_rate(2) as rate:
         assert rate() > 0
     assert not multiprocessing.active_children()
+
+
+def test_load_once_counts_only_what_trained_the_same() -> None:
+    from flwr.app import Message, RecordDict
+
+    from benchmarks import load_once
+    from benchmarks.supernode import asking
+    from fedsplit.core.errors import FederationError
+    from fedsplit.federation.messages import to_arrays
+
+    def reply(values: list[float]) -> Message:
+        content = RecordDict({"delta": to_arrays({"w": np.array(values, np.float32)})})
+        return Message(content, reply_to=asking(RecordDict({})))
+
+    load_once._same(reply([1.0, 2.0]), reply([1.0, 2.0]))
+    for other in ([1.0, 2.0000002], [1.0]):
+        with pytest.raises(FederationError, match="have not trained the same"):
+            load_once._same(reply([1.0, 2.0]), reply(other))

@@ -13,7 +13,7 @@ from typing import Annotated
 import click
 import typer
 
-from fedsplit.cli import site_fetch, site_service
+from fedsplit.cli import site_fetch, site_kept, site_service
 from fedsplit.cli.console import Output
 from fedsplit.cli.run import JsonFlag
 from fedsplit.cli.site_folder import DEFAULT, SiteArgument, site_folder
@@ -22,6 +22,7 @@ app = typer.Typer(
     help="A machine that is a site of a federation.", no_args_is_help=True, rich_markup_mode=None
 )
 app.command("fetch")(site_fetch.fetch)
+app.command("clean")(site_kept.clean)
 app.command("install")(site_service.install)
 app.command("uninstall")(site_service.uninstall)
 
@@ -82,8 +83,8 @@ def join(
     from fedsplit.plant.checks import worst
     from fedsplit.plant.join_code import JoinCode
     from fedsplit.plant.site.doctor import site_checks
-    from fedsplit.plant.site.join import Wish
     from fedsplit.plant.site.join import join as joined
+    from fedsplit.plant.site.wish import Wish
 
     out = Output(as_json=as_json)
     reading = {
@@ -215,60 +216,3 @@ def executor(
             ca=ca,
         )
     )
-
-
-@app.command()
-def clean(
-    site: SiteArgument = None,
-    *,
-    apply: Annotated[
-        bool, typer.Option("--apply", help="Remove what goes; else it is only listed.")
-    ] = False,
-    all_backbones: Annotated[
-        bool,
-        typer.Option(
-            "--all-backbones", help="Remove every backbone; the next run needs its own again."
-        ),
-    ] = False,
-    as_json: JsonFlag = False,
-) -> None:
-    """List what the site keeps, with sizes, and what goes by the retention settings of site.toml.
-
-    Exit codes: 0 listed or removed, 1 something could not be removed, 2 no site folder.
-    """
-    from fedsplit.cli.site_kept import shown
-    from fedsplit.plant.site.clean import kept, remove
-
-    out = Output(as_json=as_json)
-    folder = site_folder(site)
-    found = kept(folder, all_backbones=all_backbones)
-    out.show(shown(found, folder.path))
-    freed, faults = remove(folder, found) if apply else (0, [])
-    for fault in faults:
-        out.note(fault)
-    goes = sum(one.bytes for one in found if one.goes)
-    if apply:
-        out.note(f"{freed / 1e6:,.1f} MB were freed")
-    elif goes:
-        out.note(
-            f"{goes / 1e6:,.1f} MB would go: fedsplit site clean {shlex.quote(str(folder.path))} --apply"
-        )
-    out.result(
-        {
-            "folder": str(folder.path),
-            "kept": [
-                {
-                    "kind": one.kind,
-                    "path": one.path.relative_to(folder.path).as_posix(),
-                    "bytes": one.bytes,
-                    "changed": one.changed,
-                    "goes": one.goes,
-                }
-                for one in found
-            ],
-            "freed_bytes": freed,
-            "errors": faults,
-        }
-    )
-    if faults:
-        raise typer.Exit(1)

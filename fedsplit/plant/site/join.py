@@ -12,12 +12,10 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cryptography import x509
-from pydantic import ValidationError
 
 from fedsplit import __version__
 from fedsplit.core.errors import (
@@ -28,7 +26,7 @@ from fedsplit.core.errors import (
     ServerRefusalError,
 )
 from fedsplit.core.foreign import printable
-from fedsplit.core.names import MAX_TASK_CHARS, RULE, certificate_name, is_name
+from fedsplit.core.names import certificate_name
 from fedsplit.core.whole_files import free_bytes, write_whole
 from fedsplit.plant import pki
 from fedsplit.plant.join_code import JoinCode
@@ -36,8 +34,8 @@ from fedsplit.plant.lock import taken
 from fedsplit.plant.site import keys, settings_text, source
 from fedsplit.plant.site.calls import ControlCalls
 from fedsplit.plant.site.folder import SETTINGS, SiteFile, SiteFolder
-from fedsplit.plant.site.source_paths import absolute
 from fedsplit.plant.site.trust import believed
+from fedsplit.plant.site.wish import Wish, draft_of
 from fedsplit.plant.wire import JoinAnswer, JoinRequest, Report
 
 LEAST_FREE_BYTES = 64 << 20
@@ -45,21 +43,6 @@ LEAST_FREE_BYTES = 64 << 20
 _IGNORED = {keys.JOINING, "lost+found", ".DS_Store"}
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What the person asks for. Empty: as site.toml says, where a site joins again."""
-
-    code: JoinCode
-    folder: Path
-    data: str = ""
-    task: str = ""
-    cut: str = ""
-    reading: dict[str, str] = field(default_factory=dict)
-    """Keys of [reading]."""
-    again: bool = False
-    """New keys for a site that is a member as it is."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +63,7 @@ def join(wish: Wish, say: Say) -> Joined:
         again = _again(folder, wish)
         if again:
             alone.callback(taken(folder.state).release)
-        draft = _draft(folder, wish, again=again)
+        draft = draft_of(folder, wish, again=again)
         ca = believed(wish.code, say)
         seen = source.look_at(draft)
         say(f"Data: {seen}")
@@ -165,55 +148,6 @@ def _no_member(folder: SiteFolder) -> str:
             f"{printable(folder.path)} is the folder of site {folder.settings.site.name!r}, and its server does not say how "
             f"it stands: {err}. Give --again to join with new keys all the same"
         ) from err
-
-
-def _draft(folder: SiteFolder, wish: Wish, *, again: bool) -> SiteFile:
-    """What site.toml will say; the server gives the name. Raises ConfigError with every fault."""
-    data = absolute(wish.data) if wish.data else ""
-    if again:
-        there = folder.settings
-        asked = {"data": data, "task": wish.task, "cut": wish.cut}
-        given = [f"{k} = {v!r}" for k, v in asked.items() if v and v != getattr(there.site, k)]
-        reading = there.reading.model_dump(by_alias=True)
-        given += [f"{k} = {v!r}" for k, v in wish.reading.items() if v != str(reading[k])]
-        if given:
-            raise ConfigError(
-                f"{printable(folder.path / SETTINGS)} says otherwise than {', '.join(given)}; a site that joins again keeps "
-                f"its site.toml: change it there, or leave these options out"
-            )
-        return there
-    faults = [
-        f"--{key} is missing; give {example}"
-        for key, value, example in (
-            ("data", data, "the source, e.g. --data folder:/data/line-a"),
-            ("task", wish.task, "the name of the task, e.g. --task inspection"),
-        )
-        if not value
-    ]
-    if wish.task and not is_name(wish.task, MAX_TASK_CHARS):
-        faults.append(f"--task {printable(wish.task, limit=80)}: 1 to {MAX_TASK_CHARS} {RULE}")
-    try:
-        values: dict[str, Any] = {
-            "site": {
-                "name": "this site",
-                "address": wish.code.address,
-                "task": wish.task or "-",
-                "data": data or "-",
-                "cut": wish.cut,
-            },
-            "reading": wish.reading,
-        }
-        draft = SiteFile.model_validate(values)
-    except ValidationError as err:
-        faults += [
-            f"--{e['loc'][-1]}: {printable(e['msg']).removeprefix('Value error, ')}"
-            for e in err.errors()
-        ]
-    if faults:
-        raise ConfigError(
-            "the site cannot be made so:\n" + "\n".join(f"  - {fault}" for fault in faults)
-        )
-    return draft
 
 
 def _keys(folder: SiteFolder, code: JoinCode) -> keys.JoiningKeys:

@@ -19,7 +19,7 @@ import httpx
 
 from fedsplit.core.errors import ServerAwayError, ServerRefusalError
 from fedsplit.core.foreign import printable
-from fedsplit.plant.site.calls import away, refuse
+from fedsplit.plant.site.line_faults import away, refuse
 
 log = logging.getLogger(__name__)
 

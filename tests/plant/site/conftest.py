@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedsplit.plant.site.join import Joined, Wish, join
+from fedsplit.plant.site.join import Joined, join
+from fedsplit.plant.site.wish import Wish
 
 from .server import Control, served
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from fedsplit.core.errors import NotMemberError, PlantError, ServerAwayError, ServerRefusalError
-from fedsplit.plant.site.calls import _read, refuse
+from fedsplit.plant.site.calls import _read
 from fedsplit.plant.site.folder import SiteFile
+from fedsplit.plant.site.line_faults import refuse
 from fedsplit.plant.site.settings_text import changed, written
 from fedsplit.plant.wire import Hello, JoinAnswer, ReportAnswer
 

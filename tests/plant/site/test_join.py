@@ -25,7 +25,8 @@ from fedsplit.core.errors import (
 from fedsplit.plant import pki
 from fedsplit.plant.site import keys
 from fedsplit.plant.site.folder import SiteFolder
-from fedsplit.plant.site.join import Joined, Wish, join
+from fedsplit.plant.site.join import Joined, join
+from fedsplit.plant.site.wish import Wish
 
 from .server import Control, served
 

@@ -136,11 +136,10 @@ class Executor(Closing):
             claim, message = at_work
             try:
                 claim.push(self._flower.crashed(STOPPING, message))
-                claim.finish(STOPPING)
             except SuperNodeError as err:
                 log.warning("the run was not told that its order is abandoned: %s", err)
                 return
-            self._note.drop()
+            self._end(claim, STOPPING)
 
     def close(self) -> None:
         """Close the connection to the SuperNode."""
@@ -200,12 +199,10 @@ class Executor(Closing):
                     return
                 try:
                     claim.push(reply)
-                    claim.finish(failed)
                 except SuperNodeError as err:
                     why = err
                 else:
-                    self._at_work = None
-                    self._note.drop()
+                    self._end(claim, failed)
                     return
             if why.lost:
                 break
@@ -216,6 +213,15 @@ class Executor(Closing):
             self._note.drop()
         self._failed(f"an answer could not be handed over: {why}")
 
+    def _end(self, claim: Claim, failed: str) -> None:
+        """The reply is with the SuperNode. A second one would pass for the answer to its next message."""
+        self._at_work = None
+        self._note.drop()
+        try:
+            claim.finish(failed)
+        except SuperNodeError as err:
+            log.warning("the SuperNode was not told that an order is done: %s", err)
+
     def _speak_for_the_dead(self) -> None:
         """Answer the order over which the executor before this one died, once."""
         if self._told.state != "starting" or (note := self._note.read()) is None:
@@ -225,11 +231,12 @@ class Executor(Closing):
             with claim:
                 try:
                     claim.push(self._flower.crashed(_DIED, message))
-                    claim.finish(_DIED)
-                    self._failed(_DIED)
                 except SuperNodeError as err:
                     if not err.lost:
                         raise
+                else:
+                    self._failed(_DIED)
+                    self._end(claim, _DIED)
         self._note.drop()
 
     def _failed(self, why: str) -> None:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 
 from benchmarks.supernode import SECRET, SuperNode, asking, supernode
 from fedsplit import __version__
-from fedsplit.core.errors import ConfigError
+from fedsplit.core.errors import ConfigError, SuperNodeError
 from fedsplit.core.orders import Order
 from fedsplit.core.programs import free_port
 from fedsplit.federation import at_hand, executor, flower_runtime, messages
@@ -300,6 +300,31 @@ def test_without_heartbeats_the_supernode_itself_tells_the_run() -> None:
         (record,) = node.state.task_token_store.values()
         record.active_until = record.active_until.replace(year=2000)
         assert str(node.reply().error.reason) == "ClientApp stopped responding."
+
+
+def test_an_answer_is_handed_over_again_but_never_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A line that is cut costs time; a second reply would pass for the answer to the SuperNode's next message."""
+    push, finish = flower_runtime.Claim.push, flower_runtime.Claim.finish
+    pushed: list[bool] = []
+
+    def cut_once(claim: flower_runtime.Claim, reply: Message) -> None:
+        pushed.append(len(pushed) > 0)
+        if not pushed[-1]:
+            raise SuperNodeError("cut")
+        push(claim, reply)
+
+    def cut(claim: flower_runtime.Claim, failed: str = "") -> None:
+        finish(claim, failed)
+        raise SuperNodeError("cut")
+
+    monkeypatch.setattr(flower_runtime.Claim, "push", cut_once)
+    monkeypatch.setattr(flower_runtime.Claim, "finish", cut)
+    with supernode({"site": "a"}) as node, running(node) as own:
+        node.give(an_order())
+        assert messages.fault_of(node.reply()) is not None
+        until(lambda: own.told.orders == 1)
+        assert pushed == [False, True]
+        assert node.state.get_messages_legacy(is_reply=True) == []
 
 
 def test_a_supernode_that_comes_late_or_again_is_found(caplog: pytest.LogCaptureFixture) -> None:

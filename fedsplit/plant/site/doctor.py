@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 
 from fedsplit import __version__
+from fedsplit.core.cut import Cut
 from fedsplit.core.errors import FedsplitError
 from fedsplit.core.foreign import parse_json, printable
 from fedsplit.plant import checks, paths
@@ -187,6 +188,12 @@ def _backbone(folder: SiteFolder) -> Check:
             f"{found} has digest {backbone.sha256[:12]}, {wanted[:12]} is wanted",
             fetch,
         )
+    cut = folder.settings.site.cut
+    lacking = store.missing(backbone.manifest, Cut.parse(cut)) if cut else []
+    if lacking:
+        size = sum(tensor.bytes for tensor in lacking) / 1e6
+        told = f"{size:,.1f} MB that cut {cut} needs are not here yet; the first run brings them"
+        return Check("backbone", "yellow", told, f"{fetch} brings them now")
     return Check(
         "backbone", "green", f"digest {wanted[:12]}, {store.total_bytes() / 1e6:,.0f} MB on disk"
     )

@@ -9,11 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from fedsplit.core.cut import Cut
+from fedsplit.model.backbone import Backbone
+from fedsplit.model.store import BackboneStore
 from fedsplit.plant import checks, pki
 from fedsplit.plant.checks import Check
+from fedsplit.plant.site import settings_text
 from fedsplit.plant.site.doctor import site_checks
 from fedsplit.plant.site.join import Joined
 from tests.cli.conftest import Cli, cli, environment
+from tests.model.stores import fill
 
 from .server import Control, served
 
@@ -22,8 +27,9 @@ __all__ = ["cli", "environment"]
 
 
 @pytest.fixture
-def site(joined: Join, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A site that has just joined; the backbone of the small server cannot be fetched."""
+def site(joined: Join, control: Control, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A site that has just joined, and whose backbone nobody has fetched."""
+    control.backbone.parts()  # read before somebody asks, as a server does
     for name in (
         "http_proxy",
         "https_proxy",
@@ -60,6 +66,17 @@ def test_a_site_that_has_just_joined_is_green(site: Path) -> None:
     } <= all_.keys()
     assert "12 images in 2 classes: good (6), 傷 deep (6)" in all_["data"].found
     assert "round trip" in all_["line"].found
+
+
+def test_what_a_cut_lacks_of_the_backbone_is_said(site: Path) -> None:
+    path = fill(BackboneStore(site / "backbones"), Backbone.find("vit-glyphs").path, Cut(1, 5))
+    before = (site / "site.toml").read_text(encoding="utf-8")
+    for cut, level in (("1,5", "green"), ("2,5", "yellow"), ("", "green")):
+        values = {"backbone-sha256": path.name, "cut": cut}
+        (site / "site.toml").write_text(settings_text.changed(before, values), encoding="utf-8")
+        check = found(site)["backbone"]
+        assert check.level == level
+        assert ("MB that cut 2,5 needs" in check.found) == (level == "yellow")
 
 
 def _data_gone(site: Path, control: Control) -> None:

@@ -94,6 +94,7 @@ def put(folder: Path, files: Mapping[str, str], *, keep_old: bool) -> None:
                 shutil.copy2(folder / name, old / name)
     for name, data in files.items():
         write_whole(folder / name, data, mode=0o600 if name in _PRIVATE else 0o644)
+    forget_next(SiteFolder(folder))
 
 
 def forget_old(folder: Path) -> None:
@@ -109,6 +110,12 @@ def next_key(folder: SiteFolder) -> pki.Key:
     key = pki.new_key()
     write_whole(path, pki.key_pem(key).decode("ascii"), mode=0o600)
     return key
+
+
+def forget_next(folder: SiteFolder) -> None:
+    """The next pair is not to be: the server refuses its key, or the site has joined again. Raises OSError."""
+    for path in (folder.certificate, folder.certificate_key):
+        _next(path).unlink(missing_ok=True)
 
 
 def take_next(folder: SiteFolder, certificate: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from fedsplit.core.errors import ConfigError, PlantError
+from fedsplit.core.errors import ConfigError, PlantError, ServerRefusalError
 from fedsplit.core.names import certificate_name
 from fedsplit.plant import pki
 from fedsplit.plant.site import keys
@@ -75,5 +75,10 @@ def renew(folder: SiteFolder) -> None:
     request = pki.csr(key, certificate_name(folder.settings.site.name)).decode("ascii")
     pair = (folder.certificate, folder.certificate_key)
     with ControlCalls(folder.settings.site.address, folder.ca, pair) as calls:
-        answer = calls.renew(RenewRequest(csr=request))
+        try:
+            answer = calls.renew(RenewRequest(csr=request))
+        except ServerRefusalError:
+            # It may be the key that is refused, as one that was in force before: the next try makes another.
+            keys.forget_next(folder)
+            raise
     keys.take_next(folder, answer.certificate)

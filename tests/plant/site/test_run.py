@@ -20,7 +20,15 @@ from typing import Any
 import psutil
 import pytest
 
-from fedsplit.core.errors import ConfigError, DataError, FedsplitError, NotMemberError, ServiceError
+from fedsplit.core.errors import (
+    ConfigError,
+    DataError,
+    FedsplitError,
+    NotMemberError,
+    ServerAwayError,
+    ServerRefusalError,
+    ServiceError,
+)
 from fedsplit.plant.lock import taken
 from fedsplit.plant.service import Service
 from fedsplit.plant.site import keys, renew, report
@@ -329,6 +337,29 @@ def test_a_renewal_that_fails_is_told_daily_and_keeps_its_key(
     control.refusal = None
     renewals.step()
     assert folder.certificate_key.read_bytes() == waiting
+
+
+def test_a_key_that_is_refused_is_not_tried_for_ever(
+    joined: Join, control: Control, folder: SiteFolder
+) -> None:
+    def waiting() -> bytes:
+        return (folder.path / "site-key.pem.next").read_bytes()
+
+    control.refusal = (503, "starting", "the control service starts")
+    with pytest.raises(ServerAwayError):
+        renew.renew(folder)
+    first = waiting()
+    control.refusal = (409, "key-used", "this key was in force before")
+    with pytest.raises(ServerRefusalError, match="in force before"):
+        renew.renew(folder)
+    control.refusal = (503, "starting", "the control service starts")
+    with pytest.raises(ServerAwayError):
+        renew.renew(folder)
+    assert waiting() != first
+    # A site that joins again begins anew.
+    control.refusal = None
+    joined(again=True)
+    assert not list(folder.path.glob("*.next"))
 
 
 @pytest.mark.parametrize("cut_at", ["before", "between"])

@@ -80,7 +80,7 @@ class Plant:
         else:
             done = subprocess.run(
                 ["sh", "-e", "-c", step.commands], cwd=cwd, env=env, stdin=subprocess.DEVNULL, capture_output=True,
-                text=True, timeout=300, check=False,
+                text=True, timeout=600, check=False,
             )  # fmt: skip
             assert done.returncode == 0, (
                 f"{step.machine}: {step.commands}\n{done.stdout}\n{done.stderr}\n{self.logs()}"

@@ -140,7 +140,7 @@ class Supervisor(Closing):
             while child.phase != "up":
                 if stop.wait(_QUICK_TICK_S):
                     return False
-                self._notify.alive()
+                self._notify.starting()
                 if said := child.tick():
                     if child.service.ready is not None:
                         raise ServiceError(f"{said}. {child.last_lines()}")

@@ -7,6 +7,8 @@ import os
 import socket
 import time
 
+_MORE_S = 120
+
 
 class Notifier:
     """Writes to the socket that systemd names (sd_notify(3)), and keeps the watchdog quiet (WATCHDOG_USEC)."""
@@ -18,7 +20,7 @@ class Notifier:
         os.environ.pop("WATCHDOG_PID", None)
         self._address = "\0" + path[1:] if path.startswith("@") else path
         self._every_s = int(period) / 3e6 if period.isdigit() else 0.0
-        self._next = 0.0
+        self._due: dict[str, float] = {}
 
     def send(self, message: str) -> None:
         """Send one assignment, e.g. `READY=1`. A socket that is gone is no fault of ours."""
@@ -29,7 +31,14 @@ class Notifier:
 
     def alive(self) -> None:
         """Say so a few times within the time that the watchdog gives. Call it often."""
+        self._say("WATCHDOG=1", self._every_s)
+
+    def starting(self) -> None:
+        """Have systemd wait on: a large backbone is read for longer than a unit may take to start. Call it often."""
+        self._say(f"EXTEND_TIMEOUT_USEC={_MORE_S}000000", _MORE_S / 4)
+
+    def _say(self, message: str, every_s: float) -> None:
         now = time.monotonic()
-        if self._every_s and now >= self._next:
-            self._next = now + self._every_s
-            self.send("WATCHDOG=1")
+        if every_s and now >= self._due.get(message, 0.0):
+            self._due[message] = now + every_s
+            self.send(message)

@@ -237,8 +237,9 @@ def test_systemd_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
         monkeypatch.setenv("WATCHDOG_USEC", "300000")
         with running([python("work", SLEEP, tmp_path)], tmp_path, []):
-            while sock.recv(100) != b"READY=1":
-                pass
+            assert sock.recv(100) == b"EXTEND_TIMEOUT_USEC=120000000"
+            while (heard := sock.recv(100)) != b"READY=1":
+                assert heard.startswith(b"EXTEND")
             assert sock.recv(100) == b"WATCHDOG=1"
         assert "NOTIFY_SOCKET" not in os.environ
 

@@ -75,7 +75,9 @@ class Plant:
         elif step.how == "keep running":
             if (before := self.terminals.get(step.machine)) is not None:
                 assert before.process.wait(30) == 0, "\n".join(before.said)
-            terminal = self.terminals[step.machine] = Terminal(step.commands, cwd, env)
+                before.end()
+            # `exec`: Ctrl-C is the command's, and no shell's that waits for it.
+            terminal = self.terminals[step.machine] = Terminal(f"exec {step.commands}", cwd, env)
             terminal.wait_for(READY[step.machine])
         else:
             done = subprocess.run(

@@ -80,7 +80,8 @@ def a_site_dies(runs: Path, env: dict[str, str], sites: list[ResidentSite]) -> N
     (left,) = summary["left_out"]
     assert (left["site"], left["rounds"]) == ("line-a", [1])
     assert "the site's runtime process ended while it worked on this order" in left["reason"]
-    assert [s["backbone_loads"] for s in summary["sites"]] == [2, 1]
+    # What the killed process had loaded stands in no answer.
+    assert [s["backbone_loads"] for s in summary["sites"]] == [1, 1]
 
 
 def a_run_is_stopped(runs: Path, env: dict[str, str], sites: list[ResidentSite]) -> None:

@@ -25,6 +25,7 @@ from fedsplit.plant.server.nginx_locations import (
     fleet,
     page,
     quoted,
+    superlink,
     told,
 )
 
@@ -78,6 +79,7 @@ def render(
         "default_type application/octet-stream;",
         *_maps(),
         *_limits(version),
+        *superlink(ports.superlink),
         *_server(folder, ports, secret, version),
     ]
     return "\n".join(

@@ -183,12 +183,18 @@ class Outgoing:
 
 
 def travelling_bytes(groups: Mapping[str, Tensors]) -> int:
-    """Bytes of these arrays as they travel: numpy's own format, header and all."""
-    return sum(_npy_bytes(array) for tensors in groups.values() for array in tensors.values())
+    """Bytes of these arrays as they travel: numpy's own format, header and all. Those of a group travel as one."""
+    return sum(_group_bytes(list(tensors.values())) for tensors in groups.values() if tensors)
 
 
-def _npy_bytes(array: NDArray[Any]) -> int:
+def npy_header(shape: Shape) -> bytes:
+    """What numpy writes before the numbers of a float32 array in C order."""
     header = io.BytesIO()
-    plain = np.asarray(array, order="C")
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(plain))
-    return header.tell() + plain.nbytes
+    fields = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, fields)
+    return header.getvalue()
+
+
+def _group_bytes(arrays: list[NDArray[Any]]) -> int:
+    shape = arrays[0].shape if len(arrays) == 1 else (sum(a.size for a in arrays),)
+    return len(npy_header(shape)) + sum(a.nbytes for a in arrays)

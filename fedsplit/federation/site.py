@@ -83,5 +83,5 @@ def _content(told: Outgoing) -> RecordDict:
     part = messages.NOT_HELD if isinstance(told.part, NotHeld) else messages.ANSWER
     content = messages.write(part, told.part)
     for group, tensors in told.arrays.items():
-        content[group] = messages.to_arrays(tensors)
+        content[group] = messages.packed(tensors)
     return content

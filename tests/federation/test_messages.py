@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedsplit.core.errors import DataError, FederationError
-from fedsplit.core.orders import Answer, Fault, LocalOnly, Order, RollCall, Stream
+from fedsplit.core.orders import Answer, Fault, LocalOnly, Order, RollCall, Stream, travelling_bytes
 from fedsplit.federation import messages
 from tests.core.test_records import GRANT, METRICS
 
@@ -268,6 +268,52 @@ def test_arrays_round_trip() -> None:
     assert messages.from_arrays(content, "module", shapes) == {}
     assert messages.array_bytes(content) == sum(len(a.data) for a in record.values())
     assert messages.array_bytes(RecordDict()) == 0
+
+
+def test_many_tensors_travel_as_one_array() -> None:
+    tensors = {
+        "b": np.arange(6, dtype="f4").reshape(2, 3).T,
+        "a": np.zeros((0, 3), dtype="f4"),
+        "scalar": np.float32(3).reshape(()),
+    }
+    shapes = {name: np.shape(value) for name, value in tensors.items()}
+    for part in ({}, {"b": tensors["b"]}, tensors):
+        record = messages.packed(part)
+        assert len(record) == min(1, len(part))
+        content = RecordDict({"delta": record})
+        got = messages.from_arrays(content, "delta", shapes)
+        assert got.keys() == part.keys()
+        assert all(np.array_equal(got[n], part[n]) for n in part)
+        assert all(got[n].shape == shapes[n] for n in part)
+        assert messages.array_bytes(content) == travelling_bytes({"delta": part})
+    # As numpy would write them joined.
+    joined = np.concatenate([tensors[n].reshape(-1) for n in sorted(tensors)])
+    assert next(iter(record.values())).data == Array(joined).data
+
+
+@pytest.mark.parametrize(
+    ("key", "size", "reason"),
+    [
+        ("a\nb", 5, r"has shape \(5,\), \(4,\) is wanted"),
+        ("a\na", 4, "name 1 twice"),
+        ("a\nc", 4, "1 that nobody asked for, e.g. c"),
+        ("a\n", 2, "1 that nobody asked for"),
+        ("\n" * 100_000, 0, "1 that nobody asked for"),
+    ],
+)  # fmt: skip
+def test_names_that_do_not_fit_what_was_joined(key: str, size: int, reason: str) -> None:
+    content = RecordDict({"delta": ArrayRecord({key: Array(np.zeros(size, "f4"))})})
+    with pytest.raises(FederationError, match=reason):
+        messages.from_arrays(content, "delta", {"a": (2,), "b": (1, 2)})
+
+
+@given(st.text("ab\n", max_size=12), st.integers(0, 6))
+def test_any_joined_names_give_tensors_or_a_federation_error(key: str, size: int) -> None:
+    wanted = {"a": (2,), "b": (1, 2), "ab": (), "": (1,)}
+    content = RecordDict({"delta": ArrayRecord({key: Array(np.zeros(size, "f4"))})})
+    with contextlib.suppress(FederationError):
+        for name, found in messages.from_arrays(content, "delta", wanted).items():
+            assert found.shape == wanted[name]
 
 
 def npy(descr: str, shape: str, body: bytes, version: bytes = b"\x01\x00") -> bytes:

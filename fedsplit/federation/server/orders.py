@@ -183,10 +183,10 @@ class Orders:
                 }
             )
             content = messages.write(messages.ORDER, order)
-            content[HISTORY] = messages.to_arrays(arrays)
+            content[HISTORY] = messages.packed(arrays)
             return content
         content = messages.write(messages.ORDER, order)
-        content[MODULE] = messages.to_arrays(tensors)
+        content[MODULE] = messages.packed(tensors)
         return content
 
     def weights(self, sites: Sequence[Site]) -> dict[str, int]:

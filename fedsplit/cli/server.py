@@ -6,7 +6,6 @@ The work is `fedsplit.plant.server`'s and `fedsplit.plant.install`'s. Each comma
 from __future__ import annotations
 
 import contextlib
-import os
 import shlex
 import sys
 import threading
@@ -17,6 +16,9 @@ from typing import TYPE_CHECKING, Annotated
 import click
 import typer
 
+from fedsplit.cli.as_service import AsService, NameOption
+from fedsplit.cli.as_service import install as install_service
+from fedsplit.cli.as_service import uninstall as uninstall_service
 from fedsplit.cli.console import Output
 from fedsplit.cli.run import JsonFlag
 
@@ -32,9 +34,6 @@ app = typer.Typer(
 )
 FolderArgument = Annotated[
     Path, typer.Argument(metavar="[DIR]", help="The federation folder; else the working directory.")
-]
-NameOption = Annotated[
-    str, typer.Option("--name", metavar="UNIT", help="The service's name, where there are several.")
 ]
 
 
@@ -191,55 +190,26 @@ def install(
 
     Without systemd the unit's text is written into the folder, and the command says what to do with it.
     """
-    from fedsplit.core.errors import ConfigError
     from fedsplit.plant.server.folder import FederationFolder
-    from fedsplit.plant.server.up import up_pid
 
-    out = Output(as_json=as_json)
     place = FederationFolder.at(folder)
-    if os.name == "nt":
-        raise ConfigError(
-            "services of systemd are Linux's; on Windows have the task scheduler run this at the machine's start: "
-            f"fedsplit server up {place.path}"
-        )
-    from fedsplit.plant.install import has_systemd
-    from fedsplit.plant.install import install as install_service
-
-    if not has_systemd():
-        unit = _write_unit(place, name)
-        out.show(
-            f"systemd does not run on this machine, so no service was installed. The unit that would be is {unit}. "
-            f"Have the service manager of this machine run this command, and start it again when it ends:\n"
-            f"  fedsplit server up {shlex.quote(str(place.path))}"
-        )
-        out.result({"folder": str(place.path), "installed": False, "unit": str(unit)})
-        raise typer.Exit(1)
-    if pid := up_pid(place.state):
-        raise ConfigError(
-            f"the server of {place.path} is up (process {pid}); end it with `fedsplit server down`, then install it"
-        )
-    reads = [path] if (path := Path(place.settings.backbone.path)).is_absolute() else []
-    unit_name = install_service(
-        "server", place.path, reads=reads, port=place.settings.server.port, name=name, say=out.note
+    backbone = Path(place.settings.backbone.path)
+    what = AsService(
+        kind="server",
+        folder=place,
+        name=name,
+        start="fedsplit server up",
+        unit_file=place.path / "deploy" / f"{name}.service",
+        reads=[backbone] if backbone.is_absolute() else [],
+        port=place.settings.server.port,
     )
-    out.result({"folder": str(place.path), "installed": True, "unit": unit_name})
+    install_service(what, Output(as_json=as_json))
 
 
 @app.command("uninstall")
 def uninstall(name: NameOption = UNIT, as_json: JsonFlag = False) -> None:
     """End the service and take it away. The federation folder stays as it is."""
-    from fedsplit.plant.install import has_systemd, remove
-
-    out = Output(as_json=as_json)
-    done = has_systemd() and remove(f"{name}.service", everywhere=os.geteuid() == 0)
-    out.show(
-        f"{name}.service is gone; the federation folder is as it was"
-        if done
-        else f"there is no service {name}.service here; nothing was done"
-    )
-    out.result({"unit": f"{name}.service", "removed": done})
-    if not done:
-        raise typer.Exit(NOT_UP)
+    uninstall_service(name, "the federation folder is as it was", Output(as_json=as_json))
 
 
 @app.command("services")
@@ -294,17 +264,6 @@ def _backbone(name: str) -> str:
 
     found = Backbone.find(name)
     return str(found.path.resolve()) if Path(name).exists() else name
-
-
-def _write_unit(folder: FederationFolder, name: str) -> Path:
-    from fedsplit.core.whole_files import write_whole
-    from fedsplit.plant.units import Place, server_unit
-
-    path = folder.path / "deploy" / f"{name}.service"
-    with _translated(folder):
-        path.parent.mkdir(exist_ok=True)
-        write_whole(path, server_unit(Place(folder=folder.path), port=folder.settings.server.port))
-    return path
 
 
 @contextlib.contextmanager

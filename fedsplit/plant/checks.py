@@ -23,6 +23,7 @@ from fedsplit.core.foreign import printable, read_json
 from fedsplit.core.memory import available_bytes
 from fedsplit.core.proxies import proxy_variable
 from fedsplit.plant import pki
+from fedsplit.plant.lock import up_pid
 
 Level = Literal["green", "yellow", "red"]
 MB = 1 << 20
@@ -207,11 +208,8 @@ def private(paths: Iterable[Path]) -> Check:
 def services(state_file: Path, names: Iterable[str], *, start: str, logs: Path) -> Iterator[Check]:
     """How the supervised programs are; `start` is the command that starts them."""
     try:
-        state = read_json(state_file, limit=MB)
-        pid, found = state["pid"], dict(state["services"])
-        running = isinstance(pid, int) and psutil.pid_exists(pid)
-    except FileNotFoundError:
-        running, found = False, {}
+        pid = up_pid(state_file)
+        found = dict(read_json(state_file, limit=MB)["services"]) if pid else {}
     except (OSError, ValueError, KeyError, TypeError) as err:
         yield Check(
             "services",
@@ -220,7 +218,7 @@ def services(state_file: Path, names: Iterable[str], *, start: str, logs: Path) 
             f"stop them, then {start}",
         )
         return
-    if not running:
+    if pid is None:
         yield Check("services", "yellow", "not running", start)
         return
     yield Check("services", "green", f"process {pid} keeps them up")

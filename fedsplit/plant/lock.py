@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -9,11 +10,15 @@ from filelock import FileLock, Timeout
 from fedsplit.core.errors import ServiceError
 from fedsplit.core.foreign import read_json
 
+_LOOK_S = 1.0
+_SAYS_WITHIN_S = 10.0
+
 
 def taken(state_file: Path) -> FileLock:
     """The lock of a folder whose services run. Raises ServiceError, which names the process that has it."""
     state_file.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(state_file.with_name("lock"), timeout=0, thread_local=False)
+    # Who only looks whether it is free holds it for an instant.
+    lock = FileLock(state_file.with_name("lock"), timeout=_LOOK_S, thread_local=False)
     try:
         lock.acquire()
     except Timeout as err:
@@ -45,6 +50,24 @@ def is_taken(state_file: Path) -> bool:
             f"{path} cannot be looked at: {err.strerror}; do this as the user who owns the folder, or as root"
         ) from err
     return False
+
+
+def up_pid(state_file: Path) -> int | None:
+    """The process that keeps the services now; None where none does. Raises ServiceError where that cannot be known.
+
+    A number in a file alone would not do: after a power cut it is another program's.
+    """
+    deadline = time.monotonic() + _SAYS_WITHIN_S
+    while is_taken(state_file):
+        if pid := running_pid(state_file):
+            return pid
+        # It is about to write its number, or to end.
+        if time.monotonic() > deadline:
+            raise ServiceError(
+                f"{state_file.with_name('lock')} is held by a process that says nothing in {state_file}; look with `ps`"
+            )
+        time.sleep(0.1)
+    return None
 
 
 def running_pid(state_file: Path) -> int | None:

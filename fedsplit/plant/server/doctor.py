@@ -47,7 +47,7 @@ def server_checks(path: Path) -> Iterable[Check]:
             None if settings.tls.certificate else folder.ca, cure=f"it is renewed at the start: {start}",
         ),
         "host": lambda: _host(settings.server.host),
-        "nginx": lambda: _own_proxy() if own else _nginx(folder),
+        "proxy": lambda: _own_proxy() if own else _nginx(folder),
         "backbone": lambda: _backbone(folder),
         "services": lambda: checks.services(folder.state, names, start=start, logs=folder.logs),
         "port": lambda: _port(folder),
@@ -80,11 +80,11 @@ def _host(host: str) -> Check:
 
 def _nginx(folder: FederationFolder) -> Check:
     found = nginx.find(folder.settings.proxy.nginx)
-    return Check("nginx", "green", f"{found.program}, version {'.'.join(map(str, found.version))}")
+    return Check("proxy", "green", f"{found.program}, version {'.'.join(map(str, found.version))}")
 
 
 def _own_proxy() -> Check:
-    return Check("nginx", "green", "a proxy of your own stands in front ([proxy] mode = own)")
+    return Check("proxy", "green", "a proxy of your own stands in front ([proxy] mode = own)")
 
 
 def _backbone(folder: FederationFolder) -> Check:

@@ -12,19 +12,12 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from fedsplit.core.config.section import Section, read_by
-from fedsplit.core.cut import Cut
+from fedsplit.core.config.section import Section
+from fedsplit.plant.folder import CutText, PlantFolder
 from fedsplit.plant.settings_file import read_settings
 
 SETTINGS = "federation.toml"
 WHAT = "federation folder"
-
-
-def _a_cut_or_nothing(text: str) -> object:
-    return Cut.parse(text) if text else None
-
-
-CutText = Annotated[str, read_by(_a_cut_or_nothing)]
 
 
 def _settable(settings: dict[str, str | int | float | bool]) -> dict[str, str | int | float | bool]:
@@ -119,17 +112,8 @@ class FederationSettings(Section):
 
 
 @dataclass(frozen=True)
-class FederationFolder:
-    """Paths below a federation folder. Nothing is read but `settings`, at first use. Raises ConfigError there."""
-
-    path: Path
-
-    @classmethod
-    def at(cls, path: Path) -> FederationFolder:
-        """The folder at `path`, made absolute, with settings that can be read. Raises ConfigError."""
-        folder = cls(path.expanduser().resolve())
-        _ = folder.settings
-        return folder
+class FederationFolder(PlantFolder):
+    """Where everything lies."""
 
     @cached_property
     def settings(self) -> FederationSettings:
@@ -170,10 +154,6 @@ class FederationFolder:
         return self.path / "secrets" / "encoder.secret"
 
     @property
-    def superexec_secret(self) -> Path:
-        return self.path / "secrets" / "superexec.secret"
-
-    @property
     def proxy_secret(self) -> Path:
         return self.path / "secrets" / "proxy.secret"
 
@@ -201,19 +181,6 @@ class FederationFolder:
     @property
     def runs(self) -> Path:
         return self.path / "runs"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
-
-    @property
-    def present(self) -> Path:
-        """What is true while the server is up: state.json, nginx.conf, revoked.json."""
-        return self.path / "run"
-
-    @property
-    def state(self) -> Path:
-        return self.present / "state.json"
 
     @property
     def revoked(self) -> Path:

@@ -71,7 +71,7 @@ def fleet(folder: FederationFolder, port: int) -> list[str]:
 
 
 def superlink(port: int) -> list[str]:
-    """The SuperLink, with connections that stay: a message is some 50 requests, for each array is one or two objects."""
+    """The SuperLink, with connections that stay: a message is a dozen requests, each with a handshake otherwise."""
     return block(
         f"upstream {_SUPERLINK}",
         # The SuperLink's server closes one that is idle for 5 s, and nginx has to be first.

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 
 from fedsplit.core.errors import ConfigError, FederationError, RunDirError
 from fedsplit.core.foreign import printable, read_json
 from fedsplit.core.records import Summary
+from fedsplit.plant.lock import up_pid
 from fedsplit.plant.server.folder import FederationFolder
 from fedsplit.report.read import read_summary
 
@@ -20,43 +21,46 @@ _MAY_GO_ON_S = 86_400.0
 _OF_THE_FOLDER = ("runs-dir", "encoder-address", "encoder-secret-file", "encoder-bind")
 
 
+class ServiceState(BaseModel):
+    """What state.json says of one service."""
+
+    model_config = ConfigDict(frozen=True)
+
+    state: str = "down"
+    port: int = 0
+    restarts: int = 0
+
+
 @dataclass(frozen=True)
 class Present:
-    """What state.json says of a server that is up."""
+    """A server that is up."""
 
-    pid: int
-    ports: dict[str, int]
+    services: dict[str, ServiceState]
 
     def port(self, service: str) -> int:
         """The loopback port of a service. Raises FederationError where it has none now."""
-        if port := self.ports.get(service, 0):
+        if port := self.services.get(service, ServiceState()).port:
             return port
         raise FederationError(
             f"the server's {service} is not up; `fedsplit doctor` says why, and logs/{service}.jsonl has its own words"
         )
 
 
+_Services = TypeAdapter(dict[str, ServiceState])
+
+
 def present(folder: FederationFolder) -> Present:
-    """The server that is up in a folder. Raises FederationError where none is."""
+    """The server that is up in a folder. Raises FederationError where none is, ServiceError where nobody may know."""
     start = f"start it with `fedsplit server up {folder.path}`"
+    if up_pid(folder.state) is None:
+        raise FederationError(f"the server of {folder.path} is not up; {start}")
     try:
         found = read_json(folder.state, limit=1 << 20)
-        if found["pid"] is None:
-            raise FileNotFoundError
-        services = found["services"]
-        ports = {str(name): int(one.get("port") or 0) for name, one in services.items()}
-        state = Present(int(found["pid"]), ports)
-    except FileNotFoundError as err:
-        raise FederationError(f"the server of {folder.path} is not up; {start}") from err
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+        return Present(_Services.validate_python(found["services"]))
+    except (OSError, ValueError, KeyError, TypeError) as err:
         raise FederationError(
             f"{folder.state} cannot be read ({printable(err, limit=100)}); stop the server and {start}"
         ) from err
-    if not psutil.pid_exists(state.pid):
-        raise FederationError(
-            f"the server of {folder.path} is not up: its process {state.pid} has ended; {start}"
-        )
-    return state
 
 
 def settings_of(folder: FederationFolder, given: Flat, *, resumed: bool = False) -> Flat:

@@ -19,7 +19,7 @@ from fedsplit.core.scores import added, scoring_of
 from fedsplit.federation.server.books.run_dir import RunDir
 from fedsplit.plant.server.folder import FederationFolder
 from fedsplit.plant.server.registry import Registry, SiteRow
-from fedsplit.plant.server.runs import present
+from fedsplit.plant.server.runs import ServiceState, present
 from fedsplit.report.read import read_metrics, read_status, read_summary
 
 SLEEPS_AFTER_S = 60.0
@@ -120,10 +120,9 @@ class FederationStatus(_Shown):
 def federation_status(folder: FederationFolder) -> FederationStatus:
     """How everything stands. Raises ConfigError for a folder that cannot be read."""
     settings = folder.settings.server
-    why, services = "", {}
+    why, services = "", dict[str, ServiceState]()
     try:
-        present(folder)
-        services = _services(folder)
+        services = present(folder).services
     except FedsplitError as err:
         why = str(err)
     paths = _run_folders(folder)
@@ -136,9 +135,9 @@ def federation_status(folder: FederationFolder) -> FederationStatus:
         address=f"{settings.host}:{settings.port}",
         up=not why,
         message=why,
-        services={name: str(one.get("state")) for name, one in services.items()},
-        restarts={name: int(str(one.get("restarts") or 0)) for name, one in services.items()},
-        encoder=_encoder(folder) if services.get("encoder", {}).get("state") == "up" else None,
+        services={name: one.state for name, one in services.items()},
+        restarts={name: one.restarts for name, one in services.items()},
+        encoder=_encoder(folder) if services.get("encoder", ServiceState()).state == "up" else None,
         sites=tuple(_site(row, run, metrics) for row in rows),
         run=run,
         ended=tuple(
@@ -146,14 +145,6 @@ def federation_status(folder: FederationFolder) -> FederationStatus:
         ),
         time=time.time(),
     )
-
-
-def _services(folder: FederationFolder) -> dict[str, dict[str, object]]:
-    try:
-        found = read_json(folder.state, limit=1 << 20)["services"]
-        return {str(name): dict(one) for name, one in found.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}
 
 
 def _encoder(folder: FederationFolder) -> EncoderStatus | None:

@@ -17,7 +17,7 @@ import psutil
 
 from fedsplit.core.errors import FedsplitError, ServiceError
 from fedsplit.core.processes import ProcessTree, runs
-from fedsplit.plant.lock import is_taken, running_pid, taken
+from fedsplit.plant.lock import taken, up_pid
 from fedsplit.plant.server.certificate import check_own_certificate, renew_certificate
 from fedsplit.plant.server.folder import FederationFolder
 from fedsplit.plant.server.nginx import OLDEST
@@ -161,18 +161,3 @@ def end_server(folder: FederationFolder) -> int | None:
         if left := tree.end(grace_s=2.0):
             raise ServiceError(f"processes {left} do not end; look at them with `ps`")
     return pid
-
-
-def up_pid(state_file: Path) -> int | None:
-    """The process that keeps the services now; None where none does. Raises ServiceError where that cannot be known."""
-    deadline = time.monotonic() + _END_S
-    while is_taken(state_file):
-        if pid := running_pid(state_file):
-            return pid
-        # It is about to write its number, or to end.
-        if time.monotonic() > deadline:
-            raise ServiceError(
-                f"{state_file.with_name('lock')} is held by a process that says nothing in {state_file}; look with `ps`"
-            )
-        time.sleep(0.1)
-    return None

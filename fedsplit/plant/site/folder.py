@@ -8,21 +8,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated
 
 from pydantic import Field
 
-from fedsplit.core.config.section import Section, read_by
-from fedsplit.core.cut import Cut
+from fedsplit.core.config.section import Section
 from fedsplit.core.foreign import Name
+from fedsplit.plant.folder import CutText, PlantFolder
 from fedsplit.plant.settings_file import read_settings
 
 SETTINGS = "site.toml"
 WHAT = "site folder"
-
-
-def _a_cut_or_nothing(text: str) -> object:
-    return Cut.parse(text) if text else None
 
 
 class SiteSection(Section):
@@ -35,7 +30,7 @@ class SiteSection(Section):
     """The task that the data is for."""
     data: str = Field(min_length=1, max_length=4096)
     """The source, e.g. folder:/data/line-a."""
-    cut: Annotated[str, read_by(_a_cut_or_nothing)] = ""
+    cut: CutText = ""
     """The site's own cut "a,b"; empty: the run's."""
     backbone_sha256: str = ""
     """The backbone that was fetched when the site joined."""
@@ -78,17 +73,8 @@ class SiteFile(Section):
 
 
 @dataclass(frozen=True)
-class SiteFolder:
-    """Paths below a site folder. Nothing is read but `settings`, at first use. Raises ConfigError there."""
-
-    path: Path
-
-    @classmethod
-    def at(cls, path: Path) -> SiteFolder:
-        """The folder at `path`, made absolute, with settings that can be read. Raises ConfigError."""
-        folder = cls(path.expanduser().resolve())
-        _ = folder.settings
-        return folder
+class SiteFolder(PlantFolder):
+    """Where everything lies."""
 
     @cached_property
     def settings(self) -> SiteFile:
@@ -113,10 +99,6 @@ class SiteFolder:
         return self.path / "node-key"
 
     @property
-    def superexec_secret(self) -> Path:
-        return self.path / "secrets" / "superexec.secret"
-
-    @property
     def backbones(self) -> Path:
         """The store of backbone parts."""
         return self.path / "backbones"
@@ -125,19 +107,6 @@ class SiteFolder:
     def kept(self) -> Path:
         """The site's own state between rounds: node config `state-dir`."""
         return self.path / "state"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
-
-    @property
-    def present(self) -> Path:
-        """What is true while the site runs."""
-        return self.path / "run"
-
-    @property
-    def state(self) -> Path:
-        return self.present / "state.json"
 
     @property
     def doing(self) -> Path:

@@ -19,6 +19,7 @@ from fedsplit.core.programs import free_port
 from fedsplit.federation.control import FlowerControl
 from fedsplit.plant import paths, pki
 from fedsplit.plant.join_code import JoinCode
+from fedsplit.plant.lock import taken
 from fedsplit.plant.server.folder import FederationFolder
 from fedsplit.plant.server.registry import Registry
 from tests.federation.test_control import superlink
@@ -32,7 +33,7 @@ class Server:
     def __init__(self, folder: FederationFolder, stack: ExitStack) -> None:
         self._folder, self._stack = folder, stack
         self.ports = {"superlink": free_port(), "control": free_port()}
-        folder.present.mkdir()
+        stack.callback(taken(folder.state).release)
         services = {name: {"port": port} for name, port in self.ports.items()}
         folder.state.write_text(json.dumps({"pid": os.getpid(), "services": services}))
         self.flower_home = folder.path / "flower"

@@ -7,13 +7,15 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from fedsplit.plant import pki
 from fedsplit.plant.checks import Check
+from fedsplit.plant.lock import taken
 from fedsplit.plant.server.admission import Admission, Keys
 from fedsplit.plant.server.doctor import server_checks
 from fedsplit.plant.server.folder import FederationFolder
@@ -27,9 +29,14 @@ needs_nginx = pytest.mark.skipif(
 )
 
 
+HELD: list[FileLock] = []
+
+
 @pytest.fixture
-def plant(tmp_path: Path) -> FederationFolder:
-    return make_folder(tmp_path / "plant", Wanted(host="localhost", port=8443))
+def plant(tmp_path: Path) -> Iterator[FederationFolder]:
+    yield make_folder(tmp_path / "plant", Wanted(host="localhost", port=8443))
+    while HELD:
+        HELD.pop().release()
 
 
 def found(folder: FederationFolder) -> dict[str, Check]:
@@ -85,10 +92,17 @@ def _others_may_read(plant: FederationFolder) -> None:
 
 
 def _damaged_state(plant: FederationFolder) -> None:
-    plant.state.write_text("{", encoding="utf-8")
+    _hold(plant)
+    plant.state.write_text('{"pid": 4711, "services": 1}', encoding="utf-8")
+
+
+def _hold(plant: FederationFolder) -> None:
+    """As a server that is up holds its folder."""
+    HELD.append(taken(plant.state))
 
 
 def _a_service_is_down(plant: FederationFolder) -> None:
+    _hold(plant)
     one = {"pid": 1, "port": 9, "state": "up", "restarts": 0, "last_exit": None}
     services = dict.fromkeys(("superlink", "superexec", "control", "nginx"), one)
     services["encoder"] = one | {
@@ -116,7 +130,7 @@ def _a_site_is_over(plant: FederationFolder) -> None:
 @pytest.mark.parametrize(
     ("fault", "name", "level", "said", "cure"),
     [
-        (_no_nginx, "nginx", "red", "there is no nginx at /nowhere/nginx", ""),
+        (_no_nginx, "proxy", "red", "there is no nginx at /nowhere/nginx", ""),
         (_no_backbone, "backbone", "red", "/nowhere/vit", ""),
         (_no_name, "host", "yellow", "fl.invalid has no address here", "/etc/hosts"),
         (_another_ca_key, "ca", "red", "is not the key of", "backup"),

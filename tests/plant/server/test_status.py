@@ -18,12 +18,14 @@ import httpx
 import pytest
 import uvicorn
 from fastapi import FastAPI
+from filelock import FileLock
 from rich.console import Console
 
 from fedsplit.cli.status import LIGHTS, view
 from fedsplit.core.records import Status
 from fedsplit.federation.server.books.run_dir import RunDir
 from fedsplit.plant import pki
+from fedsplit.plant.lock import taken
 from fedsplit.plant.server.admission import Admission, Keys
 from fedsplit.plant.server.folder import FederationFolder
 from fedsplit.plant.server.metrics import exposition
@@ -47,9 +49,16 @@ SITES = {
 
 
 @pytest.fixture
-def plant(folder: FederationFolder) -> Iterator[FederationFolder]:
+def held(folder: FederationFolder) -> Iterator[FileLock]:
+    """As a server that is up holds its folder."""
+    lock = taken(folder.state)
+    yield lock
+    lock.release(force=True)
+
+
+@pytest.fixture
+def plant(folder: FederationFolder, held: FileLock) -> Iterator[FederationFolder]:
     """Seven sites, each in another state; one run that goes on, and two that ended."""
-    folder.present.mkdir()
     services = {
         n: {"port": 1, "state": "up", "restarts": 0}
         for n in ("superlink", "encoder", "control", "nginx")
@@ -142,8 +151,10 @@ def test_each_site_and_run_is_shown_as_it_stands(plant: FederationFolder) -> Non
     assert moved["line-a"] > 0 == moved["line-c"]
 
 
-def test_a_server_that_is_down_is_told_and_its_sites_are_shown(plant: FederationFolder) -> None:
-    plant.state.write_text('{"pid": null, "services": {}}', encoding="utf-8")
+def test_a_server_that_is_down_is_told_and_its_sites_are_shown(
+    plant: FederationFolder, held: FileLock
+) -> None:
+    held.release()
     now = federation_status(plant)
     assert not now.up
     assert "fedsplit server up" in now.message

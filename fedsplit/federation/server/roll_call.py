@@ -250,8 +250,8 @@ class RollCaller:
         nodes, without = len(heard.asked - heard.gone), len(heard.without)
         if without and without == nodes:
             raise FederationError(
-                f"none of the {nodes} sites holds task {self.config.task.name!r}; name it in task-holders, or in "
-                f"tasks of a site's node config"
+                f"none of the {nodes} sites holds task {self.config.task.name!r}; name it in task-holders, in "
+                f"tasks of a site's node config, or as the task in a site.toml"
             )
         if useful >= self.config.server.min_sites:
             return

@@ -38,6 +38,7 @@ def server_checks(path: Path) -> Iterable[Check]:
         "disk": lambda: checks.disk(folder.path),
         "memory": checks.memory,
         "processor": checks.processor,
+        "clock": checks.clock,
         "secrets": lambda: checks.private(_secrets(folder)),
         "ca": lambda: checks.certificate(
             "ca", folder.ca, folder.ca_key, folder.ca, cure="restore ca/ from the backup; without it every site joins anew"

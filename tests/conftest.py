@@ -11,6 +11,10 @@ from pathlib import Path
 import hypothesis
 import pytest
 
+from tests.trained_module import trained_image_module, trained_text_module
+
+__all__ = ["trained_image_module", "trained_text_module"]
+
 # How long an example took says how busy the machine is; what hangs is pytest-timeout's.
 hypothesis.settings.register_profile("fedsplit", deadline=None)
 hypothesis.settings.load_profile("fedsplit")

@@ -24,8 +24,8 @@ from fedsplit.model import families, module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.inputs import Inputs
 from fedsplit.model.module import ModuleSpec
+from fedsplit.predict.predictor import Predictor, load_predictor
 from fedsplit.training.data import load_source
-from fedsplit.training.trained import load_trained
 from tests.federation.conftest import prepared, settings, simulated
 from tests.model.copies import add_tokenizer, change_tensors, copy_of
 from tests.model.kinds import SPECS, away_from_zero
@@ -90,8 +90,16 @@ def test_the_first_runs_pictures_and_module(
     other = run(theirs, first)
     assert line == f"lora {capsys.readouterr().out.splitlines()[-1]}"
     assert mine["best"] == "3"
-    logits = mine["trained"].logits("pictures/3/0003.png")
-    assert torch.equal(logits, other["outputs"].logits[0])
+    mine_C = logits(mine["predictor"], "pictures/3/0003.png")
+    assert torch.equal(mine_C, other["outputs"].logits[0])
+
+
+def inputs(predictor: Predictor, sample: Any) -> dict[str, torch.Tensor]:
+    return predictor.transform.assemble([predictor.prepare(sample)])[0]
+
+
+def logits(predictor: Predictor, sample: Any) -> torch.Tensor:
+    return torch.from_numpy(predictor.outputs([predictor.prepare(sample)])[0])
 
 
 @dataclass
@@ -101,10 +109,10 @@ class Place:
     folder: Path
     backbone: Backbone
 
-    def leave(self, spec: ModuleSpec, inputs: Inputs) -> None:
+    def leave(self, spec: ModuleSpec, prepared: Inputs) -> None:
         tensors = away_from_zero(self.backbone, spec)
         folder = self.folder / "runs" / "first" / "module"
-        module.export(folder, self.backbone, spec, tensors, inputs=inputs)
+        module.export(folder, self.backbone, spec, tensors, inputs=prepared)
 
 
 @pytest.fixture
@@ -120,7 +128,8 @@ def place(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
 def on(backbone: Backbone, source: str) -> str:
     """The block for another backbone than the bundled one, changed as the page says."""
     source = re.sub(r"^backbone = .*$", f"backbone = {str(backbone.path)!r}", source, flags=re.M)
-    source = source.replace('"vit-glyphs"', repr(str(backbone.path)))
+    ours = 'load_predictor("runs/first"'
+    source = source.replace(ours, f"{ours}, backbone={str(backbone.path)!r}")
     wanted = "num_labels=len(classes)"
     return source.replace(wanted, f"{wanted}, ignore_mismatched_sizes=True")
 
@@ -132,11 +141,11 @@ def test_the_same_on_real_weights_at_the_runs_size(
     here = place(str(vit_tiny))
     here.leave(LORA, Inputs(image_size=side))
     ours, theirs, _ = (on(here.backbone, source) for source in snippets(USE))
-    trained = run(ours, here.folder)["trained"]
-    pixels = trained.prepare("pictures/3/0003.png")["pixel_values"]
+    predictor = run(ours, here.folder)["predictor"]
+    pixels = inputs(predictor, "pictures/3/0003.png")["pixel_values"]
     assert pixels.shape == (1, 3, side or 224, side or 224)
     outputs = run(theirs, here.folder)["outputs"]
-    assert torch.equal(trained.logits("pictures/3/0003.png"), outputs.logits[0])
+    assert torch.equal(logits(predictor, "pictures/3/0003.png"), outputs.logits[0])
 
 
 def test_half_precision_loads_as_the_run_computed(
@@ -147,10 +156,10 @@ def test_half_precision_loads_as_the_run_computed(
     here = place(str(folder))
     here.leave(LORA, Inputs())
     ours, theirs, _ = (on(here.backbone, source) for source in snippets(USE))
-    trained = run(ours, here.folder)["trained"]
+    predictor = run(ours, here.folder)["predictor"]
     outputs = run(theirs, here.folder)["outputs"]
     assert outputs.logits.dtype == torch.float32
-    assert torch.equal(trained.logits("pictures/3/0003.png"), outputs.logits[0])
+    assert torch.equal(logits(predictor, "pictures/3/0003.png"), outputs.logits[0])
 
 
 def test_a_full_module_in_transformers(place: Callable[..., Place]) -> None:
@@ -158,10 +167,10 @@ def test_a_full_module_in_transformers(place: Callable[..., Place]) -> None:
     here.leave(ModuleSpec(classes=LORA.classes, kind="full"), Inputs())
     given = {"backbone_folder": here.backbone.path, "classes": LORA.classes}
     whole = run(snippets(USE)[2], here.folder, **given)["whole"].eval()
-    trained = load_trained("runs/first/module", "vit-glyphs")
-    inputs = trained.prepare("pictures/3/0003.png")
+    predictor = load_predictor("runs/first/module")
+    given = inputs(predictor, "pictures/3/0003.png")
     with torch.no_grad():
-        assert torch.equal(whole(**inputs).logits[0], trained.logits("pictures/3/0003.png"))
+        assert torch.equal(whole(**given).logits[0], logits(predictor, "pictures/3/0003.png"))
 
 
 def test_texts_are_cut_where_the_run_cut_them(
@@ -169,11 +178,11 @@ def test_texts_are_cut_where_the_run_cut_them(
 ) -> None:
     here = place(str(add_tokenizer(copy_of(tiny["bert"], tiny["bert"].parent / "words"))))
     here.leave(LORA, Inputs(max_length=5))
-    trained = load_trained("runs/first/module", here.backbone)
-    assert trained.prepare("pump leaks oil belt pump")["input_ids"].shape == (1, 5)
-    assert sum(trained.predict("pump leaks oil").values()) == pytest.approx(1)
+    predictor = load_predictor("runs/first/module", backbone=str(here.backbone.path))
+    assert inputs(predictor, "pump leaks oil belt pump")["input_ids"].shape == (1, 5)
+    assert sum(predictor.predict("pump leaks oil").values()) == pytest.approx(1)
     with pytest.raises(DataError, match="reads texts"):
-        trained.prepare(np.zeros((4, 4, 3), np.uint8))
+        predictor.prepare(np.zeros((4, 4, 3), np.uint8))
 
 
 def test_deep_pictures_are_read_with_the_range_of_the_run(
@@ -187,14 +196,12 @@ def test_deep_pictures_are_read_with_the_range_of_the_run(
     ramp = np.linspace(0, 1, 32 * 32).reshape(32, 32)
     Image.fromarray(np.rint(4095 * ramp).astype(np.uint16)).save("deep.png")
     Image.fromarray(np.rint(255 * ramp).astype(np.uint8)).save("flat.png")
-    trained = load_trained("runs/first/module", "vit-glyphs")
-    deep = trained.prepare("deep.png")["pixel_values"]
+    predictor = load_predictor("runs/first/module")
+    deep = inputs(predictor, "deep.png")["pixel_values"]
     assert deep.max() == 1
     torch.testing.assert_close(
         deep,
-        load_trained("runs/first/module", "vit-glyphs", pixel_max=255).prepare("flat.png")[
-            "pixel_values"
-        ],
+        inputs(load_predictor("runs/first/module", pixel_max=255), "flat.png")["pixel_values"],
         rtol=0,
         atol=0.009,
     )
@@ -205,21 +212,21 @@ def test_deep_pictures_without_a_range_are_refused(place: Callable[..., Place]) 
     here.leave(LORA, Inputs())
     ramp = np.linspace(0, 1, 32 * 32).reshape(32, 32)
     Image.fromarray(ramp.astype(np.float32)).save("floats.tif")
-    with pytest.raises(DataError, match=r"go up to 1, .*load_trained\(\.\.\., pixel_max="):
-        load_trained("runs/first/module", "vit-glyphs").prepare("floats.tif")
-    told = load_trained("runs/first/module", "vit-glyphs", pixel_max=1).prepare("floats.tif")
+    with pytest.raises(DataError, match=r"go up to 1, .*load_predictor\(\.\.\., pixel_max="):
+        load_predictor("runs/first/module").prepare("floats.tif")
+    told = inputs(load_predictor("runs/first/module", pixel_max=1), "floats.tif")
     assert (told["pixel_values"].min(), told["pixel_values"].max()) == (-1, 1)
 
 
 def test_what_is_no_picture_is_told(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(first)
-    trained = load_trained("runs/first/module", "vit-glyphs")
-    from_pixels = trained.logits(np.zeros((8, 8, 3), np.uint8))
+    predictor = load_predictor("runs/first/module")
+    from_pixels = logits(predictor, np.zeros((8, 8, 3), np.uint8))
     assert from_pixels.shape == (10,)
     with pytest.raises(DataError, match=r"float64 \(8, 8\) given, uint8 \[H, W, 3\] is wanted"):
-        trained.prepare(np.zeros((8, 8)))  # type: ignore[arg-type]
+        predictor.prepare(np.zeros((8, 8)))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="not a readable image"):
-        trained.prepare("snippet.py")
+        predictor.prepare("snippet.py")
 
 
 @pytest.mark.parametrize(

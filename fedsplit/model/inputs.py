@@ -1,6 +1,6 @@
 """How a run prepares inputs, as its exported module keeps it: `inputs` in fedsplit.json.
 
-The run's own settings are what prepares them again (training/trained.py); what the backbone's files made of them is
+The run's own settings are what prepares them again (predict/predictor.py); what the backbone's files made of them is
 written out beside, for programs without fedsplit.
 """
 
@@ -32,6 +32,8 @@ class Inputs:
     """Tokens of a text."""
     pixel_max: float = 0
     """The value of a white pixel in files that do not say it; 0: none that holds for all sites."""
+    unit_floats: bool = False
+    """Were the sites' images floats of 0 to 1?"""
 
     @classmethod
     def of(cls, config: RunConfig, ranges: Collection[float] = ()) -> Inputs:
@@ -39,7 +41,8 @@ class Inputs:
         found = set(ranges)
         # Of 8 bits and less a file says itself what white is. Where sites differ, no one value is right.
         agreed = max(found) if len(found) == 1 and max(found) > _BYTE else 0.0
-        return cls(config.task.image_size, config.task.max_length, config.task.pixel_max or agreed)
+        task = config.task
+        return cls(task.image_size, task.max_length, task.pixel_max or agreed, found == {1.0})
 
 
 def about_inputs(backbone: Backbone, inputs: Inputs) -> dict[str, Any]:
@@ -62,6 +65,7 @@ def _about_images(backbone: Backbone, inputs: Inputs) -> dict[str, Any]:
     return {
         "image_size": inputs.image_size,
         "pixel_max": inputs.pixel_max,
+        "unit_floats": inputs.unit_floats,
         # Height and width, or the shorter side, before the crop of the middle to `output`.
         "resize": list(found.size) if found.size else found.shortest,
         "output": list(found.output),
@@ -86,4 +90,7 @@ def read_inputs(raw: Any) -> Inputs:
     ]
     if bad:
         raise ValueError(f"inputs: {', '.join(bad)} is out of range")
-    return Inputs(**kept)
+    unit_floats = raw.get("unit_floats", False)
+    if not isinstance(unit_floats, bool):
+        raise ValueError("inputs: unit_floats is true or false")
+    return Inputs(**kept, unit_floats=unit_floats)

@@ -20,11 +20,11 @@ from fedsplit.core.records import Summary
 from fedsplit.federation.server.run import Run, settle
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.split import whole_model
+from fedsplit.predict.predictor import load_predictor
 from fedsplit.report.plots import write_plots
 from fedsplit.training.last_linear import LastInput
 from fedsplit.training.site_data import SiteSources
 from fedsplit.training.site_settings import SiteSettings
-from fedsplit.training.trained import load_trained
 from tests.federation.conftest import prepared, settings, simulated
 from tests.report.test_tables import shown
 
@@ -87,7 +87,7 @@ def test_sites_learn_a_number_of_their_images(
     assert "R2" in text
     assert "ccuracy" not in text + (runs / "run" / "mae.svg").read_text()
 
-    trained = load_trained(runs / "run" / "module", config.placement.backbone)
+    trained = load_predictor(runs / "run")
     told = (tmp_path / "line-a" / "labels.csv").read_text().splitlines()[1:]
     errors = []
     for row in told:

@@ -288,6 +288,7 @@ def test_an_export_says_what_it_is(vit: Backbone, tmp_path: Path) -> None:
     assert about == {
         "classes": list(CLASSES),
         "backbone_sha256": vit.sha256,
+        "backbone": {"name": vit.path.name, "model_type": "vit"},
         "module": {
             "kind": "lora", "rank": 3, "max_rank": 3, "alpha": 6, "targets": [], "merged": False,
             "prompt_tokens": 8, "deep_prompt": False, "adapter_width": 16, "last_blocks": 0,

@@ -17,7 +17,14 @@ from fedsplit.model.module.attach import (
     read,
     train_only,
 )
-from fedsplit.model.module.export import export, fold_merged, load_exported, load_inputs
+from fedsplit.model.module.export import (
+    WantedBackbone,
+    export,
+    fold_merged,
+    load_exported,
+    load_inputs,
+    wanted_backbone,
+)
 from fedsplit.model.module.names import (
     check_spec,
     depth,
@@ -38,6 +45,7 @@ __all__ = [
     "ModuleKind",
     "ModuleSpec",
     "ModuleTensors",
+    "WantedBackbone",
     "attach",
     "check_spec",
     "depth",
@@ -61,4 +69,5 @@ __all__ = [
     "trained_names",
     "trains",
     "unpack",
+    "wanted_backbone",
 ]

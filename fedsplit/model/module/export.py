@@ -9,7 +9,8 @@ prepared for it.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from fedsplit.model.module.start import initial
 
 ABOUT_FILE, PEFT_FILE, OWN_FILE = "fedsplit.json", "adapter_model.safetensors", "module.safetensors"
 _PEFT_ROOT = "base_model.model."
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def export(
@@ -62,12 +64,21 @@ def export(
     said = {
         "classes": list(spec.classes),
         "backbone_sha256": backbone.sha256,
+        # A hint for whoever looks for it: the digest decides. A path of this machine says nothing on another one.
+        "backbone": {"name": _portable(backbone.name), "model_type": backbone.family.model_type},
         "module": about(spec),
         "inputs": about_inputs(backbone, inputs),
     }
     if spec.numbers is not None:
         said["target"] = {"kind": "number", **spec.numbers.model_dump()}
     (folder / ABOUT_FILE).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+
+
+def _portable(name: str) -> str:
+    """A bundled name or a hub id as it is; of a path the last part."""
+    path = Path(name).expanduser()
+    relative = not path.is_absolute() and not name.startswith((".", "~"))
+    return name if relative and len(path.parts) < 3 else path.name or path.absolute().name
 
 
 def _in_peft_format(spec: ModuleSpec) -> bool:
@@ -115,6 +126,32 @@ def load_exported(
     if backbone is not None:
         _check_fits(folder, backbone, sha256, spec, tensors)
     return spec, tensors
+
+
+@dataclass(frozen=True)
+class WantedBackbone:
+    """The backbone that a module was trained on, as its folder tells of it."""
+
+    sha256: str
+    name: str = ""
+    """Its name at the run: a hint, empty in a module of before."""
+    model_type: str = ""
+
+
+def wanted_backbone(folder: Path) -> WantedBackbone:
+    """Which backbone the module in `folder` was trained on. Raises BackboneError where it does not say."""
+    try:
+        said = read_json(folder / ABOUT_FILE)
+        sha256, hint = said["backbone_sha256"], said.get("backbone", {})
+        if not isinstance(sha256, str) or not _SHA256.fullmatch(sha256):
+            raise ValueError("backbone_sha256 is no digest")
+        name, model_type = hint.get("name", ""), hint.get("model_type", "")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as err:
+        raise BackboneError(
+            f"module {folder}: {ABOUT_FILE} does not say which backbone it was trained on ({type(err).__name__}: "
+            f"{str(err)[:200]}); give the module folder of a run, as fedsplit wrote it"
+        ) from err
+    return WantedBackbone(sha256, printable(name), printable(model_type, limit=64))
 
 
 def load_inputs(folder: Path) -> Inputs:

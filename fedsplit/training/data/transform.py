@@ -128,13 +128,13 @@ class TextTransform:
 
     def __call__(self, text: str) -> dict[str, torch.Tensor]:
         """One text as a batch of one."""
-        return self.assemble(self._tokens([text]))[0]
+        return self.assemble(self.tokens([text]))[0]
 
     def prepare(self, examples: Examples, indices: Sequence[int]) -> list[Prepared]:
         """Token ids, and type ids where the tokenizer gives them: int32 [1 or 2, T] a text."""
-        return self._tokens([examples.text(i) for i in indices])
+        return self.tokens([examples.text(i) for i in indices])
 
-    def _tokens(self, texts: list[str]) -> list[Prepared]:
+    def tokens(self, texts: list[str]) -> list[Prepared]:
         if not texts:
             return []
         encoded = self.tokenizer(

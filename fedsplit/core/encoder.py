@@ -8,11 +8,12 @@ features, K perturbed forwards of a step.
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from fedsplit.core.config import TrainSection
 from fedsplit.core.cut import Cut
@@ -129,8 +130,19 @@ class EncoderTraining(BaseModel):
         )
 
 
+class Inference(BaseModel):
+    """What a session that predicts may ask of a registered module version: forwards, and no more than this of them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    max_rows: int = Field(ge=1, le=10**9)
+    """Samples in all, over the token's streams."""
+    rows_per_minute: int = Field(ge=1, le=10**6)
+    """Samples a minute, over all of the site's tokens. Who asks faster waits."""
+
+
 class Grant(BaseModel):
-    """What one site may do at the encoder for one round: the claims of its signed token."""
+    """What one site may do at the encoder, for a round or to predict: the claims of its signed token."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -141,7 +153,7 @@ class Grant(BaseModel):
     a: int = Field(ge=0)
     b: int = Field(ge=0)
     version: str = Field(min_length=1, max_length=128)
-    """The module version that the encoder applies on its blocks."""
+    """The module version that the encoder applies on its blocks: as a run published it, or its digest in the registry."""
     backbone_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     fedsplit_version: str = Field(min_length=1, max_length=64)
     max_batch: int = Field(ge=1)
@@ -149,6 +161,22 @@ class Grant(BaseModel):
     max_steps: int = Field(ge=1)
     training: EncoderTraining | None = None
     """What the session trains at the encoder; None: nothing."""
+    inference: Inference | None = None
+    """For a session that predicts; None: the session is a run's."""
+
+    @model_validator(mode="after")
+    def _trains_or_predicts(self) -> Grant:
+        if self.inference is None:
+            return self
+        if self.training is not None:
+            raise ValueError(
+                "a grant to predict trains nothing: `training` and `inference` exclude each other"
+            )
+        if not re.fullmatch(r"[0-9a-f]{64}", self.version):
+            raise ValueError(
+                "a grant to predict names its module version by the digest, 64 hexadecimal digits"
+            )
+        return self
 
     @property
     def cut(self) -> Cut:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -27,7 +28,10 @@ class Limits(BaseModel):
     max_sessions: int = Field(default=32, ge=1, le=1024)
     """Live streams in all; each has two threads."""
     max_sessions_per_site: int = Field(default=2, ge=1)
-    """Live streams of one site of one run: the present one, and a lost one that nobody has missed yet."""
+    """Live streams of one site of one run: the present one, and a lost one that nobody has missed yet. Those with which a
+    site predicts are counted by themselves."""
+    max_inference_sessions: int = Field(default=8, ge=0)
+    """Live streams that predict, of all sites; so many at most of `max_sessions` are not a run's."""
     max_message_bytes: int = Field(default=64 << 20, ge=1 << 10, lt=1 << 32)
     """Payload of one tensor as it travels."""
     max_kept_steps: int = Field(default=8, ge=1)
@@ -44,6 +48,8 @@ class Limits(BaseModel):
     """So long may a session be silent, or not read what is sent to it."""
     retry_after_s: float = Field(default=2.0, gt=0)
     """What a site is told that finds no free session."""
+    max_pace_wait_s: float = Field(default=30.0, gt=0)
+    """So long waits a step of a site that predicts faster than it may; beyond that it is told when to come back."""
     clock_leeway_s: float = Field(default=LEEWAY_S, ge=0)
     """So far may the clocks of signer and encoder differ."""
 
@@ -70,29 +76,50 @@ class Stats(BaseModel):
     backpropped: int
     probed: int
     scored: int
+    predicted: int
+    """Samples of sessions that predict."""
     published: int
     refused: dict[str, int]
     """By reason: token, certificate, revoked, overloaded, and the wire's error codes."""
 
 
+_BURST_S = 10.0
+"""A site that was idle may predict so many seconds' samples at once."""
+
+
+class _Place(NamedTuple):
+    """What a session's place is counted under. None: it predicts, for no run."""
+
+    run: str | None
+    site: str
+
+    @classmethod
+    def of(cls, token: SiteToken) -> _Place:
+        grant = token.grant
+        return cls(grant.run if grant.inference is None else None, grant.site)
+
+
 @dataclass
 class _Used:
     steps: int = 0
+    rows: int = 0
     expires: float = 0.0
     live: bool = False
 
 
 @dataclass
 class Admission:
-    """Counts live sessions by site and token, and steps by token."""
+    """Counts live sessions by site and token, steps and samples by token, and samples a minute by site."""
 
     limits: Limits
     _lock: threading.Lock = field(default_factory=threading.Lock)
-    _sites: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _sites: Counter[_Place] = field(default_factory=Counter)
     _tokens: dict[str, _Used] = field(default_factory=dict)
     _counts: Counter[str] = field(default_factory=Counter)
     _refused: Counter[str] = field(default_factory=Counter)
     _kept_bytes: int = 0
+    _paces: dict[str, float] = field(default_factory=dict)
+    """Site -> monotonic seconds when what it has asked would be done at the pace that it was granted."""
 
     def __post_init__(self) -> None:
         self._room = threading.Condition(self._lock)
@@ -100,11 +127,11 @@ class Admission:
     @contextmanager
     def admit(self, token: SiteToken) -> Iterator[None]:
         """Hold a session's place. Raises OverloadedError when there is none."""
-        site = (token.grant.run, token.grant.site)
+        place = _Place.of(token)
         with self._lock:
             self._forget_expired()
-            self._check_room(site, token)
-            self._sites[site] += 1
+            self._check_room(place, token)
+            self._sites[place] += 1
             used = self._tokens.setdefault(token.id, _Used(expires=token.expires))
             used.live = True
             self._counts["sessions"] += 1
@@ -112,20 +139,53 @@ class Admission:
             yield
         finally:
             with self._lock:
-                self._sites[site] -= 1
-                if not self._sites[site]:
-                    del self._sites[site]
+                self._sites[place] -= 1
+                if not self._sites[place]:
+                    del self._sites[place]
                 used.live = False
 
-    def take_step(self, token: SiteToken) -> None:
-        """Count a step against the token, over all its streams. Raises RefusedError beyond its limit."""
+    def take_step(self, token: SiteToken, rows: int) -> float:
+        """Count a step of so many samples against the token, over all its streams. Gives the seconds that it has to wait.
+
+        Raises RefusedError beyond the token's limits, OverloadedError for a site that predicts far too fast.
+        """
+        grant = token.grant
         with self._lock:
             used = self._tokens[token.id]
-            if used.steps >= token.grant.max_steps:
+            if used.steps >= grant.max_steps:
                 raise RefusedError(
-                    f"the token allows {token.grant.max_steps} steps and all are used; ask for a new one"
+                    f"the token allows {grant.max_steps} steps and all are used; ask for a new one"
                 )
+            wait_s = self._paced(token, used, rows) if grant.inference else 0.0
             used.steps += 1
+            used.rows += rows
+            return wait_s
+
+    def _paced(self, token: SiteToken, used: _Used, rows: int) -> float:
+        """The wait of a step that predicts: a site's samples leave at its pace, `_BURST_S` of them at once."""
+        site, inference = token.grant.site, token.grant.inference
+        assert inference is not None, "asked for sessions that predict alone"
+        over_s = time.time() - token.expires - self.limits.clock_leeway_s
+        if over_s > 0:
+            raise RefusedError(
+                f"the grant to predict ended {over_s:.0f} s ago, also for a stream that is open; ask for a new one"
+            )
+        if used.rows + rows > inference.max_rows:
+            raise RefusedError(
+                f"the grant to predict allows {inference.max_rows} samples, {used.rows} are used and this step has {rows}; "
+                "ask for a new one"
+            )
+        now = time.monotonic()
+        done = max(self._paces.get(site, 0.0), now - _BURST_S)
+        wait_s = max(0.0, done - now)
+        if wait_s > self.limits.max_pace_wait_s:
+            raise OverloadedError(
+                f"site {site} may predict {inference.rows_per_minute} samples a minute and has asked for more",
+                retry_after_s=wait_s,
+            )
+        self._paces[site] = done + rows * 60 / inference.rows_per_minute
+        self._counts["predicted"] += rows
+        return wait_s
 
     def keep(self, size: int, *, held: bool) -> None:
         """Take room for the graph of a step: `size` bytes. `held`: this session holds one already, so it does not wait.
@@ -176,17 +236,21 @@ class Admission:
                 backpropped=c["backpropped"],
                 probed=c["probed"],
                 scored=c["scored"],
+                predicted=c["predicted"],
                 published=c["published"],
                 refused=dict(self._refused),
             )
 
-    def _check_room(self, site: tuple[str, str], token: SiteToken) -> None:
+    def _check_room(self, place: _Place, token: SiteToken) -> None:
         limits, live = self.limits, self._sites.total()
+        predicting = sum(n for p, n in self._sites.items() if p.run is None)
         used = self._tokens.get(token.id)
         if used is not None and used.live:
             what = "this token already has a live stream; a token is for one stream at a time"
-        elif self._sites[site] >= limits.max_sessions_per_site:
-            what = f"site {site[1]} already has {self._sites[site]} live sessions, {limits.max_sessions_per_site} are allowed"
+        elif self._sites[place] >= limits.max_sessions_per_site:
+            what = f"site {place.site} already has {self._sites[place]} live sessions, {limits.max_sessions_per_site} are allowed"
+        elif place.run is None and predicting >= limits.max_inference_sessions:
+            what = f"{predicting} sessions that predict are live, {limits.max_inference_sessions} are allowed"
         elif live >= limits.max_sessions:
             what = f"{live} sessions are live, {limits.max_sessions} are allowed"
         else:
@@ -199,3 +263,6 @@ class Admission:
             i for i, used in self._tokens.items() if used.expires < now and not used.live
         ]:
             del self._tokens[token_id]
+        idle = time.monotonic() - _BURST_S
+        for site in [s for s, done in self._paces.items() if done < idle]:
+            del self._paces[site]

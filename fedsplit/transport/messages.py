@@ -69,6 +69,8 @@ class Welcome(_Body):
     training: Literal["frozen", "hosted", "shared", "zeroth-order"]
     probes: int = Field(ge=0)
     """K, the perturbed forwards of a PROBE; 0 where there are none."""
+    inference: bool = False
+    """The session predicts: ENCODE without KEEP is all that it takes."""
 
 
 class ErrorBody(_Body):

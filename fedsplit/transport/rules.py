@@ -83,6 +83,7 @@ def agree(
         idle_timeout_s=limits.idle_timeout_s,
         training=grant.training.mode if grant.training else "frozen",
         probes=_probes(grant),
+        inference=grant.inference is not None,
     )
 
 
@@ -91,6 +92,17 @@ def _probes(grant: Grant) -> int:
     if training is None or training.mode != "zeroth-order":
         return 0
     return len(directions.points(training.estimator, training.queries))
+
+
+def _check_forward(header: Header) -> None:
+    """Raise RefusedError for what is more than a forward: a session that predicts leaves nothing at the encoder."""
+    if header.kind in (FrameKind.MASK, FrameKind.ENCODE) and not header.flags & Flag.KEEP:
+        return
+    kept = " with KEEP" if header.flags & Flag.KEEP else ""
+    raise RefusedError(
+        f"{header.kind.name}{kept} of step {header.step}: the token is one to predict, so ENCODE without KEEP is all that it "
+        "allows; what trains needs the token of a run"
+    )
 
 
 class Rules:
@@ -131,6 +143,8 @@ class Rules:
             raise ProtocolError(
                 f"{kind.name} is for session {header.session:#x}, this is another one"
             )
+        if self._welcome.inference:
+            _check_forward(header)
         if self._mask is not None and kind not in (FrameKind.ENCODE, FrameKind.PROBE):
             raise ProtocolError(f"{kind.name} came between MASK and its step")
         if kind is FrameKind.MASK:

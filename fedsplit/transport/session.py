@@ -70,6 +70,15 @@ class Inbox:
             self._ended, self._error = True, error
             self._changed.notify_all()
 
+    def pause(self, wait_s: float) -> None:
+        """Wait, unless the stream ends with an error meanwhile, which is raised."""
+        if not wait_s:
+            return
+        with self._changed:
+            if self._changed.wait_for(lambda: self._error is not None, wait_s):
+                assert self._error is not None, "it was there a moment ago, and stays"
+                raise self._error
+
     def get(self, idle_s: float) -> Message | None:
         """The next message; None at the end of the stream. Raises UnreachableError after `idle_s` of silence."""
         with self._changed:
@@ -210,7 +219,7 @@ class Session:
         step, keep = header.step, bool(header.flags & Flag.KEEP)
         out_dims = z_dims(header.dims, welcome)
         h_BTD = _tensor_of(codec, message)
-        self._admission.take_step(self._token)
+        self._inbox.pause(self._admission.take_step(self._token, header.dims[0]))
         if keep:
             self._rules.check_keep(step)
             size = encoder.graph_bytes(*header.dims[:2])
@@ -242,7 +251,7 @@ class Session:
     ) -> Iterator[bytes]:
         step, h_dims = message.header.step, message.header.dims
         h_BTD = _tensor_of(codec, message)
-        self._admission.take_step(self._token)
+        self._admission.take_step(self._token, h_dims[0])
         self._rules.await_losses(step)
         z = encoder.encode(step, h_BTD, mask, want="probes")
         self._admission.count("probed")

@@ -1,7 +1,8 @@
 """Signed tokens: what a site (`sign`) or the ServerApp (`sign_publisher`) may ask of the encoder.
 
-The ServerApp signs with a key that it shares with the encoder and sends a site's token inside its
-authenticated Flower message. Tokens travel in gRPC metadata; keep them out of logs and argv.
+The ServerApp signs with a key that it shares with the encoder and sends a site's token inside its authenticated Flower
+message. A token to predict has an audience of its own; a federation's control service signs it, or `fedsplit encoder
+grant`. Tokens travel in gRPC metadata; keep them out of logs and argv.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from fedsplit.core.foreign import printable
 
 ISSUER = "fedsplit"
 SITE_AUDIENCE = "fedsplit-encoder"
+INFERENCE_AUDIENCE = "fedsplit-inference"
 PUBLISHER_AUDIENCE = "fedsplit-publisher"
 MIN_KEY_BYTES = 32
 LEEWAY_S = 60.0
@@ -50,7 +52,7 @@ def sign(grant: Grant, key: bytes, ttl_s: float) -> str:
     """A token that lets its bearer, for `ttl_s` seconds, do what `grant` says. Raises ConfigError for a weak key."""
     # Tokens travel in a header with every call, so what is as always is left out.
     claims = grant.model_dump(exclude_defaults=True)
-    return _sign(SITE_AUDIENCE, grant.site, key, ttl_s, {"grant": claims})
+    return _sign(_audience(grant), grant.site, key, ttl_s, {"grant": claims})
 
 
 def sign_publisher(run: str, key: bytes, ttl_s: float) -> str:
@@ -65,7 +67,7 @@ def verify(token: str, key: bytes, *, leeway_s: float = LEEWAY_S) -> Grant:
 
 def verify_site(token: str, key: bytes, *, leeway_s: float = LEEWAY_S) -> SiteToken:
     """Like `verify`, with the token's id and end."""
-    return _site_token(_verify(SITE_AUDIENCE, token, key, leeway_s))
+    return _site_token(_verify([SITE_AUDIENCE, INFERENCE_AUDIENCE], token, key, leeway_s))
 
 
 def verify_publisher(token: str, key: bytes, *, leeway_s: float = LEEWAY_S) -> str:
@@ -76,8 +78,13 @@ def verify_publisher(token: str, key: bytes, *, leeway_s: float = LEEWAY_S) -> s
 
 def verify_any(token: str, key: bytes, *, leeway_s: float = LEEWAY_S) -> SiteToken | str:
     """A site's token, or the run of a publisher's. Raises RefusedError where it is neither."""
-    claims = _verify([SITE_AUDIENCE, PUBLISHER_AUDIENCE], token, key, leeway_s)
-    return _site_token(claims) if claims["aud"] == SITE_AUDIENCE else str(claims["sub"])
+    audiences = [SITE_AUDIENCE, INFERENCE_AUDIENCE, PUBLISHER_AUDIENCE]
+    claims = _verify(audiences, token, key, leeway_s)
+    return str(claims["sub"]) if claims["aud"] == PUBLISHER_AUDIENCE else _site_token(claims)
+
+
+def _audience(grant: Grant) -> str:
+    return SITE_AUDIENCE if grant.inference is None else INFERENCE_AUDIENCE
 
 
 def _site_token(claims: dict[str, Any]) -> SiteToken:
@@ -87,6 +94,11 @@ def _site_token(claims: dict[str, Any]) -> SiteToken:
         raise RefusedError(
             "the token's grant is not one that this fedsplit knows: install the same fedsplit on both sides"
         ) from error
+    if claims["aud"] != _audience(grant):
+        raise RefusedError(
+            f"the token is for {printable(claims['aud'], limit=80)}, its grant for {_audience(grant)}: a run's token does not "
+            "predict, and a token to predict does not train"
+        )
     return SiteToken(grant, claims["jti"], float(claims["exp"]))
 
 

@@ -7,8 +7,9 @@ STAMP := $(VENV)/.installed
 TORCH_INDEX ?=
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP_INSTALL = -m pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-# Two workers on two cores; never more than four, for each starts Flower processes of its own.
-PYTEST := -m pytest -n logical --maxprocesses 4 --dist worksteal
+# One worker more than cores, for tests of whole runs mostly wait; never more than four, for each starts Flower processes.
+WORKERS := $(shell $(PYTHON) -c "import os; print(min(4, 1 + (os.cpu_count() or 1)))")
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION := 1

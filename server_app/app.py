@@ -14,6 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedsplit.core.config import RunConfig
 from fedsplit.core.extras import check_extra
+from fedsplit.federation.server.books.tracker import check_tracker
 from fedsplit.federation.server.endpoint import Endpoint, external, hosted
 from fedsplit.federation.server.run import Run, settle, simulated
 from fedsplit.federation.server.task_runs import TaskRuns
@@ -31,6 +32,7 @@ def lifespan(context: Context) -> Iterator[None]:
     """Host the encoder while the app runs, unless the settings name one elsewhere."""
     check_extra("server", "drawing a run's plots", "matplotlib")
     config = settle(RunConfig.from_flat(context.run_config))
+    check_tracker(config)
     limit_threads()
     with _endpoint(config) as endpoint:
         _open[context.run_id] = config, endpoint

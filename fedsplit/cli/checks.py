@@ -24,7 +24,7 @@ def check_here(config: RunConfig, *, data: bool = True) -> list[str]:
     """
     warnings: list[str] = []
     faults: list[FedsplitError] = []
-    for look in (_backbone, _runs_dir, _encoder):
+    for look in (_backbone, _runs_dir, _encoder, _tracker):
         _try(lambda look=look: look(config), faults)  # type: ignore[misc]
     if data and not any(isinstance(fault, BackboneError) for fault in faults):
         for name in config.task.sources:
@@ -63,6 +63,12 @@ def _backbone(config: RunConfig) -> None:
         raise ConfigError("\n  - ".join(faults))
     if config.run.start_module:
         StartModule.read(config, backbone)
+
+
+def _tracker(config: RunConfig) -> None:
+    from fedsplit.federation.server.books.tracker import check_tracker
+
+    check_tracker(config)
 
 
 def _task(config: RunConfig) -> tuple[str, ...]:

@@ -29,6 +29,10 @@ class RunSection(Section):
     """Folder of this run; empty: task and date."""
     resume: Annotated[str, SERVERS_OWN, a_name(MAX_RUN_CHARS, or_empty=True)] = ""
     """Name of a run in runs-dir to continue from its last checkpoint."""
+    tracker: Annotated[Literal["none", "tensorboard", "mlflow", "wandb"], ANEW, SERVERS_OWN] = (
+        "none"
+    )
+    """Where the metrics of metrics.jsonl go as well (docs/how-to/track-runs.md)."""
 
     @field_validator("method")
     @classmethod

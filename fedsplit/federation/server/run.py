@@ -29,6 +29,7 @@ from fedsplit.federation.server.attendance import Attendance
 from fedsplit.federation.server.between_sites import differences_between
 from fedsplit.federation.server.books.ledger import Ledger
 from fedsplit.federation.server.books.run_dir import RunDir
+from fedsplit.federation.server.books.tracker import Tracker
 from fedsplit.federation.server.endpoint import Endpoint
 from fedsplit.federation.server.newcomers import Newcomers
 from fedsplit.federation.server.orders import Site
@@ -90,6 +91,7 @@ class Run:
         self.ledger = Ledger(config, self.backbone, self.dir.label, scoring=scoring)
         self.summary: Summary | None = None
         """How it ended, once it has."""
+        self._tracker = Tracker(config, self.dir, scoring)
         self._strategy: SplitStrategy | None = None
         self._ranges: set[float] = set()  # what is white at the sites
 
@@ -116,6 +118,7 @@ class Run:
                 # At once, so that a run that ends before its first round can be gone on with too.
                 self._write_config((), [])
             for _ in self._train():
+                self._tracker.follow(self.ledger.metrics)
                 with self.ledger.standing_by():
                     yield
             self._finish("complete", "")
@@ -391,6 +394,9 @@ class Run:
 
     def _finish(self, outcome: Outcome, reason: str) -> None:
         done = self._strategy.rounds_done if self._strategy else 0
+        self._tracker.follow(self.ledger.metrics, last=True)
+        if self._tracker.fault:
+            self.ledger.note(self._tracker.fault)
         summary = self.summary = self.ledger.summary(
             rounds_done=done, outcome=outcome, reason=reason
         )
@@ -399,6 +405,7 @@ class Run:
         if self._strategy is not None or not self.config.run.resume:
             # A resumed run that fails before it has its account must not overwrite the earlier one.
             self.dir.finish(summary)
+        self._tracker.finish(summary)
         self.dir.set_status(
             Status(
                 phase="failed" if outcome == "failed" else "done",

@@ -22,6 +22,7 @@
     │   ├── ServerRefusalError  the server says no, in its own words: a code, a request
     │   └── NotMemberError      the site is no member any more: revoked, rotated, its certificate over
     ├── WheelhouseError     what another machine needs for an install cannot be had: no index, no wheel, no room
+    ├── RegistryError       a registry of modules cannot be read or written, or an alias has moved meanwhile
     └── RunDirError         a run directory cannot be written or read: disk full, damaged checkpoint
 
 Every message says what it got, what it wanted and what to do.
@@ -132,6 +133,10 @@ class NotMemberError(PlantError):
 
 class RunDirError(FedsplitError):
     """A run directory cannot be written or read."""
+
+
+class RegistryError(FedsplitError):
+    """A registry of modules cannot be read or written, or was changed by somebody else meanwhile."""
 
 
 class WheelhouseError(FedsplitError):

@@ -28,7 +28,7 @@ from fedsplit.plant import pki
 from fedsplit.plant.join_code import JoinCode
 from fedsplit.plant.server import audit
 from fedsplit.plant.server.folder import FederationFolder
-from fedsplit.plant.server.tables import Certificate, Code, Database, NodeKey, Site, Standing
+from fedsplit.plant.server.tables import Certificate, Code, NodeKey, Site, Standing, database
 from fedsplit.plant.server.trusted import public_address, public_ca
 from fedsplit.plant.wire import Report
 
@@ -68,7 +68,7 @@ class Registry(Closing):
     def __init__(self, folder: FederationFolder, *, now: Callable[[], float] = time.time) -> None:
         """Raises ConfigError for a registry of another version, FolderError where it cannot be used."""
         self.folder, self.now = folder, now
-        self.db = Database(folder.registry)
+        self.db = database(folder.registry)
 
     def close(self) -> None:
         """Free the file."""

@@ -1,33 +1,20 @@
-"""registry.db: its tables, and transactions that two processes may hold at once (the CLI and the control service).
-
-SQLite with a write-ahead log. Each transaction takes the write lock at its start, so what it has read still holds when
-it writes. Times are seconds since the epoch.
-"""
+"""registry.db: its tables. The CLI and the control service use it at once. Times are seconds since the epoch."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from sqlalchemy import URL, ForeignKey, create_engine, event
-from sqlalchemy.engine import Connection
-from sqlalchemy.exc import DatabaseError
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
+from sqlalchemy import ForeignKey
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-from fedsplit.core.closing import Closing
-from fedsplit.core.errors import ConfigError, FolderError
-from fedsplit.core.whole_files import hand_over
+from fedsplit.core.errors import FolderError
+from fedsplit.core.sqlite_file import SqliteFile
 
 VERSION = 1
 Standing = Literal["member", "revoked", "rotated", "not-member"]
-How = Literal["write", "note", "read"]
-LOCK_S = 20.0
-"""How long a transaction waits for another one's end; a join holds the lock while it asks Flower."""
 
 
 class _Base(DeclarativeBase):
@@ -137,79 +124,13 @@ class NodeKey(_Base):
     site: Mapped[Site] = relationship(back_populates="node_keys")
 
 
-class Database(Closing):
-    """The file, made at first use. Threads and processes may share it."""
-
-    def __init__(self, path: Path) -> None:
-        """Raises ConfigError for another version's file, FolderError where it cannot be read or written."""
-        self._path = path
-        with self._translated():
-            # Before SQLite does, whose own file anybody could read.
-            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-            hand_over(path)
-            self._engine = create_engine(
-                URL.create("sqlite", database=str(path)),
-                connect_args={"timeout": LOCK_S, "check_same_thread": False},
-            )
-            event.listen(self._engine, "connect", _on_connect)
-            event.listen(self._engine, "begin", _on_begin)
-            self._check()
-
-    def close(self) -> None:
-        """Free the file."""
-        self._engine.dispose()
-
-    @contextmanager
-    def begin(self, how: How = "write") -> Iterator[Session]:
-        """A transaction: committed at its end, nothing of it after an error.
-
-        write: no other one writes meanwhile, and it outlasts a power cut. note: as write, but a power cut may take it.
-        read: what stands at its beginning; it waits for nobody.
-        """
-        with (
-            self._translated(),
-            self._engine.connect().execution_options(how=how) as connection,
-            Session(connection, expire_on_commit=False) as session,
-            session.begin(),
-        ):
-            yield session
-
-    def _check(self) -> None:
-        with self._engine.connect().execution_options(how="read") as connection:
-            found = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-        if found == 0:
-            with self._engine.begin() as connection:
-                # Another process may have been first.
-                _Base.metadata.create_all(connection)
-                connection.exec_driver_sql(f"PRAGMA user_version = {VERSION}")
-        elif found != VERSION:
-            word = "a newer" if found > VERSION else "an older"
-            raise ConfigError(
-                f"{self._path} has format {found}, this fedsplit reads {VERSION}: {word} fedsplit made it; "
-                "install that one here, or restore the backup that belongs to this one"
-            )
-
-    @contextmanager
-    def _translated(self) -> Iterator[None]:
-        try:
-            yield
-        except (DatabaseError, OSError) as err:
-            reason = err.orig if isinstance(err, DatabaseError) else err.strerror
-            at = getattr(err, "filename", None) or self._path
-            raise FolderError(
-                f"{at} cannot be used ({reason}); nothing was changed. Free some space there, check who owns it, "
-                "or restore it from the backup"
-            ) from err
+def database(path: Path) -> SqliteFile:
+    """The file, made at first use. Raises ConfigError for another version's, FolderError where it cannot be used."""
+    return SqliteFile(path, _Base.metadata, version=VERSION, error=_error)
 
 
-def _on_connect(connection: Any, _record: object) -> None:
-    # Transactions are begun below, not by the driver, which begins them too late.
-    connection.isolation_level = None
-    connection.execute("PRAGMA journal_mode = WAL")
-    connection.execute("PRAGMA foreign_keys = ON")
-
-
-def _on_begin(connection: Connection) -> None:
-    how = connection.get_execution_options().get("how", "write")
-    connection.exec_driver_sql(f"PRAGMA synchronous = {'FULL' if how == 'write' else 'NORMAL'}")
-    connection.exec_driver_sql("BEGIN" if how == "read" else "BEGIN IMMEDIATE")
+def _error(reason: str, at: str) -> FolderError:
+    return FolderError(
+        f"{at} cannot be used ({reason}); nothing was changed. Free some space there, check who owns it, "
+        "or restore it from the backup"
+    )

@@ -1,11 +1,12 @@
 """The `fedsplit` command. Errors become one screen on stderr and an exit code here, and only here.
 
 Exit codes: 0 complete, 1 failed, 2 wrong usage, settings or data, 3 partial (a site was left out),
-4 the site is no member of its federation any more, 130 interrupted, 143 terminated. Commands load what they need when they run: `--help` stays quick.
+4 the site is no member of its federation any more, 130 interrupted, 141 the reader of stdout has gone, 143 terminated. Commands load what they need when they run: `--help` stays quick.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import traceback
@@ -22,6 +23,7 @@ from fedsplit.cli import (
     doctor,
     experiment,
     federation,
+    predict,
     run,
     serve_encoder,
     server,
@@ -54,6 +56,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("run")(run.run)
 app.command("data")(data.data)
+app.command("predict")(predict.predict)
 app.command("doctor")(doctor.doctor)
 app.command("status")(status.status)
 app.command("experiment")(experiment.experiment)
@@ -111,6 +114,10 @@ def call(args: list[str]) -> int:
         print_error(type(err).__name__, str(err), as_json=as_json)
         # Of its own, so that a service manager does not start again what can only be refused.
         return 4 if isinstance(err, NotMemberError) else 2 if isinstance(err, _GIVEN) else 1
+    except BrokenPipeError:
+        # Who read our output has enough, e.g. `head`. What Python would still flush at its end goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except Exception as err:  # noqa: BLE001 - the outermost handler: a bug still keeps the --json promise
         traceback.print_exc()
         print_error("InternalError", f"{type(err).__name__}: {err}", as_json=as_json)

@@ -63,11 +63,11 @@ def _folder_of(reference: str) -> Path | None:
         raise ConfigError(
             f"module {shown} cannot be looked at ({printable(err, limit=100)}); check the path and its rights"
         ) from err
-    if len(tasks) == 1:
-        return path / tasks[0] / _RUN_FOLDER
     if tasks:
+        # A run of several tasks has settings of its own, a folder of runs has none.
+        what = "a run of several tasks" if (path / _RUN_CONFIG).is_file() else "a folder of runs"
         raise ConfigError(
-            f"{shown} is a run of {len(tasks)} tasks; name one of them: "
+            f"{shown} is {what}; name one of them: "
             f"{printable(', '.join(str(path / task) for task in tasks), limit=500)}"
         )
     if there and _like_path(reference):

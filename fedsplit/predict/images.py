@@ -29,7 +29,7 @@ from fedsplit.training.data.pixels import Pixels, read_pixels, to_bytes
 
 _BYTE = 255
 _UNIT_OVERSHOOT = 1.01
-_STATE = "give it as --pixel-max (load_predictor(..., pixel_max=...))"
+_STATE = "give it: --pixel-max, or load_predictor(..., pixel_max=...)"
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ import tokenize
 import zipfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +20,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from fedsplit.core.extras import extra
+from fedsplit.model.inputs import Inputs
 from fedsplit.training.data.examples import Examples, Image, Index, Request, build, digest_of
 from fedsplit.training.data.pixels import range_notes, scaled, white_of
 
@@ -110,6 +111,28 @@ def read_npz(path: Path, request: Request) -> Examples:
     groups = _group_numbers(path, request, len(y), arrays.get("groups"))
     examples = build(request, path, "image", items=items, names=names, groups=groups)
     return examples.with_notes(items, pixel_max=white, notes=notes)
+
+
+def read_images(path: Path, inputs: Inputs) -> tuple[NDArray[Any], float, list[str]]:
+    """The images `x` of an npz file without labels, their value of white, and what there is to say of it. Raises DataError.
+
+    `inputs` are a run's: its value of white holds here, where the file has not bytes, which say it themselves.
+    """
+    request = Request(site="")
+    arrays = _load(path, request)
+    if "x" not in arrays:
+        raise request.fault(
+            path, f"no array 'x' among {sorted(arrays)}; save the images with np.savez(x=...)"
+        )
+    x = arrays["x"]
+    _check_images(path, request, x)
+    stated, largest = inputs.pixel_max, float(x.max()) if x.size else 0.0
+    bytes_, floats = x.dtype == np.uint8, x.dtype.kind == "f"
+    # A range of bytes, of floats and of deeper values are not each other's.
+    if (bytes_ and stated > 255) or stated <= 1 < largest or (floats and largest <= 1.01 < stated):
+        stated = 0.0
+    white, notes = _range(path, replace(request, pixel_max=stated), x)
+    return x, white, notes
 
 
 def _group_numbers(

@@ -62,6 +62,7 @@ class Request:
     """What the caller of `load_source` wants; handed to every source unchanged."""
 
     site: str
+    """Empty where the data are no site's."""
     classes: tuple[str, ...] | None = None
     max_samples: int = 0
     text_column: str = "text"
@@ -85,7 +86,9 @@ class Request:
         """The error for a fault in this site's data; `problem` ends with what to do."""
         # A path may hold bytes that no terminal can show.
         place = printable(where, limit=1000)
-        return DataError(f"site {self.site!r}: {place}: {problem}")
+        return DataError(
+            f"site {self.site!r}: {place}: {problem}" if self.site else f"{place}: {problem}"
+        )
 
 
 @dataclass(frozen=True, eq=False)

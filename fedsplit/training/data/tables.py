@@ -86,8 +86,8 @@ def read_csv(path: Path, request: Request) -> Examples:
 def read_rows(path: Path, request: Request) -> Table:
     """The texts and labels of a CSV file. Raises DataError as `read_csv` does."""
     table = Table(request, path)
-    delimiter, skipped, text = _dialect(_text(path, request, table.notes), table.notes)
-    rows = list(_csv_rows(path, request, text, delimiter, skipped))
+    delimiter, skipped, text = dialect(text_of(path, request, table.notes), table.notes)
+    rows = list(csv_rows(path, request, text, delimiter, skipped))
     if not rows:
         raise request.fault(path, "the file is empty; expected a header and labelled lines")
     (first_line, first), below = rows[0], rows[1:]
@@ -126,7 +126,7 @@ def _check_no_header(
     )
 
 
-def _dialect(text: str, notes: list[str]) -> tuple[str, int, str]:
+def dialect(text: str, notes: list[str]) -> tuple[str, int, str]:
     """What separates columns, how many lines were skipped, and the text from the header on."""
     first, _, rest = text.partition("\n")
     told = re.fullmatch(r"sep=(.)", first.strip("\r"))
@@ -142,7 +142,7 @@ def _dialect(text: str, notes: list[str]) -> tuple[str, int, str]:
     return ",", 0, text
 
 
-def _csv_rows(
+def csv_rows(
     path: Path, request: Request, text: str, delimiter: str, skipped: int
 ) -> Iterator[tuple[int, list[str]]]:
     """Rows with the line that each starts on; blank lines are skipped."""
@@ -198,7 +198,7 @@ def read_jsonl(path: Path, request: Request) -> Examples:
     """Read `jsonl:PATH`, one object a line; labels are strings or numbers. Raises DataError."""
     table = Table(request, path)
     # Not splitlines(): U+2028 and its like may stand inside a JSON string.
-    for line, content in enumerate(_text(path, request, table.notes).split("\n"), start=1):
+    for line, content in enumerate(text_of(path, request, table.notes).split("\n"), start=1):
         if not content.strip():
             continue
         where = f"{path}:{line}"
@@ -248,7 +248,7 @@ def _value(request: Request, where: str, row: dict[str, object], column: str) ->
     return value
 
 
-def _text(path: Path, request: Request, notes: list[str]) -> str:
+def text_of(path: Path, request: Request, notes: list[str]) -> str:
     """The file's text; a byte order mark is dropped, and what was guessed goes to the notes."""
     try:
         size = path.stat().st_size
@@ -280,11 +280,11 @@ def _text(path: Path, request: Request, notes: list[str]) -> str:
         line = raw.count(b"\n", 0, err.start) + 1
         raise request.fault(
             f"{path}:{line}",
-            f'not UTF-8 (byte {raw[err.start]:#04x}); {_likely(raw)}save the file as UTF-8 (in Excel: "CSV UTF-8")',
+            f'not UTF-8 (byte {raw[err.start]:#04x}); {likely_encoding(raw)}save the file as UTF-8 (in Excel: "CSV UTF-8")',
         ) from err
 
 
-def _likely(raw: bytes) -> str:
+def likely_encoding(raw: bytes) -> str:
     """The encoding that a file which is no UTF-8 most likely has, if one of Japan's fits all of it."""
     for encoding, name in (("cp932", "Shift_JIS (cp932)"), ("euc_jp", "EUC-JP")):
         try:

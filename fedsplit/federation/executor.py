@@ -64,6 +64,8 @@ class Doing:
     round: int = 0
     since: float = field(default_factory=time.time)
     """Seconds since the epoch."""
+    until: float = 0.0
+    """When the order that it works on counts for nothing any more, in seconds since the epoch; 0: never."""
     orders: int = 0
     """Orders that were answered since the process started."""
     last_error: str = ""
@@ -161,8 +163,9 @@ class Executor(Closing):
             self._hand_over(claim, reply, failed, stop)
         self._last_order = time.monotonic()
         self._told = replace(
-            self._told, state="idle", detail="", since=time.time(), orders=self._told.orders + 1
-        )
+            self._told, state="idle", detail="", since=time.time(), until=0.0,
+            orders=self._told.orders + 1,
+        )  # fmt: skip
 
     def _answer(self, work: Work, cancelled: Callable[[], str]) -> tuple[Message, str]:
         """The reply, and why the task failed, if it did."""
@@ -187,6 +190,7 @@ class Executor(Closing):
         what = order.kind if order.round == 0 else f"{order.kind}, round {order.round}"
         self._told = replace(
             self._told, state="working", run=order.run, round=order.round, since=time.time(),
+            until=time.time() + order.deadline_s if order.deadline_s else 0.0,
             detail=printable(f"run {order.run}: {what}"),
         )  # fmt: skip
         log.info("run %s: %s", printable(order.run), what)

@@ -9,14 +9,15 @@ SIGTERM ends it within 5 s, also in the middle of a step: the run is told.
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import json
 import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -40,7 +41,10 @@ log = logging.getLogger(__name__)
 # A step gets so long to end after SIGTERM; then the order is abandoned, and the run told of it.
 _STEP_S, _TELL_S = 3.0, 1.0
 _WRITE_EVERY_S = 2.0
+# Longer than any step, and than a machine without memory stands still.
+_HANG_S = 300.0
 _MAX_STATE_BYTES = 1 << 20
+_STDERR = 2
 
 
 @dataclass(frozen=True)
@@ -104,8 +108,10 @@ def resident(place: Place, stop: threading.Event, runtime: SiteRuntime | None = 
         # The main thread stays free for signals, however long an operation of torch takes.
         worker = threading.Thread(target=work, name="orders", daemon=True)
         worker.start()
-        while not stop.wait(_WRITE_EVERY_S):
-            told.write()
+        with unless_it_hangs() as alive:
+            while not stop.wait(_WRITE_EVERY_S):
+                told.write()
+                alive(executor.told)
         told.write(stopping=True)
         worker.join(_STEP_S)
         if ended := not worker.is_alive():
@@ -118,6 +124,33 @@ def resident(place: Place, stop: threading.Event, runtime: SiteRuntime | None = 
     if failed:
         raise failed[0]
     return ended
+
+
+@contextmanager
+def unless_it_hangs(limit_s: float = _HANG_S) -> Iterator[Callable[[Doing], None]]:
+    """End the process, with the stacks of its threads, when nothing calls what this yields for `limit_s`.
+
+    Python may be held by an operation that never returns. What is yielded also looks at the order: a step that goes on for
+    so long after its time is over will not end. The supervisor starts the process again, and the run is told then.
+    """
+
+    def alive(doing: Doing) -> None:
+        faulthandler.dump_traceback_later(limit_s, exit=True, file=_STDERR)
+        late_s = time.time() - doing.until
+        if doing.until and late_s > limit_s:
+            log.error(
+                "%s: not left %.0f s after its time was over; the runtime ends",
+                doing.detail,
+                late_s,
+            )
+            faulthandler.dump_traceback(file=_STDERR)
+            logging.shutdown()
+            os._exit(1)
+
+    try:
+        yield alive
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _runtime(folder: SiteFolder | None) -> SiteRuntime:

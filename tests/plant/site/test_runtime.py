@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -112,6 +113,28 @@ def test_a_step_that_does_not_end_is_left_and_the_run_told(
     assert ended == [False]
     assert fault is not None
     assert fault.message == "the site's runtime is being stopped"
+
+
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("import re; re.match(r'(a+)+$', 'a' * 60 + 'b')", "Timeout (0:00:01)!"),
+        ("time.sleep(0.1); alive(Doing(detail='run x', until=time.time() - 9))", "run x: not left 9 s after"),
+    ],
+    ids=["python is held", "an order is not left"],
+)  # fmt: skip
+def test_a_runtime_that_hangs_ends_and_says_where(does: str, said: str) -> None:
+    program = (
+        "import time; from fedsplit.federation.executor import Doing\n"
+        "from fedsplit.plant.site.runtime import unless_it_hangs\n"
+        f"with unless_it_hangs(1.0) as alive: alive(Doing()); {does}"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert 'File "<string>", line 3' in done.stderr
 
 
 def test_what_is_wrong_is_said_before_anything_is_loaded(

@@ -11,6 +11,7 @@ import os
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from fedsplit.core.errors import BackboneError
 from fedsplit.core.foreign import printable, read_json
@@ -18,6 +19,7 @@ from fedsplit.model.backbone import Backbone
 from fedsplit.model.files import BUNDLED, CONFIG
 from fedsplit.model.module import WantedBackbone, wanted_backbone
 from fedsplit.model.store import BackboneStore
+from fedsplit.registry.module_files import VERSION_FILE
 
 VARIABLE = "FEDSPLIT_BACKBONES"
 _STORE, _FEDERATION, _RUN_CONFIG = "backbones", "federation.toml", "config.json"
@@ -79,13 +81,24 @@ def _candidates(folder: Path, wanted: WantedBackbone) -> Iterator[str]:
 
 
 def _of_run(folder: Path) -> Iterator[str]:
-    """The backbone that the run's settings name."""
+    """The backbone that the run's settings name: beside a run's module, or with a registry's version."""
+    for settings in (
+        *_settings(folder.absolute().parent / _RUN_CONFIG),
+        *_settings(folder / VERSION_FILE),
+    ):
+        name = settings.get("backbone")
+        if isinstance(name, str) and name:
+            yield name
+
+
+def _settings(file: Path) -> list[dict[str, Any]]:
+    """The settings of runs that a file keeps; none where it is not there, or not as it should be."""
     try:
-        name = read_json(folder.absolute().parent / _RUN_CONFIG)["config"]["backbone"]
+        said = read_json(file)
+        found = [said["config"]] if "config" in said else [v["settings"] for v in said["versions"]]
     except (OSError, ValueError, KeyError, TypeError):
-        return
-    if isinstance(name, str) and name:
-        yield name
+        return []
+    return [settings for settings in found if isinstance(settings, dict)]
 
 
 def _of_federation(file: Path) -> Iterator[str]:

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedsplit.core.errors import BackboneError, ConfigError
+from fedsplit.core.errors import ConfigError
 from fedsplit.core.foreign import printable, read_json
-from fedsplit.model.module.export import ABOUT_FILE
+from fedsplit.registry.module_files import ABOUT_FILE, module_digest
+from fedsplit.registry.registry import ModuleRegistry, find_registry
 
 REGISTRY_VARIABLE = "FEDSPLIT_REGISTRY"
 _RUN_FOLDER, _RUN_CONFIG = "module", "config.json"
@@ -35,11 +35,11 @@ def find_module(reference: str, *, registry: Path | None = None) -> FoundModule:
     """The module of a folder (RUN/module, RUN, RUN/TASK) or of a registry (TASK, TASK@ALIAS, TASK#3, a digest).
 
     `registry` is the registry's folder; without it FEDSPLIT_REGISTRY's, else the one near the working directory.
-    Raises ConfigError where the reference names no module, BackboneError where its files cannot be read.
+    Raises ConfigError where the reference names no module, RegistryError where its files cannot be read or were changed.
     """
     folder = _folder_of(reference)
     if folder is not None:
-        return FoundModule(folder, _digest(folder), reference, _task_of(folder))
+        return FoundModule(folder, module_digest(folder), reference, _task_of(folder))
     return _registered(reference, registry)
 
 
@@ -92,31 +92,23 @@ def _like_path(reference: str) -> bool:
 
 
 def _registered(reference: str, registry: Path | None) -> FoundModule:
-    """The module of a registry. Raises ConfigError where there is none, or no registry."""
-    shown = printable(reference, limit=300)
-    named = registry_folder(registry)
-    raise ConfigError(
-        f"there is no module {shown!r}: no such folder here, and {named or 'no registry of modules'} has none; give the "
-        f"folder of a run (runs/NAME), or --registry DIR"
-    )
+    """The module of a registry. Raises ConfigError where it has none of that name, or there is no registry."""
+    folder = registry_folder(registry)
+    if folder is None:
+        raise ConfigError(
+            f"there is no module {printable(reference, limit=300)!r}: no such folder is here, and no registry of modules; give "
+            f"the folder of a run (runs/NAME), or --registry DIR"
+        )
+    with ModuleRegistry.open(folder) as opened:
+        version = opened.get(reference)
+        opened.files(version)  # they are as they were kept
+        return FoundModule(opened.folder(version), version.digest, version.shown, version.task)
 
 
-def registry_folder(registry: Path | None) -> Path | None:
-    """The registry that was named, by option or by FEDSPLIT_REGISTRY."""
+def registry_folder(registry: Path | None = None) -> Path | None:
+    """The registry that is named, by option or by FEDSPLIT_REGISTRY, else the one near the working directory."""
     named = os.environ.get(REGISTRY_VARIABLE, "").strip()
-    return registry or (Path(named).expanduser() if named else None)
-
-
-def _digest(folder: Path) -> str:
-    found = hashlib.sha256()
-    try:
-        for file in sorted(f for f in folder.iterdir() if f.is_file()):
-            found.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
-        return found.hexdigest()
-    except OSError as err:
-        raise BackboneError(
-            f"module {folder} cannot be read ({printable(err, limit=200)}); check its rights, or copy it again"
-        ) from err
+    return registry or (Path(named).expanduser() if named else find_registry(Path.cwd()))
 
 
 def _task_of(folder: Path) -> str:

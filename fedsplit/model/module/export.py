@@ -25,7 +25,7 @@ from fedsplit.model.backbone import Backbone
 from fedsplit.model.inputs import Inputs, about_inputs, read_inputs
 from fedsplit.model.layers import MERGED
 from fedsplit.model.module import lora
-from fedsplit.model.module.names import shapes
+from fedsplit.model.module.names import final_linear, shapes
 from fedsplit.model.module.spec import MAX_WIDTH, ModuleSpec, ModuleTensors, about, read_about
 from fedsplit.model.module.start import initial
 
@@ -199,6 +199,13 @@ def _check_fits(
             f"{backbone.sha256[:12]} ({backbone.differs(str(sha256))}); use the backbone of that run"
         )
     wanted = shapes(backbone, spec)
+    last = final_linear(backbone, spec)[0]
+    rows = tensors[last].shape[0] if last in tensors and tensors[last].ndim == 2 else 0
+    if rows not in (0, len(spec.classes)):
+        raise BackboneError(
+            f"module {folder}: its classifier has {rows} classes, {ABOUT_FILE} names {len(spec.classes)} "
+            f"({printable(', '.join(spec.classes), limit=200)}); the files are of two modules, copy the folder again"
+        )
     got = {n: t.shape for n, t in tensors.items() if t.dtype == np.float32}
     if odd := sorted(n for n in wanted.keys() | tensors.keys() if wanted.get(n) != got.get(n)):
         raise BackboneError(

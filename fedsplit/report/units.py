@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import math
+from fedsplit.core.intervals import wilson
 
 NONE = "-"
+interval = wilson
+"""The 95 % interval of a share of n samples."""
 
 
 def human_bytes(count: float) -> str:
@@ -37,15 +39,6 @@ def human_seconds(seconds: float) -> str:
 def percent(share: float | None) -> str:
     """84.5 %, or a dash where nothing was measured."""
     return NONE if share is None else f"{100 * share:.1f} %"
-
-
-def interval(share: float, n: int) -> tuple[float, float]:
-    """The 95 % interval of a share of `n` samples (Wilson, 1927): what other samples of this size may well give."""
-    z = 1.96
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # At 0 and 1 the sums are off by their last bit; the share is never outside.
-    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def percent_of(share: float | None, n: int) -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +13,15 @@ import click
 import typer
 
 from fedsplit.cli.console import Output
+from fedsplit.cli.in_between import (
+    CutOption,
+    GrantOption,
+    InBetween,
+    SiteOption,
+    TlsCertOption,
+    TlsKeyOption,
+    opened,
+)
 from fedsplit.cli.run import JsonFlag
 
 if TYPE_CHECKING:
@@ -86,26 +98,50 @@ def predict(
     backbone: BackboneOption = "",
     pixel_max: PixelMaxOption = 0.0,
     registry: RegistryOption = None,
+    site: SiteOption = None,
+    grant: GrantOption = None,
+    cut: CutOption = "",
+    tls_cert: TlsCertOption = None,
+    tls_key: TlsKeyOption = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Predict the class, or the number, of images or texts with a trained module.
 
-    Exit codes: 0 all inputs were answered, 3 some could not be read, 2 wrong module, backbone or inputs.
+    Exit codes: 0 all inputs were answered, 3 some could not be read, 2 wrong module, backbone or inputs, 1 the server or its
+    encoder refused or is away, 4 the site is no member any more.
     """
     from fedsplit.cli.predict_view import views
-    from fedsplit.predict.inputs import sources
-    from fedsplit.predict.predictor import load_predictor
-    from fedsplit.predict.source import Reading
     from fedsplit.predict.stream import check_batch_size
 
     if csv == "-" and as_json:
         raise click.UsageError("--csv - and --json both want stdout; give a file to --csv")
     check_batch_size(batch_size)
     out = Output(as_json=as_json)
-    with out.if_long("loading the module and its backbone ..."):
-        predictor = load_predictor(
-            module, backbone=backbone, pixel_max=pixel_max, registry=registry
-        )
+    wish = InBetween(site=site, grant=grant, cut=cut, tls_cert=tls_cert, tls_key=tls_key)
+    with ExitStack() as stack:
+        with out.if_long("loading the module and its backbone ..."):
+            predictor = stack.enter_context(
+                opened(module, wish, out, registry=registry, backbone=backbone, pixel_max=pixel_max)
+            )
+        show = partial(views, predictor, out, csv=csv, scores=scores, excel=excel)
+        unread = _predict(predictor, inputs, show, out, column=column, batch_size=batch_size)
+    if unread:
+        raise typer.Exit(_PARTIAL)
+
+
+def _predict(
+    predictor: Predictor,
+    inputs: list[str],
+    show: Callable[[], AbstractContextManager[View]],
+    out: Output,
+    *,
+    column: str,
+    batch_size: int,
+) -> bool:
+    """Look at the inputs, answer those that can be read, and show that. Were there others?"""
+    from fedsplit.predict.inputs import sources
+    from fedsplit.predict.source import Reading
+
     reading = Reading(
         kind=predictor.kind, inputs=predictor.inputs, classes=predictor.classes, column=column
     )
@@ -114,11 +150,10 @@ def predict(
     told = [note for source in found for note in source.notes]
     for note in told:
         out.note(note)
-    with views(predictor, out, csv=csv, scores=scores, excel=excel) as view:
+    with show() as view:
         seconds, notes = _answer(predictor, found, view, out, batch_size=batch_size)
         view.finish(seconds=seconds, notes=[*told, *notes])
-    if view.unread:
-        raise typer.Exit(_PARTIAL)
+    return bool(view.unread)
 
 
 def _answer(

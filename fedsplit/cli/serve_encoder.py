@@ -1,4 +1,7 @@
-"""`fedsplit encoder serve`: the frozen encoder as a service of its own. The work is `fedsplit.trunk`'s."""
+"""`fedsplit encoder serve`: the frozen encoder as a service of its own. The work is `fedsplit.trunk`'s.
+
+`fedsplit encoder grant` is encoder_grant.py's.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from fedsplit.cli import encoder_grant
 from fedsplit.cli.console import Output
 from fedsplit.cli.run import JsonFlag
 from fedsplit.core.errors import ConfigError
@@ -23,6 +27,9 @@ app = typer.Typer(
 @app.callback()
 def _encoder() -> None:
     """The server's part of the backbone."""
+
+
+app.command("grant")(encoder_grant.grant)
 
 
 @app.command()
@@ -58,6 +65,12 @@ def serve(
     stats_file: Annotated[
         Path | None,
         typer.Option(metavar="JSON", help="Write counters there every two seconds."),
+    ] = None,
+    registry: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="The registry of the modules that sites may predict with."
+        ),
     ] = None,
     allow_insecure: Annotated[
         bool, typer.Option("--allow-insecure", help="Serve without TLS beyond loopback.")
@@ -107,7 +120,8 @@ def serve(
     serve_encoder(
         backbone=backbone, bind=bind, secret_file=secret_file, tls_cert=tls_cert, tls_key=tls_key,
         tls_client_ca=tls_client_ca, allow_insecure=allow_insecure,
-        proxy_secret_file=proxy_secret_file, revoked_file=revoked_file, stats_file=stats_file, on_ready=ready,
+        proxy_secret_file=proxy_secret_file, revoked_file=revoked_file, stats_file=stats_file, registry=registry,
+        on_ready=ready,
     )  # fmt: skip
 
 

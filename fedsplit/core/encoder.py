@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+import fedsplit
 from fedsplit.core.config import TrainSection
 from fedsplit.core.cut import Cut
 
@@ -130,6 +131,11 @@ class EncoderTraining(BaseModel):
         )
 
 
+PREDICT = "predict"
+"""Stands where a run's name does in a grant to predict."""
+_PREDICT_BATCH, _PREDICT_TOKENS = 256, 8192
+
+
 class Inference(BaseModel):
     """What a session that predicts may ask of a registered module version: forwards, and no more than this of them."""
 
@@ -177,6 +183,34 @@ class Grant(BaseModel):
                 "a grant to predict names its module version by the digest, 64 hexadecimal digits"
             )
         return self
+
+    @classmethod
+    def to_predict(
+        cls,
+        cut: Cut,
+        inference: Inference,
+        *,
+        site: str,
+        task: str,
+        version: str,
+        backbone_sha256: str,
+    ) -> Grant:
+        """A site's grant to predict with a registered version; a step is as large as the encoder lets messages be."""
+        return cls(
+            run=PREDICT,
+            site=site,
+            task=task or "-",
+            round=0,
+            a=cut.a,
+            b=cut.b,
+            version=version,
+            backbone_sha256=backbone_sha256,
+            fedsplit_version=fedsplit.__version__,
+            max_batch=_PREDICT_BATCH,
+            max_tokens=_PREDICT_TOKENS,
+            max_steps=inference.max_rows,
+            inference=inference,
+        )
 
     @property
     def cut(self) -> Cut:

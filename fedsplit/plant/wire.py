@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from fedsplit.core.encoder import Grant
 from fedsplit.core.foreign import Name
 
 MAX_BODY_BYTES = 64 << 10
@@ -89,6 +90,26 @@ class ReportAnswer(WireModel):
     standing: Standing
     server_time: float
     message: Line = ""
+
+
+class GrantRequest(WireModel):
+    """What a site wants to predict with."""
+
+    version: Sha256
+    """The module's digest."""
+    backbone_sha256: Sha256
+    cut: Annotated[str, Field(max_length=20)]
+    """"a,b": the blocks that the encoder runs."""
+    fedsplit_version: Line
+
+
+class GrantAnswer(WireModel):
+    """A token for the encoder, and what it says."""
+
+    token: Annotated[str, Field(max_length=8192)]
+    grant: Grant
+    seconds: Annotated[float, Field(gt=0, le=24 * 3600)]
+    """How long it is good for, from now on."""
 
 
 class Refusal(WireModel):

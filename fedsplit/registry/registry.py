@@ -137,6 +137,11 @@ class ModuleRegistry(Closing):
         with self._db.begin("read") as session:
             return Books(session).get(reference)
 
+    def of_digest(self, digest: str) -> list[Version]:
+        """The versions of these very files, one a task; empty where there is none. The whole digest is wanted."""
+        with self._db.begin("read") as session:
+            return Books(session).of_digest(digest)
+
     def folder(self, version: Version) -> Path:
         """Where the version's files lie; nobody may change them."""
         return self.path / FILES / version.digest

@@ -57,11 +57,11 @@ class ServerTls(BaseModel):
 
 
 class ClientTls(BaseModel):
-    """PEM files of a client. Without `root_ca` the machine's own roots are trusted."""
+    """PEM files of a client. Without `root_ca` the machine's own roots are trusted; it may also be the PEM text itself."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    root_ca: Path | None = None
+    root_ca: Path | bytes | None = None
     cert: Path | None = None
     key: Path | None = None
 
@@ -85,10 +85,13 @@ class ClientTls(BaseModel):
     def credentials(self) -> Any:
         """gRPC's channel credentials. Raises ConfigError for an unreadable file."""
         return grpc.ssl_channel_credentials(
-            root_certificates=read_pem(self.root_ca) if self.root_ca else None,
+            root_certificates=self._roots(),
             private_key=read_pem(self.key) if self.key else None,
             certificate_chain=read_pem(self.cert) if self.cert else None,
         )
+
+    def _roots(self) -> bytes | None:
+        return read_pem(self.root_ca) if isinstance(self.root_ca, Path) else self.root_ca
 
 
 def read_pem(path: Path) -> bytes:

@@ -1,7 +1,8 @@
 """Hosts the frozen backbone: one set of weights, a few module versions over it, a session a stream.
 
 Implements core's EncoderHost for transport's server. Each version is a part of its own that shares the
-frozen tensors, so versions do not disturb each other and cost only their module. What sessions train here: training.py.
+frozen tensors, so versions do not disturb each other and cost only their module. What sessions train here: training.py;
+what they predict with: registered.py.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from fedsplit.model.module import ModuleSpec
 from fedsplit.model.part import Part
 from fedsplit.model.split import server_part
 from fedsplit.model.turns import FairTurns
+from fedsplit.trunk.registered import Find, RegisteredVersions
 from fedsplit.trunk.training import TRAINING_BYTES, Trainees
 
 # The version of this round, the one before it, and room for a second run on the same host.
@@ -31,15 +33,23 @@ MAX_SPECS = 16
 class BackboneHost:
     """A frozen backbone that many sites' sessions share. Safe to call from several threads."""
 
-    def __init__(self, backbone: Backbone, *, training_bytes: int = TRAINING_BYTES) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        training_bytes: int = TRAINING_BYTES,
+        modules: Find | None = None,
+    ) -> None:
         """Read all blocks of the backbone. Raises BackboneError.
 
-        `training_bytes` is what all that sessions train here, and deltas that nobody has collected, may take.
+        `training_bytes` is what all that sessions train here, and deltas that nobody has collected, may take. `modules`
+        finds the module versions that sites may predict with.
         """
         self.backbone = backbone
         bare = ModuleSpec(classes=("?",), kind="classifier")
         self._bare = server_part(backbone, bare)
         self._versions: OrderedDict[str, tuple[Part, Graphs]] = OrderedDict()
+        self._registered = RegisteredVersions(backbone, self._bare, modules)
         self._trainees = Trainees(training_bytes)
         # As many computations as cores: more would only take time from each other, and a site's many from another's one.
         self._turns = FairTurns(usable_cpus())
@@ -97,14 +107,10 @@ class BackboneHost:
             raise RefusedError(
                 f"cut {grant.cut} is not for this encoder: 0 <= a < b <= {self.backbone.blocks} is wanted"
             )
-        with self._lock:
-            found = self._versions.get(grant.version)
-            known = tuple(self._versions)
-        if found is None:
-            raise RefusedError(
-                f"module version {grant.version!r} is not published here; known: {known or 'none'}"
-            )
-        part, graphs = found
+        if grant.inference is not None:
+            part, graphs = self._registered.part(grant.version)
+        else:
+            part, graphs = self._published(grant.version)
         turn = partial(self._turns.of, (grant.run, grant.site))
         if grant.training is None:
             return LocalEncoder(part, grant.cut, turn=turn, graphs=graphs)
@@ -113,6 +119,17 @@ class BackboneHost:
             if grant.version not in self._versions:  # evicted meanwhile: nobody can collect it
                 self._trainees.forget(grant.version)
         return encoder
+
+    def _published(self, version: str) -> tuple[Part, Graphs]:
+        """Raises RefusedError."""
+        with self._lock:
+            found = self._versions.get(version)
+            known = tuple(self._versions)
+        if found is None:
+            raise RefusedError(
+                f"module version {version!r} is not published here; known: {known or 'none'}"
+            )
+        return found
 
     def collect(self, version: str) -> dict[str, dict[str, Array]]:
         """See core.encoder.EncoderHost."""

@@ -21,6 +21,7 @@ from fedsplit.transport.keys import read_key, read_proxy_secret
 from fedsplit.transport.server import EncoderServer
 from fedsplit.transport.wiring import ServerTls
 from fedsplit.trunk.host import BackboneHost
+from fedsplit.trunk.registered import in_registry
 
 STATS_EVERY_S = 2.0
 
@@ -59,15 +60,19 @@ def serve_encoder(
     proxy_secret_file: Path | None = None,
     revoked_file: Path | None = None,
     stats_file: Path | None = None,
+    registry: Path | None = None,
     on_ready: Callable[[str], None],
 ) -> None:
     """Serve until SIGTERM or Ctrl-C. `on_ready` gets the address once sites may dial.
 
-    `stats_file` is rewritten every few seconds with what the server counts, JSON.
+    `stats_file` is rewritten every few seconds with what the server counts, JSON. `registry` is the folder of the module
+    versions that sites may predict with.
     """
     key = read_key(secret_file)
     proxy_secret = read_proxy_secret(proxy_secret_file) if proxy_secret_file else b""
-    host = BackboneHost(Backbone.find(backbone))
+    host = BackboneHost(
+        Backbone.find(backbone), modules=in_registry(registry) if registry else None
+    )
     tls = None
     if tls_cert is not None and tls_key is not None:
         tls = ServerTls(cert=tls_cert, key=tls_key, client_ca=tls_client_ca)

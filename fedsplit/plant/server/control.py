@@ -1,4 +1,4 @@
-"""The control service: joins, renewals and reports of sites, who may in, the backbone's parts, the status page.
+"""The control service: joins, renewals and reports of sites, grants to predict, the backbone's parts, the status page.
 
     python -m fedsplit.plant.server.control DIR --port PORT
 
@@ -41,11 +41,14 @@ from fedsplit.plant import paths
 from fedsplit.plant.server.backbone import ServedBackbone, backbone_router
 from fedsplit.plant.server.enrolment import BackboneFacts, Enrolment, refusal
 from fedsplit.plant.server.folder import FederationFolder
+from fedsplit.plant.server.inference import InferenceGrants
 from fedsplit.plant.server.node_keys import NodeKeys, of_folder
 from fedsplit.plant.server.page import page_router
 from fedsplit.plant.server.registry import Registry, Shown
 from fedsplit.plant.wire import (
     MAX_BODY_BYTES,
+    GrantAnswer,
+    GrantRequest,
     Hello,
     JoinAnswer,
     JoinRequest,
@@ -84,6 +87,7 @@ def create_app(
     facts = _Facts(folder.settings.backbone.path, served)
     enrolment = Enrolment(folder, registry, node_keys, backbone or facts)
     registry.tell_encoder()
+    grants = InferenceGrants(folder)
     guard = Guard(registry, read_proxy_secret(folder.proxy_secret))
 
     @asynccontextmanager
@@ -101,7 +105,7 @@ def create_app(
             registry.close()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
-    _add_site_paths(app, enrolment, guard)
+    _add_site_paths(app, enrolment, grants, guard)
     # For this machine; the proxy forwards it where the folder says so, with a login.
     app.include_router(page_router(folder))
     app.include_router(backbone_router(served), dependencies=[Depends(guard.member)])
@@ -150,7 +154,9 @@ class Guard:
         return shown
 
 
-def _add_site_paths(app: FastAPI, enrolment: Enrolment, guard: Guard) -> None:
+def _add_site_paths(
+    app: FastAPI, enrolment: Enrolment, grants: InferenceGrants, guard: Guard
+) -> None:
     @app.get(paths.HELLO)
     def hello() -> Hello:
         return Hello(fedsplit_version=__version__, server_time=time.time())
@@ -170,6 +176,12 @@ def _add_site_paths(app: FastAPI, enrolment: Enrolment, guard: Guard) -> None:
         shown = await run_in_threadpool(guard.shown, request)
         told = await _body(request, Report)
         return await run_in_threadpool(enrolment.report, shown, told)
+
+    @app.post(paths.GRANT)
+    async def grant(request: Request) -> GrantAnswer:
+        shown = await run_in_threadpool(guard.member, request)
+        wanted = await _body(request, GrantRequest)
+        return await run_in_threadpool(grants.grant, shown, wanted)
 
     @app.get(paths.AUTHORISE, dependencies=[Depends(guard.member)], status_code=204)
     def authorise() -> Response:

@@ -84,6 +84,21 @@ class PageSection(Section):
     """Also at https://HOST:PORT/status/, with a login; else on this machine alone."""
 
 
+class InferenceSection(Section):
+    """What a site may ask of the encoder to predict with."""
+
+    enabled: bool = True
+    """May sites predict with the encoder in between at all?"""
+    minutes: float = Field(default=60.0, gt=0, le=24 * 60)
+    """A grant's life; a site asks for the next one by itself."""
+    rows: int = Field(default=100_000, ge=1, le=10**9)
+    """Samples of one grant."""
+    rows_per_minute: int = Field(default=6_000, ge=1, le=10**6)
+    """Samples of a site; who asks faster waits."""
+    grants_per_hour: int = Field(default=30, ge=1, le=10_000)
+    """Grants of a site. With `rows` it bounds what a site can ask of the encoder in an hour."""
+
+
 class RetentionSection(Section):
     """What is kept, and how much of it."""
 
@@ -104,6 +119,7 @@ class FederationSettings(Section):
     proxy: ProxySection = ProxySection()
     tls: TlsSection = TlsSection()
     page: PageSection = PageSection()
+    inference: InferenceSection = InferenceSection()
     retention: RetentionSection = RetentionSection()
     run: Annotated[dict[str, str | int | float | bool], AfterValidator(_settable)] = Field(
         default_factory=dict
@@ -181,6 +197,11 @@ class FederationFolder(PlantFolder):
     @property
     def runs(self) -> Path:
         return self.path / "runs"
+
+    @property
+    def modules(self) -> Path:
+        """The registry of what runs made here."""
+        return self.path / "modules"
 
     @property
     def revoked(self) -> Path:

@@ -259,6 +259,18 @@ key = {certificate_key}
 # The status page also at https://HOST:PORT/status/, with the login in secrets/page.password. false: this machine alone.
 public = false
 
+[inference]
+# May sites that hold only a part of the backbone predict with the encoder here?
+enabled = true
+# Minutes that a site's grant to predict is valid. The site asks for the next one by itself.
+minutes = 60
+# Inputs of one grant.
+rows = 100000
+# Inputs of a site a minute. Who asks faster waits.
+rows-per-minute = 6000
+# Grants of a site in an hour.
+grants-per-hour = 30
+
 [retention]
 # Run folders that are kept. The oldest go first.
 runs = 50

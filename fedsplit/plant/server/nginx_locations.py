@@ -127,6 +127,7 @@ def control(port: int, proxied: list[str]) -> list[str]:
         *block(f"location = {paths.JOIN}", [*_only("POST"), *seldom, f"{to}{paths.JOIN};"]),
         *block(f"location = {paths.RENEW}", [*_only("POST"), *certified, f"{to}{paths.RENEW};"]),
         *block(f"location = {paths.REPORT}", [*_only("POST"), *certified, f"{to}{paths.REPORT};"]),
+        *block(f"location = {paths.GRANT}", [*_only("POST"), *certified, f"{to}{paths.GRANT};"]),
         *block(
             f"location = {paths.MANIFEST}", [*_only("GET"), *certified, f"{to}{paths.MANIFEST};"]
         ),

@@ -151,6 +151,7 @@ def _encoder(folder: FederationFolder, port: int) -> list[str]:
         *("--proxy-secret-file", str(folder.proxy_secret)),
         *("--revoked-file", str(folder.revoked)),
         *("--stats-file", str(folder.encoder_stats)),
+        *("--registry", str(folder.modules)),
     ]
 
 

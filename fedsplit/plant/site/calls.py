@@ -24,6 +24,8 @@ from fedsplit.plant.site.folder import SiteFolder
 from fedsplit.plant.site.line_faults import refuse, translated
 from fedsplit.plant.wire import (
     MAX_BODY_BYTES,
+    GrantAnswer,
+    GrantRequest,
     Hello,
     JoinAnswer,
     JoinRequest,
@@ -93,6 +95,10 @@ class ControlCalls(Closing):
     def report(self, report: Report) -> ReportAnswer:
         """Say how the site is, and hear how it stands. Raises PlantError."""
         return self._post(paths.REPORT, report, ReportAnswer)
+
+    def grant(self, request: GrantRequest) -> GrantAnswer:
+        """Get a token to predict with. Raises PlantError."""
+        return self._post(paths.GRANT, request, GrantAnswer)
 
     def _get(self, path: str, model: type[_Answer]) -> _Answer:
         return _read(_sent(self._client, self._address, "GET", path, None)[0], model, self._address)

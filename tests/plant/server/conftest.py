@@ -32,6 +32,7 @@ def folder(tmp_path: Path) -> FederationFolder:
     found.ca.write_bytes(CA.pem)
     found.ca_key.write_bytes(CA.key_pem)
     found.proxy_secret.write_text(PROXY_SECRET)
+    found.encoder_secret.write_text("e" * 64)
     return found
 
 

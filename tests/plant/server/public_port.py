@@ -59,6 +59,7 @@ def make_folder(path: Path, *, public_page: bool = False) -> FederationFolder:
     folder.loopback_certificate.write_bytes(leaf + ca.pem)
     folder.loopback_certificate_key.write_bytes(pki.key_pem(key))
     folder.proxy_secret.write_text(SECRET)
+    folder.encoder_secret.write_text("e" * 64)
     folder.page_password.write_text("a password")
     return folder
 

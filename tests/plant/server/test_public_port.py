@@ -38,6 +38,7 @@ OPEN = {paths.HELLO: "GET", paths.JOIN: "POST"}
 CERTIFIED = {
     paths.RENEW: "POST",
     paths.REPORT: "POST",
+    paths.GRANT: "POST",
     paths.MANIFEST: "GET",
     f"{paths.FILES}/config.json": "GET",
     f"{paths.TENSORS}/{DIGEST}": "GET",
@@ -88,7 +89,7 @@ def test_exactly_the_listed_paths_answer(port: PublicPort, member: Certificate) 
     ours = {
         PUBLISH, COLLECT, "/", "/events", "/status.json", "/metrics", "/status/", paths.AUTHORISE,
         "/fedsplit-authorise", "/status/metrics", paths.FILES, f"{paths.FILES}/", f"{paths.TENSORS}/x",
-        "/docs", "/openapi.json", paths.FLEET, f"{paths.FLEET}/", "/fedsplit/v1", "/fedsplit.v1.Encoder",
+        f"{paths.GRANT}/", f"{paths.GRANT}s", "/docs", "/openapi.json", paths.FLEET, f"{paths.FLEET}/", "/fedsplit/v1", "/fedsplit.v1.Encoder",
     }  # fmt: skip
     answered: dict[str, set[str]] = {}
     with port.client(member) as client:

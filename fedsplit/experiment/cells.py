@@ -22,11 +22,11 @@ from fedsplit.experiment.grid import Grid, MethodRow, Problem, Scalar, Settings,
 
 # What the experiment sets itself.
 OWN_KEYS = (
-    "seed", "run-name", "runs-dir", "resume", "encoder-address", "encoder-bind", "encoder-secret-file",
+    "seed", "run-name", "runs-dir", "registry", "resume", "encoder-address", "encoder-bind", "encoder-secret-file",
     "encoder-tls-cert", "encoder-tls-key", "encoder-tls-ca", "encoder-insecure",
 )  # fmt: skip
 # How a run is kept, not what it computes.
-_NO_MATTER = ("run-name", "runs-dir", "resume", "deadline-s")
+_NO_MATTER = ("run-name", "runs-dir", "registry", "resume", "deadline-s")
 # No site of a simulation is late: what a grid reports must not depend on the machine's speed.
 _PATIENT_S = 10.0**7
 
@@ -176,7 +176,7 @@ class CellMaker:
             if key in flat
         ]
         known = {key: value for key, value in flat.items() if key not in OWN_KEYS}
-        fixed: Settings = {"seed": condition.seed, "runs-dir": str(self._runs)}
+        fixed: Settings = {"seed": condition.seed, "runs-dir": str(self._runs), "registry": "none"}
         fixed |= {"deadline-s": flat.get("deadline-s", _PATIENT_S)}
         config = None
         try:

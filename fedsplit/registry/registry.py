@@ -27,6 +27,7 @@ from fedsplit.core.foreign import printable
 from fedsplit.core.whole_files import hand_over
 from fedsplit.registry.books import FORMAT, Books
 from fedsplit.registry.module_files import VERSION_FILE, digest_of, file_digests, read_about
+from fedsplit.registry.places import ALIASES, DATABASE, FILES, LOCK, find_registry, is_registry
 from fedsplit.registry.prepared import Prepared
 from fedsplit.registry.tables import database
 from fedsplit.registry.version import (
@@ -41,7 +42,8 @@ from fedsplit.registry.version import (
     Version,
 )
 
-DATABASE, FILES, ALIASES, LOCK = "modules.db", "files", "aliases.json", ".lock"
+__all__ = ["ModuleRegistry", "find_registry", "is_registry"]
+
 _LOCK_S = 120.0
 Audit = Callable[[str, Mapping[str, Any]], None]
 """Told of each change, in a word and details, before it is in force; what it raises prevents the change."""
@@ -309,24 +311,6 @@ class ModuleRegistry(Closing):
                 prepared.settle()
             except OSError as err:
                 raise _unusable(self.path, err) from err
-
-
-def is_registry(folder: Path) -> bool:
-    """Is there a registry in a folder, be it damaged?"""
-    if (folder / DATABASE).is_file():
-        return True
-    files = folder / FILES
-    return files.is_dir() and (
-        (folder / ALIASES).is_file() or next(files.glob(f"*/{VERSION_FILE}"), None) is not None
-    )
-
-
-def find_registry(start: Path) -> Path | None:
-    """The registry at or near a folder: itself, its modules/ (a federation's, a runs folder's), its runs/modules/."""
-    for folder in (start, start / "modules", start / "runs" / "modules"):
-        if is_registry(folder):
-            return folder.absolute()
-    return None
 
 
 @contextmanager

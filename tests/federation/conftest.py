@@ -23,6 +23,7 @@ def settings(runs: Path, **other: Any) -> RunConfig:
         "cut": "0,6;1,5",
         "runs-dir": str(runs),
         "run-name": "run",
+        "registry": "none",
         "partition": "iid",
         "deadline-s": 60.0,
     }

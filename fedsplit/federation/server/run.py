@@ -27,6 +27,7 @@ from fedsplit.federation import messages
 from fedsplit.federation.server import known_nodes
 from fedsplit.federation.server.attendance import Attendance
 from fedsplit.federation.server.between_sites import differences_between
+from fedsplit.federation.server.books.kept_module import keep_module
 from fedsplit.federation.server.books.ledger import Ledger
 from fedsplit.federation.server.books.run_dir import RunDir
 from fedsplit.federation.server.books.tracker import Tracker
@@ -42,6 +43,7 @@ from fedsplit.model.backbone import Backbone
 from fedsplit.model.inputs import Inputs
 from fedsplit.model.module import ModuleSpec
 from fedsplit.model.probe import check_backbone
+from fedsplit.registry.of_run import PARENT
 from fedsplit.training.closed_form_start import check_start
 
 # Flower forwards what its own logger says to `flwr log`, and nothing else.
@@ -93,6 +95,8 @@ class Run:
         """How it ended, once it has."""
         self._tracker = Tracker(config, self.dir, scoring)
         self._strategy: SplitStrategy | None = None
+        self._parent = ""  # the digest of the module that it starts from
+        self._module_saved = False
         self._ranges: set[float] = set()  # what is white at the sites
 
     def go(self) -> Summary:
@@ -144,6 +148,7 @@ class Run:
         goes_on = bool(self.config.run.resume) and self.dir.has_checkpoint
         # Before anybody is asked: what does not fit is known at once.
         start = None if goes_on else StartModule.read(self.config, self.backbone)
+        self._parent = start.digest if start is not None else self._saved_parent()
         question = Question(
             run=self.dir.label,
             config=self.config,
@@ -264,6 +269,11 @@ class Run:
         good = isinstance(saved, list) and all(isinstance(name, str) for name in saved)
         return tuple(saved) if good and saved else None
 
+    def _saved_parent(self) -> str:
+        """The module that a resumed run was started from."""
+        saved = self.dir.read_config().get(PARENT)
+        return saved if isinstance(saved, str) else ""
+
     def _say_waiting(self, text: str) -> None:
         status = Status(
             phase="waiting",
@@ -357,6 +367,7 @@ class Run:
                 **({"scale": scale.model_dump()} if scale else {}),
                 "sites": {s.name: str(s.cut) for s in sites},
                 "backbone_sha256": self.backbone.sha256,
+                **({PARENT: self._parent} if self._parent else {}),
                 "versions": {"python": platform.python_version()}
                 | installed()
                 | {name: version(name) for name in packages},
@@ -391,6 +402,7 @@ class Run:
                 inputs=Inputs.of(self.config, self._ranges),
             )
         )
+        self._module_saved = True
 
     def _finish(self, outcome: Outcome, reason: str) -> None:
         done = self._strategy.rounds_done if self._strategy else 0
@@ -402,6 +414,8 @@ class Run:
         )
         if outcome == "failed" and self._strategy is not None and done:
             self._save_module(self._strategy)
+        if self._module_saved:
+            self.summary = summary = self._kept(summary)
         if self._strategy is not None or not self.config.run.resume:
             # A resumed run that fails before it has its account must not overwrite the earlier one.
             self.dir.finish(summary)
@@ -419,6 +433,15 @@ class Run:
         # The one line by which a CLI on another machine gets the numbers out of Flower's log.
         print_line = json.dumps(json.loads(summary.model_dump_json()), separators=(",", ":"))
         _log.info("%s %s", SUMMARY_MARK, print_line)
+
+    def _kept(self, summary: Summary) -> Summary:
+        """The summary, once the module is a version in the registry; with notes where it is none."""
+        notes = keep_module(
+            self.config, self.dir.path / summary.module, summary, parent=self._parent
+        )
+        for note in notes:
+            _log.warning("%s", note)
+        return summary.model_copy(update={"notes": fit([*summary.notes, *notes])})
 
 
 def simulated(grid: Grid) -> bool:

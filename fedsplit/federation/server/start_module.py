@@ -17,6 +17,8 @@ from fedsplit.core.scores import Target
 from fedsplit.model import module
 from fedsplit.model.backbone import Backbone
 from fedsplit.model.module import ModuleSpec, ModuleTensors
+from fedsplit.predict.found import find_module
+from fedsplit.registry.places import is_registry
 
 _NAMES_SHOWN = 400
 
@@ -26,6 +28,7 @@ class StartModule:
     """An earlier module and what it is made of."""
 
     folder: Path
+    digest: str
     backbone: Backbone
     spec: ModuleSpec
     tensors: ModuleTensors
@@ -35,20 +38,24 @@ class StartModule:
         """The module of `start-module`, or None. Raises BackboneError and ConfigError where it does not fit the run."""
         if not config.run.start_module:
             return None
-        folder = Path(config.run.start_module)
+        place = config.run.registry_folder
+        found = find_module(
+            config.run.start_module, registry=place if place and is_registry(place) else None
+        )
+        folder = found.folder
         spec, tensors = module.load_exported(folder, backbone)
         if spec.kind != config.module.kind:
             raise ConfigError(
                 f"start-module={folder} holds module={spec.kind}, the run trains module={config.module.kind}; use the "
                 f"same kind"
             )
-        found: Target = "class" if spec.numbers is None else "number"
-        if found != config.task.target:
+        target: Target = "class" if spec.numbers is None else "number"
+        if target != config.task.target:
             raise ConfigError(
-                f"start-module={folder} was trained on target={found}, the run trains on target={config.task.target}; use a "
+                f"start-module={folder} was trained on target={target}, the run trains on target={config.task.target}; use a "
                 f"module of the same kind"
             )
-        return cls(folder, backbone, spec, tensors)
+        return cls(folder, found.digest, backbone, spec, tensors)
 
     def classes(self, sites: Iterable[str]) -> tuple[str, ...]:
         """The run's classes: the earlier module's and those of the sites, sorted."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import getpass
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from fedsplit.core.errors import FedsplitError, FolderError
 from fedsplit.core.records import Summary, TasksSummary
 from fedsplit.plant.server import audit
 from fedsplit.plant.server.folder import FederationFolder
+from fedsplit.registry.module_files import module_digest
 
 Ended = Summary | TasksSummary
 
@@ -56,15 +56,15 @@ def _record(folder: FederationFolder, summary: Summary, run_dir: Path) -> None:
         sites=[site.name for site in summary.sites],
         left_out=[one.site for one in summary.left_out],
         backbone_sha256=summary.backbone_sha256,
-        module_sha256=_module_digest(run_dir / summary.module) if summary.module else "",
+        module_sha256=_digest(run_dir / summary.module) if summary.module else "",
     )
 
 
-def _module_digest(module: Path) -> str:
-    """SHA-256 of the module's tensors; empty where there are none."""
-    for path in sorted(module.glob("*.safetensors")):
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(module: Path) -> str:
+    """The module's digest, as the registry of modules has it; empty where there is no module."""
+    with contextlib.suppress(FedsplitError):
+        if module.is_dir():
+            return module_digest(module)
     return ""
 
 

@@ -18,7 +18,7 @@ CONNECTION = "fedsplit"
 """Of the folder's own Flower configuration."""
 Flat = dict[str, str | int | float | bool]
 _MAY_GO_ON_S = 86_400.0
-_OF_THE_FOLDER = ("runs-dir", "encoder-address", "encoder-secret-file", "encoder-bind")
+_OF_THE_FOLDER = ("runs-dir", "registry", "encoder-address", "encoder-secret-file", "encoder-bind")
 
 
 class ServiceState(BaseModel):
@@ -78,6 +78,7 @@ def settings_of(folder: FederationFolder, given: Flat, *, resumed: bool = False)
     encoder = f"127.0.0.1:{present(folder).port('encoder')}"
     places: Flat = {
         "runs-dir": str(folder.runs),
+        "registry": str(folder.modules),
         "encoder-address": encoder,
         "encoder-secret-file": str(folder.encoder_secret),
     }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import pytest
@@ -12,6 +11,7 @@ from fedsplit.core.records import TasksSummary
 from fedsplit.plant.server import audit
 from fedsplit.plant.server.folder import FederationFolder
 from fedsplit.plant.server.run_audit import audited
+from fedsplit.registry.module_files import module_digest
 from tests.report.samples import metrics, summary
 
 
@@ -29,7 +29,7 @@ def test_the_end_names_sites_and_module(folder: FederationFolder) -> None:
     (line,) = lines(folder)
     assert (line["run"], line["outcome"]) == ("night", "complete")
     assert line["sites"] == [site.name for site in ended.sites]
-    assert line["module_sha256"] == hashlib.sha256(b"tensors").hexdigest()
+    assert line["module_sha256"] == module_digest(module)
     assert [e["what"] for e in audit.read(folder)] == ["run-started", "run-ended"]
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from fedsplit.core.errors import ConfigError
 from fedsplit.core.foreign import printable, read_json
 from fedsplit.registry.module_files import ABOUT_FILE, module_digest
-from fedsplit.registry.registry import ModuleRegistry, find_registry
+from fedsplit.registry.places import find_registry
 
 REGISTRY_VARIABLE = "FEDSPLIT_REGISTRY"
 _RUN_FOLDER, _RUN_CONFIG = "module", "config.json"
@@ -99,6 +99,9 @@ def _registered(reference: str, registry: Path | None) -> FoundModule:
             f"there is no module {printable(reference, limit=300)!r}: no such folder is here, and no registry of modules; give "
             f"the folder of a run (runs/NAME), or --registry DIR"
         )
+    # SQLAlchemy: who names a folder does without it.
+    from fedsplit.registry.registry import ModuleRegistry
+
     with ModuleRegistry.open(folder) as opened:
         version = opened.get(reference)
         opened.files(version)  # they are as they were kept

@@ -110,6 +110,9 @@ def predict(
     Exit codes: 0 all inputs were answered, 3 some could not be read, 2 wrong module, backbone or inputs, 1 the server or its
     encoder refused or is away, 4 the site is no member any more.
     """
+    from fedsplit.core.cpus import wait_asleep
+
+    wait_asleep()
     from fedsplit.cli.predict_view import views
     from fedsplit.predict.stream import check_batch_size
 

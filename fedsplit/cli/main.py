@@ -25,6 +25,7 @@ from fedsplit.cli import (
     federation,
     predict,
     run,
+    serve,
     serve_encoder,
     server,
     show_config,
@@ -59,6 +60,7 @@ app.command("data")(data.data)
 app.command("predict")(predict.predict)
 app.command("doctor")(doctor.doctor)
 app.command("status")(status.status)
+app.command("serve")(serve.serve)
 app.command("experiment")(experiment.experiment)
 app.add_typer(serve_encoder.app, name="encoder")
 app.add_typer(server.app, name="server")

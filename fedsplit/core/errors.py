@@ -8,7 +8,7 @@
     ├── EncoderError        something between a site and the encoder
     │   ├── RefusedError        the encoder says no: token, backbone, version, cut, limits
     │   ├── ProtocolError       a frame is malformed, out of order or of the wrong shape
-    │   ├── OverloadedError     the encoder is full; carries `retry_after_s`
+    │   ├── OverloadedError     the encoder, or a service that predicts, is full; carries `retry_after_s`
     │   └── UnreachableError    nobody answers at the address, the peer died or a deadline passed
     ├── FederationError     the run cannot go on: too few sites, no useful update
     │   ├── RoundLostError      a round came to nothing for reasons that may pass; it is done once more
@@ -64,7 +64,7 @@ class ProtocolError(EncoderError):
 
 
 class OverloadedError(EncoderError):
-    """The encoder is full; try again after `retry_after_s` seconds."""
+    """The encoder, or a service that predicts, is full; try again after `retry_after_s` seconds."""
 
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as Pillow
+from PIL import UnidentifiedImageError
 
 from fedsplit.core.errors import DataError
 from fedsplit.core.foreign import printable
@@ -29,6 +30,7 @@ from fedsplit.training.data.pixels import Pixels, read_pixels, to_bytes
 
 _BYTE = 255
 _UNIT_OVERSHOOT = 1.01
+_NO_IMAGE = "it is no PNG, JPEG, BMP, GIF, WEBP, TIFF or PPM"
 _STATE = "give it: --pixel-max, or load_predictor(..., pixel_max=...)"
 
 
@@ -67,9 +69,9 @@ def read_image(source: str | Path | bytes, inputs: Inputs, *, where: str = "") -
     except FileNotFoundError as err:
         raise fault(where, "there is no such file; check the path") from err
     except PILLOW_ERRORS as err:
-        raise fault(
-            where, f"not a readable image ({printable(err, limit=200)}); replace or remove the file"
-        ) from err
+        # Of bytes Pillow says where in memory they lie.
+        why = _NO_IMAGE if isinstance(err, UnidentifiedImageError) else printable(err, limit=200)
+        raise fault(where, f"not a readable image ({why}); replace or remove the file") from err
 
 
 def fault(where: object, problem: str) -> DataError:

@@ -24,6 +24,7 @@ from fedsplit.cli import (
     experiment,
     federation,
     predict,
+    report,
     run,
     serve,
     serve_encoder,
@@ -62,6 +63,7 @@ app.command("doctor")(doctor.doctor)
 app.command("status")(status.status)
 app.command("serve")(serve.serve)
 app.command("experiment")(experiment.experiment)
+app.command("report")(report.report)
 app.add_typer(serve_encoder.app, name="encoder")
 app.add_typer(server.app, name="server")
 app.add_typer(show_config.app, name="config")

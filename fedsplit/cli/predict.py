@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,8 +28,12 @@ if TYPE_CHECKING:
     from fedsplit.cli.predict_view import View
     from fedsplit.predict.predictor import Predictor
     from fedsplit.predict.source import Source
+    from fedsplit.predict.stream import Answered, Unread
 
+Count = Callable[["Sequence[Answered | Unread]"], None]
+"""Told of each batch of answers."""
 _PARTIAL = 3
+_SITE_MODULES, _SITE_SETTINGS = "modules", "site.toml"
 _PROBLEMS_SHOWN = 1000
 
 ModuleOption = Annotated[
@@ -127,7 +131,10 @@ def predict(
                 opened(module, wish, out, registry=registry, backbone=backbone, pixel_max=pixel_max)
             )
         show = partial(views, predictor, out, csv=csv, scores=scores, excel=excel)
-        unread = _predict(predictor, inputs, show, out, column=column, batch_size=batch_size)
+        count = stack.enter_context(_counting(predictor, site))
+        unread = _predict(
+            predictor, inputs, show, out, count=count, column=column, batch_size=batch_size
+        )
     if unread:
         raise typer.Exit(_PARTIAL)
 
@@ -138,6 +145,7 @@ def _predict(
     show: Callable[[], AbstractContextManager[View]],
     out: Output,
     *,
+    count: Count,
     column: str,
     batch_size: int,
 ) -> bool:
@@ -154,13 +162,40 @@ def _predict(
     for note in told:
         out.note(note)
     with show() as view:
-        seconds, notes = _answer(predictor, found, view, out, batch_size=batch_size)
+        seconds, notes = _answer(predictor, found, view, out, count=count, batch_size=batch_size)
         view.finish(seconds=seconds, notes=[*told, *notes])
     return bool(view.unread)
 
 
+@contextmanager
+def _counting(predictor: Predictor, site: Path | None) -> Iterator[Count]:
+    """Counts answers for the site that they are given at, where one is known: by --site, or by where the module lies."""
+    from fedsplit.predict import stream
+    from fedsplit.predict.usage import Usage
+
+    lies = predictor.found.folder.absolute().parent
+    if site is None and lies.name == _SITE_MODULES and (lies.parent / _SITE_SETTINGS).is_file():
+        site = lies.parent
+    if site is None or predictor.spec.numbers is not None:
+        yield lambda _: None
+        return
+    with Usage(site.expanduser(), predictor.found.digest) as usage:
+
+        def count(batch: Sequence[Answered | Unread]) -> None:
+            said = [one.answer for one in batch if isinstance(one, stream.Answered)]
+            usage.add([answer.name for answer in said], [answer.value for answer in said])
+
+        yield count
+
+
 def _answer(
-    predictor: Predictor, found: list[Source], view: View, out: Output, *, batch_size: int
+    predictor: Predictor,
+    found: list[Source],
+    view: View,
+    out: Output,
+    *,
+    count: Count,
+    batch_size: int,
 ) -> tuple[float, list[str]]:
     """Read, predict and show; then tell what could not be read and how quick it was: seconds and notes."""
     from itertools import chain
@@ -175,6 +210,7 @@ def _answer(
     with progress(out, total, what=f"{predictor.kind}s", quiet=view.prints) as advance:
         for batch in stream(predictor, everything, batch_size=batch_size, seen=seen):
             view.add(batch)
+            count(batch)
             advance(len(batch))
     seconds = time.perf_counter() - began
     notes = seen.notes(predictor)

@@ -6,8 +6,10 @@ import csv
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from PIL import Image
 
 from fedsplit.cli.main import call
 from fedsplit.predict.predictor import load_predictor
+from fedsplit.predict.usage import used
 from tests.predict.samples import photos
 
 from .conftest import COMMAND
@@ -244,6 +247,26 @@ def test_who_reads_the_rows_may_go(
     assert program.wait(60) == 141
     assert "Traceback" not in said
     assert "Error" not in said
+
+
+def test_answers_at_a_site_are_counted_for_it(
+    trained_image_module: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A module in a site's folder: how often each class came, and nothing of the inputs."""
+    folder, site = photos(tmp_path / "photos", 4), tmp_path / "site"
+    (folder / "検査" / "0.png").write_bytes(b"no image")
+    module = site / "modules" / "abc"
+    shutil.copytree(trained_image_module / "module", module)
+    answer(capsys, module, folder)
+    assert not (site / "usage").exists()
+    (site / "site.toml").write_text("")
+    code, told = answer(capsys, module, folder)
+    assert code == 3
+    (day,) = (site / "usage").glob("*.json")
+    sums = used(site, day.stem)[told["module"]["digest"]]
+    assert sums.classes == Counter(one["class"] for one in told["answers"])
+    assert sums.confidence == pytest.approx(sum(one["probability"] for one in told["answers"]))
+    assert "photos" not in day.read_text()
 
 
 def test_names_that_are_no_text(

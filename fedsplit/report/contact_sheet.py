@@ -15,7 +15,9 @@ from fedsplit.training.data import Examples
 from fedsplit.training.data.examples import Index
 
 EACH, MOST_CLASSES = 6, 40
-_SIDE, _GAP, _TEXT = 128, 10, 18
+SIDE = 128
+"""Of an image on the sheet, in pixels."""
+_GAP, _TEXT = 10, 18
 _PAPER, _INK, _GREY = "white", "#222222", "#777777"
 
 
@@ -37,16 +39,16 @@ def write_sheet(path: Path, examples: Examples) -> list[str]:
         ImageFont.load_default(size) if font is None else ImageFont.truetype(font, size)
         for size in (15, 11)
     )
-    row = _SIDE + 3 * _TEXT + _GAP
-    sheet = Pillow.new("RGB", (EACH * (_SIDE + _GAP) + _GAP, _GAP + len(rows) * row), _PAPER)
+    row = SIDE + 3 * _TEXT + _GAP
+    sheet = Pillow.new("RGB", (EACH * (SIDE + _GAP) + _GAP, _GAP + len(rows) * row), _PAPER)
     draw = ImageDraw.Draw(sheet)
     for place, (_, chosen) in enumerate(rows):
         top = _GAP + place * row
         draw.text((_GAP, top), heads[place], fill=_INK, font=head)
         for column, i in enumerate(chosen):
-            left = _GAP + column * (_SIDE + _GAP)
-            sheet.paste(_thumbnail(examples, i), (left, top + _TEXT + 4))
-            draw.text((left, top + _TEXT + _SIDE + 6), names[i], fill=_GREY, font=small)
+            left = _GAP + column * (SIDE + _GAP)
+            sheet.paste(thumbnail(examples, i), (left, top + _TEXT + 4))
+            draw.text((left, top + _TEXT + SIDE + 6), names[i], fill=_GREY, font=small)
     try:
         sheet.save(path, format="PNG")
     except OSError as err:
@@ -65,14 +67,15 @@ def _caption(examples: Examples, i: int) -> str:
     return printable(Path(examples.origin(i)).name, limit=22)
 
 
-def _thumbnail(examples: Examples, i: int) -> Pillow.Image:
+def thumbnail(examples: Examples, i: int) -> Pillow.Image:
+    """Sample `i` within SIDE x SIDE."""
     image = Pillow.fromarray(examples.image(i))
     # Small scans are made large enough to be seen, pixel by pixel.
-    grow = max(1, _SIDE // max(image.size))
+    grow = max(1, SIDE // max(image.size))
     if grow > 1:
         size = (image.width * grow, image.height * grow)
         image = image.resize(size, Pillow.Resampling.NEAREST)
-    image.thumbnail((_SIDE, _SIDE))
+    image.thumbnail((SIDE, SIDE))
     return image
 
 

@@ -19,10 +19,18 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedsplit.core.config import RunConfig
+from fedsplit.core.cut import Cut
+from fedsplit.core.encoder import Grant, Inference
 from fedsplit.core.errors import FederationError, FedsplitError, UnreachableError
 from fedsplit.federation.server.run import Run, settle
+from fedsplit.predict.predictor import load_predictor
+from fedsplit.predict.remote import RemoteMiddle, Way
+from fedsplit.registry.registry import ModuleRegistry
+from fedsplit.registry.version import Facts
 from fedsplit.training import dial
 from fedsplit.transport.client import StreamEncoder
+from fedsplit.transport.keys import read_key
+from fedsplit.transport.tokens import sign
 from server_app.app import _endpoint
 from tests.federation.conftest import settings, simulated
 from tests.federation.grid import InProcessGrid
@@ -88,6 +96,28 @@ def assert_same_module(one: Path, other: Path) -> None:
     assert any(np.any(t) for n, t in ours.items() if ".lora_B." in n)
 
 
+def assert_predicts(encoder: Served, folder: Path, modules: Path) -> None:
+    """What the run left is registered, and the encoder that was there before predicts with it."""
+    with ModuleRegistry.open(modules, create=True) as registry:
+        version = registry.add(folder, Facts(task="digits"))
+    cut = Cut(2, 4)
+    grant = Grant.to_predict(
+        cut,
+        Inference(max_rows=100, rows_per_minute=1000),
+        site="a",
+        task="digits",
+        version=version.digest,
+        backbone_sha256=version.backbone_sha256,
+    )
+    token = sign(grant, read_key(encoder.secret), 60)
+    samples = [np.full((8, 8, 3), 20 * i, np.uint8) for i in range(5)]
+    whole = load_predictor(folder)
+    with RemoteMiddle(lambda: Way(encoder.address, token, grant, 60)) as middle:
+        split = load_predictor(folder, middle=middle, cut=cut)
+        found = split.outputs([split.prepare(s) for s in samples])
+    assert np.array_equal(found, whole.outputs([whole.prepare(s) for s in samples]))
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run folder of three rounds with the app's own encoder."""
@@ -98,12 +128,13 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_same_module_as_with_the_apps_encoder(reference: Path, tmp_path: Path) -> None:
-    with served(tmp_path) as encoder:
+    with served(tmp_path, "--registry", str(tmp_path / "modules")) as encoder:
         assert oct(encoder.secret.stat().st_mode)[-3:] == "600"
         config = settings(tmp_path, rounds=3, cut="0,6;2,4", **of(encoder))
         with prepared(config) as run:
             summary = run.go()
         assert summary.outcome == "complete"
+        assert_predicts(encoder, run.dir.path / "module", tmp_path / "modules")
         encoder.process.send_signal(signal.SIGTERM)
         start = time.monotonic()
         assert encoder.process.wait(timeout=10) == 0

@@ -93,6 +93,11 @@ class _Collected(Collector):
                 "Backward steps since its start",
                 value=encoder.backpropped,
             )
+            yield CounterMetricFamily(
+                "fedsplit_encoder_predicted",
+                "Samples that sites predicted with it since its start",
+                value=encoder.predicted,
+            )
             refused = CounterMetricFamily(
                 "fedsplit_encoder_refused", "Calls that were refused, by reason", labels=["reason"]
             )

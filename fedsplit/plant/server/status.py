@@ -91,6 +91,8 @@ class EncoderStatus(_Shown):
     sessions: int = 0
     encoded: int = 0
     backpropped: int = 0
+    predicted: int = 0
+    """Samples of sites that predict."""
     published: int = 0
     refused: dict[str, int] = {}
     rss_bytes: int = 0

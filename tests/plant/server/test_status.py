@@ -70,7 +70,7 @@ def plant(folder: FederationFolder, held: FileLock) -> Iterator[FederationFolder
     clock = {"now": time.time() - 3600}
     folder.encoder_stats.write_text(
         '{"live_sessions": 2, "kept_steps": 1, "kept_bytes": 9, "sessions": 7, "encoded": 40, "backpropped": 30, '
-        '"probed": 0, "scored": 0, "published": 3, "refused": {"token": 4}, "rss_bytes": 500000000}',
+        '"probed": 0, "scored": 0, "predicted": 12, "published": 3, "refused": {"token": 4}, "rss_bytes": 500000000}',
         encoding="utf-8",
     )
     with Registry(folder, now=lambda: clock["now"]) as registry:
@@ -183,6 +183,7 @@ def test_metrics_name_services_sites_and_runs(plant: FederationFolder) -> None:
         'fedsplit_site_memory_bytes{site="line-a"} 3e+08',
         "fedsplit_encoder_sessions 2.0",
         "fedsplit_encoder_steps_total 40.0",
+        "fedsplit_encoder_predicted_total 12.0",
         'fedsplit_encoder_refused_total{reason="token"} 4.0',
         'fedsplit_run_replied{run="inspection-3"} 2.0',
         'fedsplit_run_ended{outcome="failed",run="inspection-2"} 1.0',

@@ -13,7 +13,7 @@ import typer
 
 from fedsplit.cli.console import Output
 from fedsplit.cli.run import JsonFlag
-from fedsplit.core.errors import ConfigError, RunDirError
+from fedsplit.core.errors import ConfigError, RegistryError, RunDirError
 from fedsplit.core.foreign import printable
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def _write(
             )
         one = read_run(run)
         subject, folder = Subject(title=one.name, runs=(one,)), run
+    subject = _with_versions(subject, federation or folder.parent, output)
     with extra("server", "a report's pictures"):
         import fedsplit.report.page.pictures  # noqa: F401
     from fedsplit.report.page import make_page
@@ -124,6 +125,29 @@ def _write(
     })  # fmt: skip
     for why in subject.unread:
         output.note(f"not in the report: {why}")
+
+
+def _with_versions(subject: Subject, start: Path, output: Output) -> Subject:
+    """What the registry beside the runs has of them; a damaged one is told, and the report is made without it."""
+    import dataclasses
+
+    from fedsplit.registry.places import find_registry
+    from fedsplit.registry.registry import ModuleRegistry
+
+    if (place := find_registry(start)) is None:
+        return subject
+    try:
+        with ModuleRegistry.open(place) as registry:
+            versions, moves = registry.versions(), registry.history()
+    except (RegistryError, ConfigError) as err:
+        output.note(f"the registry of modules is not in the report: {err}")
+        return subject
+    names = {run.name for run in subject.runs}
+    versions = [v for v in versions if v.run in names or any(run.name in names for run in v.runs)]
+    tasks = {version.task for version in versions}
+    return dataclasses.replace(
+        subject, versions=tuple(versions), moves=tuple(m for m in moves if m.task in tasks)
+    )
 
 
 def _of_federation(path: Path, name: Path | None, since: date | None) -> tuple[Subject, Path]:

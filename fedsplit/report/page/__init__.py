@@ -44,6 +44,8 @@ def make_page(subject: Subject, *, lang: str, costs: Costs | None = None) -> tup
     told = subject.told
     for run, part in told:
         sections += Engineer(shown, run, part, several=len(told) > 1).sections()
+    if not subject.federation:
+        sections += period.versions(shown, subject)
     state, tone = _state(subject)
     page = Page(
         lang=lang,

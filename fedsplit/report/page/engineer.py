@@ -184,7 +184,11 @@ class Engineer:
         )
         blocks: list[Block] = [
             table,
-            Picture(picture, say("scores.picture", score=name), self._summary_ref),
+            Picture(
+                picture,
+                say("scores.picture" if shares else "scores.picture-number", score=name),
+                self._summary_ref,
+            ),
         ]
         if one.untrained:
             blocks.append(Text(say("untrained-why"), tone="note"))

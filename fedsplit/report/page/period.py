@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from datetime import UTC, datetime
 
 from fedsplit.core.foreign import printable
+from fedsplit.core.scores import SCORINGS
 from fedsplit.report.page.blocks import Block, Cell, Section, Table, Text, row
 from fedsplit.report.page.shown import Shown
 from fedsplit.report.page.subject import Run, Subject
@@ -13,17 +15,9 @@ from fedsplit.report.units import NONE, human_bytes, human_seconds
 
 _MOST_EVENTS = 200
 _KNOWN = ("time", "what", "who")
-_TOLD = (
-    "promoted",
-    "rolled-back",
-    "revoked",
-    "refused",
-    "joined",
-    "invited",
-    "module-added",
-    "promotion-refused",
-)
-"""Events that stand in the list one by one, whatever more there is; runs have a table of their own."""
+_COUNTED = ("run-started", "run-ended", "renewed", "node-key-added")
+"""Events that are counted alone: runs have a table of their own, and the others are many."""
+_MOST_VERSIONS = 200
 
 
 def sections(shown: Shown, subject: Subject) -> list[Section]:
@@ -36,8 +30,57 @@ def sections(shown: Shown, subject: Subject) -> list[Section]:
     blocks += [Text(say("period.unread", why=why), tone="warning") for why in subject.unread]
     return [
         Section(say("period"), (Text(title), *blocks), level=1, new_page=True),
+        *versions(shown, subject),
         *([Section(say("audit"), _events(shown, subject))] if subject.audit else []),
     ]
+
+
+def versions(shown: Shown, subject: Subject) -> list[Section]:
+    """What became of the modules: versions with their aliases, and who moved these."""
+    say = shown.say
+    if not subject.versions:
+        return []
+    refs = shown.sources.ref(say("source.registry"))
+    head = ("version", "aliases", "run", "created", "digest", "parents", "sites", "now")
+    rows = []
+    for one in subject.versions[-_MOST_VERSIONS:]:
+        scoring = SCORINGS[one.target]
+        tested = sum(site.test_samples for site in one.sites)
+        scores = one.metrics if scoring.main in one.metrics else None
+        rows.append(row([
+            Cell(one.name, "strong" if one.aliases else ""), shown.some(one.aliases) or NONE, one.run or NONE,
+            _stamp(shown, one.created), one.digest[:12], shown.some([p[:12] for p in one.parents], 3) or NONE,
+            f"{len(one.sites)}", shown.score(scores, scoring, tested),
+        ]))  # fmt: skip
+    blocks: list[Block] = [
+        Table(
+            columns=tuple(say(f"column.{c}") for c in head), rows=tuple(rows), left=(0, 1, 2, 4, 5),
+            refs=refs, tight=True,
+        )
+    ]  # fmt: skip
+    if subject.moves:
+        names = {one.digest: one.name for one in subject.versions}
+        moved = [
+            row([
+                _stamp(shown, move.at), move.task, move.alias, names.get(move.digest, move.digest[:12]),
+                say(f"move.{move.kind}"), move.by or NONE, move.why or NONE,
+            ])
+            for move in reversed(subject.moves[-_MOST_VERSIONS:])
+        ]  # fmt: skip
+        columns = tuple(
+            say(f"column.{c}") for c in ("when", "task", "alias", "version", "event", "by", "why")
+        )
+        blocks.append(
+            Table(
+                columns=columns, rows=tuple(moved), left=(1, 2, 3, 4, 5, 6), title=say("moves.title"),
+                refs=refs, tight=True,
+            )
+        )  # fmt: skip
+    return [Section(say("section.versions"), tuple(blocks))]
+
+
+def _stamp(shown: Shown, at: float) -> str:
+    return shown.stamp(datetime.fromtimestamp(at, UTC)) if at else NONE
 
 
 def _runs(shown: Shown, runs: tuple[Run, ...]) -> Table:
@@ -99,7 +142,7 @@ def _events(shown: Shown, subject: Subject) -> tuple[Block, ...]:
         rows=tuple(row([what, f"{n:,}"]) for what, n in counts.most_common()),
         refs=refs,
     )
-    told = [line for line in subject.audit if line.get("what") in _TOLD]
+    told = [line for line in subject.audit if line.get("what") not in _COUNTED]
     rows = []
     for line in reversed(told[-_MOST_EVENTS:]):
         details = "; ".join(

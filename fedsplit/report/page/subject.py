@@ -16,6 +16,7 @@ from fedsplit.core.errors import RunDirError
 from fedsplit.core.foreign import printable, read_json
 from fedsplit.core.records import RoundMetrics, SiteSummary, Status, Summary
 from fedsplit.core.scores import Scores, added
+from fedsplit.registry.version import Promotion, Version
 from fedsplit.report.read import read_metrics, read_status, read_summary, read_tasks
 
 
@@ -80,6 +81,10 @@ class Subject:
     """Lines of the federation's audit log, of the time that the report covers."""
     unread: tuple[str, ...] = ()
     """Runs whose files cannot be read, each with the reason."""
+    versions: tuple[Version, ...] = ()
+    """What the registry of modules has of these runs."""
+    moves: tuple[Promotion, ...] = ()
+    """How its aliases moved, oldest first."""
 
     @property
     def told(self) -> tuple[tuple[Run, Part], ...]:

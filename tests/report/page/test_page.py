@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import string
@@ -19,11 +20,15 @@ from fedsplit.cli.main import call
 from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import ConfigError, RunDirError
 from fedsplit.core.records import LeftOut, RoundMetrics, SiteSummary, Status, Summary
+from fedsplit.plant.server import audit
+from fedsplit.plant.server.folder import FederationFolder
+from fedsplit.registry.registry import ModuleRegistry
 from fedsplit.report.costs import Costs
 from fedsplit.report.page import make_page
 from fedsplit.report.page.subject import Confusion, Part, Run, Subject, read_run
 from fedsplit.report.page.write import as_html, as_markdown
 from fedsplit.report.words import _all
+from tests.registry import modules
 from tests.report import samples
 
 KNOWN = {
@@ -480,3 +485,50 @@ def test_in_a_real_browser(run: Path, costs: Path, tmp_path: Path) -> None:
         )
         assert outside == 0
         browser.close()
+
+
+def test_a_federation_of_a_period(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs, who started them, what the audit log and the registry hold; a run that cannot be read is named."""
+    plant = tmp_path / "plant"
+    plant.mkdir()
+    (plant / "federation.toml").write_text(
+        'format = 1\n[server]\nhost = "fl.example"\n', encoding="utf-8"
+    )
+    folder = FederationFolder.at(plant)
+    lines = samples.metrics()
+    for name, task in (("old", "weld"), ("new", "weld"), ("odd", "weld")):
+        write(plant / "runs" / name, lines, samples.summary(lines, run=name, task=task))
+        audit.record(folder, "run-started", "server", run=name, by="花子")
+    long_ago = 1_700_000_000
+    for path in (plant / "runs" / "old").iterdir():
+        os.utime(path, (long_ago, long_ago))
+    (plant / "runs" / "odd" / "summary.json").write_text("{", encoding="utf-8")
+    audit.record(folder, "joined", "line <a>", serial="FF")
+    with ModuleRegistry.open(folder.modules, create=True) as registry:
+        made = modules.module(tmp_path / "m")
+        version = registry.add(made, modules.facts(task="weld", run="new"))
+        registry.promote(version.name, by="太郎", why="better")
+    out, md = tmp_path / "r.html", tmp_path / "r.md"
+    call_ = ["report", "--federation", str(plant), "--out", str(out), "--md", str(md), "--json"]
+    assert call(call_) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["runs"] == ["new", "old"]
+    assert "odd" in told["unread"][0]
+    text = loads_nothing(out.read_text(encoding="utf-8")).text
+    assert "For the engineer: new" in text
+    assert "For the engineer: old" not in text
+    for words in ("花子", "line <a>", "weld#1", "太郎", "better", "promoted", "Not read:"):
+        assert words in text, words
+    assert "FF" not in text
+    assert call([*call_, "--since", "2024-01-01"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"] == ["new"]
+    assert call([*call_, "--since", "yesterday"]) == 2
+    assert "write it as" in capsys.readouterr().err
+    assert call([*call_, "--since", "2999-01-01"]) == 0
+    assert "No run ended in this time" in loads_nothing(out.read_text(encoding="utf-8")).text
+    capsys.readouterr()
+    assert call(["report", "new", "--federation", str(plant), "--out", str(out)]) == 0
+    assert "花子" in loads_nothing(out.read_text(encoding="utf-8")).text
+    (folder.modules / "modules.db").write_bytes(b"no database")
+    assert call(["report", "new", "--federation", str(plant), "--out", str(out)]) == 0
+    assert "the registry of modules is not in the report" in capsys.readouterr().err

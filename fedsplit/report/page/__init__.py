@@ -16,6 +16,7 @@ from fedsplit.report.costs import Costs
 from fedsplit.report.page import boss, period
 from fedsplit.report.page.blocks import Mood, Page
 from fedsplit.report.page.engineer import Engineer
+from fedsplit.report.page.measured import measured
 from fedsplit.report.page.shown import Shown
 from fedsplit.report.page.subject import Subject
 from fedsplit.report.roi import Return
@@ -33,7 +34,7 @@ def make_page(subject: Subject, *, lang: str, costs: Costs | None = None) -> tup
         currency=costs.currency if costs else "",
         costs=costs.path.name if costs else "costs.toml",
     )
-    known = boss.measured(subject, costs)
+    known = measured(subject, costs)
     if costs is not None:
         found = roi.returns(roi.quantities(costs, known))
     else:

@@ -1,9 +1,11 @@
 """The report: one HTML file without outside parts, for the boss first and the engineer after, or the same as Markdown.
 
-subject.py    what it is about: runs as their files are        costs.py, roi.py (one floor up) what it is worth
-boss.py       the first page                                    engineer.py, left.py, period.py the rest
-blocks.py     what a page is made of                            shown.py, words.py numbers and sentences in a language
-pictures.py   SVG, by matplotlib                                write.py, page.html, page.md the two forms
+subject.py, measured.py             what it is about: runs as their files are, and what they measured
+boss.py                             the first page; report/costs.py and report/roi.py have its values and figures
+engineer.py, scored.py, left.py     a task of a run in detail
+period.py                           a federation's runs, versions of modules, events
+blocks.py, shown.py                 what a page is made of; numbers and names in a language (sentences: report/words.py)
+pictures.py, write.py               SVG, by matplotlib; HTML and Markdown, where all is escaped
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ _NAME = "report.html"
 def report(
     run: Annotated[
         Path | None,
-        typer.Argument(metavar="[RUN]", help="The run's folder, or its name with --federation."),
+        typer.Argument(metavar="RUN", help="The run's folder, or its name with --federation."),
     ] = None,
     federation: Annotated[
         Path | None, typer.Option(metavar="DIR", help="A federation folder: report all its runs.")

@@ -26,6 +26,7 @@ KIND = "costs file"
 Unit = Literal["s", "min", "h", "share", "count", "money", "W", "days"]
 Source = Literal["own", "assumed"]
 _MOST = 1e12
+_EMPTY = re.compile(r"=\s*[,}]")
 
 UNITS: dict[str, Unit] = {
     "seconds-a-part": "s",
@@ -123,7 +124,7 @@ class Costs:
     def read(cls, path: Path) -> Costs:
         """Raises ConfigError with all faults of the file at once."""
         data = read_bytes(path, KIND)
-        raw = parse(data, KIND, where=printable(path))
+        raw = _parsed(data, path)
         settings = {key: raw.pop(key) for key in list(raw) if key in _keys_beside()}
         faults: list[str] = []
         values = dict(_values(raw, faults))
@@ -162,6 +163,21 @@ def template(lang: str) -> str:
             f'# {key} = {{ value = , low = , high = , source = "" }}',
         ]
     return "\n".join(lines) + "\n"
+
+
+def _parsed(data: bytes, path: Path) -> dict[str, Any]:
+    """The file's keys. Raises ConfigError, with the line where a place of the template was left empty."""
+    try:
+        return parse(data, KIND, where=printable(path))
+    except ConfigError as err:
+        text = data.decode("utf-8", "replace")
+        for number, line in enumerate(text.splitlines(), 1):
+            if _EMPTY.search(line.split("#")[0]):
+                raise ConfigError(
+                    f"{KIND} {printable(path)}, line {number}, has an empty place: {printable(line.strip(), limit=120)}; "
+                    "fill in value and source there, and fill in low and high or remove them"
+                ) from err
+        raise
 
 
 def _keys_beside() -> set[str]:

@@ -130,7 +130,8 @@ def test_the_file_overrules_what_a_run_measured_and_says_so(tmp_path: Path) -> N
         ("hour-cost = { value = nan, source = 'own' }", "finite"),
         ("hour-cost = { value = 1, source = 'guess' }", "'own' or 'assumed'"),
         ("parts-a-month = { value = 0, source = 'own' }", "more than 0"),
-        ("hour-cost = { value = , source = 'own' }", "is not TOML"),
+        ("# x = ,\nhour-cost = { value = 3, low = , source = 'own' }", "line 2, has an empty place"),
+        ("hour-cost = { value = 3", "is not TOML"),
         ("currency = 5", "currency"),
     ],
 )  # fmt: skip

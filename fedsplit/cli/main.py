@@ -23,6 +23,7 @@ from fedsplit.cli import (
     doctor,
     experiment,
     federation,
+    module,
     predict,
     report,
     run,
@@ -69,6 +70,7 @@ app.add_typer(server.app, name="server")
 app.add_typer(show_config.app, name="config")
 app.add_typer(federation.app, name="federation")
 app.add_typer(site.app, name="site")
+app.add_typer(module.app, name="module")
 app.command("wheelhouse")(wheelhouse.wheelhouse)
 
 

@@ -164,3 +164,9 @@ class Books:
             )
             for row in rows
         ]
+
+
+def versions_text(records: Iterable[Record]) -> str:
+    """What version.json says: one version for each task that has these files."""
+    said = {"format": FORMAT, "versions": [record.model_dump(mode="json") for record in records]}
+    return json.dumps(said, ensure_ascii=False, indent=1) + "\n"

@@ -10,10 +10,9 @@ their place after it, so a full disk or a killed process leaves the old state or
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
@@ -25,10 +24,13 @@ from fedsplit.core.closing import Closing
 from fedsplit.core.errors import ConfigError, RegistryError
 from fedsplit.core.foreign import printable
 from fedsplit.core.whole_files import hand_over
-from fedsplit.registry.books import FORMAT, Books
+from fedsplit.registry.archive import pack, unpacked
+from fedsplit.registry.books import Books, versions_text
 from fedsplit.registry.module_files import VERSION_FILE, digest_of, file_digests, read_about
 from fedsplit.registry.places import ALIASES, DATABASE, FILES, LOCK, find_registry, is_registry
 from fedsplit.registry.prepared import Prepared
+from fedsplit.registry.promotions import earlier, moved_meanwhile
+from fedsplit.registry.reindex import Reindexed, reindexed
 from fedsplit.registry.tables import database
 from fedsplit.registry.version import (
     LATEST,
@@ -40,6 +42,7 @@ from fedsplit.registry.version import (
     Run,
     Setting,
     Version,
+    bare,
 )
 
 __all__ = ["ModuleRegistry", "find_registry", "is_registry"]
@@ -68,10 +71,7 @@ class ModuleRegistry(Closing):
         try:
             if not is_registry(folder):
                 if not create:
-                    raise ConfigError(
-                        f"there is no registry of modules in {folder}; a run makes one beside the runs (runs/modules), a "
-                        f"federation has it in DIR/modules. Give its folder with --registry"
-                    )
+                    raise no_registry(folder)
                 _make(folder)
             elif not _has_database(folder):
                 raise RegistryError(
@@ -91,42 +91,85 @@ class ModuleRegistry(Closing):
 
         Raises ConfigError where the folder is no module, RegistryError where it cannot be kept; then nothing has changed.
         """
+        made = facts.created or time.time()
+        run = (Run(name=facts.run, created=made),) if facts.run else ()
+        facts = facts.model_copy(update={"created": made})
+        return self._keep(module_folder, facts, runs=run, tags=(), what="module-added")
+
+    def import_(self, file: Path) -> Version:
+        """Keep what `export` wrote: as `add` does, with the runs and tags that the file names; no alias moves.
+
+        Raises ConfigError for a file that is no such thing, RegistryError where it cannot be kept; then nothing has changed.
+        """
+        with unpacked(file, self.path) as (folder, record):
+            if digest_of(file_digests(folder)) != record.digest:
+                raise ConfigError(
+                    f"{file} is damaged: its files have the digest {digest_of(file_digests(folder))[:12]}, {record.digest[:12]} "
+                    f"is wanted; nothing was imported. Copy it again"
+                )
+            said = record.model_dump()
+            facts = Facts.model_validate({name: said[name] for name in Facts.model_fields})
+            return self._keep(
+                folder, facts, runs=record.runs, tags=record.tags, what="module-imported"
+            )
+
+    def export(self, reference: str, file: Path) -> Version:
+        """Write a version to a file that `import_` reads. Raises ConfigError and RegistryError; then there is no file."""
+        version = self.get(reference)
+        self.files(version)
+        pack(self.folder(version), bare(version), file)
+        return version
+
+    @staticmethod
+    def reindex(folder: Path) -> Reindexed:
+        """Make the database anew from the files. Raises ConfigError where there is no registry, RegistryError."""
+        folder = folder.expanduser().absolute()
+        if not is_registry(folder):
+            raise no_registry(folder)
+        with locked(folder):
+            return reindexed(folder)
+
+    def _keep(
+        self,
+        module_folder: Path,
+        facts: Facts,
+        *,
+        runs: tuple[Run, ...],
+        tags: tuple[str, ...],
+        what: str,
+    ) -> Version:
         about = read_about(module_folder)
         files = file_digests(module_folder)
         digest = digest_of(files)
-        made = facts.created or time.time()
-        run = (Run(name=facts.run, created=made),) if facts.run else ()
         with self._change() as (books, prepared):
-            there = books.of_digest(digest)
-            old = next((v for v in there if v.task == facts.task), None)
-            if old is not None:
-                record = _bare(old, runs=_joined(old.runs, run))
-            else:
-                try:
-                    record = Record.model_validate(
-                        facts.model_dump()
-                        | {
-                            "created": made,
-                            "runs": run,
-                            "number": books.next_number(facts.task),
-                            "digest": digest,
-                        }
-                        | vars(about)
+            of_task = (v for v in books.of_digest(digest) if v.task == facts.task)
+            old = next(of_task, None)
+            number = old.number if old else books.next_number(facts.task)
+            new = {"created": facts.created or time.time(), "number": number, "digest": digest}
+            try:
+                record = (
+                    bare(
+                        old,
+                        runs=_joined(old.runs, runs),
+                        tags=(*old.tags, *(set(tags) - {*old.tags})),
                     )
-                except ValidationError as err:
-                    raise ConfigError(
-                        f"{module_folder} cannot be kept: {printable(err, limit=400)}; give the module folder of a run"
-                    ) from err
+                    if old
+                    else Record.model_validate(
+                        facts.model_dump() | new | {"runs": runs, "tags": tags} | vars(about)
+                    )
+                )
+            except ValidationError as err:
+                raise ConfigError(
+                    f"{module_folder} cannot be kept: {printable(_why(err), limit=400)}; give the module folder of a run"
+                ) from err
             final = self.path / FILES / digest
             if not _whole(final, files):
                 prepared.module(module_folder, final, files=files)
             books.keep(record)
             self._prepare_versions(books, prepared, digest)
             if old is None:
-                self._audit(
-                    "module-added",
-                    {"module": record.name, "module_sha256": digest, "run": facts.run},
-                )
+                detail = {"module": record.name, "module_sha256": digest, "run": facts.run}
+                self._audit(what, detail)
             return books.get(record.name)
 
     def versions(self, task: str = "") -> list[Version]:
@@ -191,7 +234,7 @@ class ModuleRegistry(Closing):
             self.files(version)
             now = books.aliases().get(version.task, {}).get(alias, "")
             if expected is not None and now != expected:
-                raise RegistryError(_moved(books, version.task, alias, now, expected))
+                raise RegistryError(moved_meanwhile(books, version.task, alias, now, expected))
             promotion = _promotion(
                 task=version.task, alias=alias, digest=version.digest, previous=now, by=by, why=why,
                 measured=dict(measured), kind="promote",
@@ -238,7 +281,7 @@ class ModuleRegistry(Closing):
             version = books.get(reference)
             kept = [t for t in version.tags if t != tag]
             try:
-                record = _bare(version, tags=tuple(kept if off else [*kept, tag]))
+                record = bare(version, tags=tuple(kept if off else [*kept, tag]))
             except ValidationError as err:
                 raise ConfigError(
                     f"tag {printable(tag, limit=100)!r}: {printable(_why(err))}"
@@ -291,7 +334,7 @@ class ModuleRegistry(Closing):
 
     def _prepare_versions(self, books: Books, prepared: Prepared, digest: str) -> None:
         """The version.json of some files, as it is after the change."""
-        records = [_bare(version) for version in books.of_digest(digest)]
+        records = [bare(version) for version in books.of_digest(digest)]
         prepared.text(self.path / FILES / digest / VERSION_FILE, versions_text(records))
 
     @contextmanager
@@ -332,28 +375,12 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def versions_text(records: Iterable[Record]) -> str:
-    """What version.json says: one version for each task that has these files."""
-    said = {"format": FORMAT, "versions": [record.model_dump(mode="json") for record in records]}
-    return json.dumps(said, ensure_ascii=False, indent=1) + "\n"
-
-
-def earlier(history: Iterable[Promotion], alias: str, there: set[str]) -> str:
-    """The digest that a rollback of an alias goes to, of those that are still there; empty where there is none."""
-    stack: list[str] = []
-    for move in history:
-        if move.alias != alias:
-            continue
-        if move.kind == "rollback" and move.digest in stack:
-            # What was promoted after it is undone.
-            last = len(stack) - 1 - stack[::-1].index(move.digest)
-            del stack[last + 1 :]
-        else:
-            stack.append(move.digest)
-    if not stack:
-        return ""
-    now = stack.pop()
-    return next((d for d in reversed(stack) if d != now and d in there), "")
+def no_registry(folder: Path) -> ConfigError:
+    """The error where there is none."""
+    return ConfigError(
+        f"there is no registry of modules in {folder}; a run makes one beside the runs (runs/modules), a federation has it in "
+        f"DIR/modules. Give its folder with --registry"
+    )
 
 
 def _promotion(**values: Any) -> Promotion:
@@ -363,33 +390,11 @@ def _promotion(**values: Any) -> Promotion:
         raise ConfigError(f"this cannot be promoted: {printable(_why(err))}") from err
 
 
-def _moved(books: Books, task: str, alias: str, now: str, expected: str) -> str:
-    last = next((p for p in reversed(books.history(task)) if p.alias == alias), None)
-    by = f" by {last.by}" if last is not None and last.by else ""
-
-    def name(digest: str) -> str:
-        return next(
-            (v.name for v in books.of_digest(digest) if v.task == task), digest[:12] or "no version"
-        )
-
-    return (
-        f"{task}@{alias} moved meanwhile{by}: it points to {name(now)}, not to {name(expected)} any more; nothing was "
-        f"changed. Look at it (`fedsplit module show {task}@{alias}`) and promote again if you still want to"
-    )
-
-
 def _why(err: ValidationError) -> str:
     return "; ".join(
         f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}"
         for e in err.errors()[:3]
     )
-
-
-def _bare(version: Record, **changed: Any) -> Record:
-    """A version as version.json keeps it, with what has changed; checked."""
-    said = version.model_dump()
-    said.pop("aliases", None)
-    return Record.model_validate(said | changed)
 
 
 def _joined(runs: tuple[Run, ...], more: tuple[Run, ...]) -> tuple[Run, ...]:

@@ -5,7 +5,7 @@ Read from files that may come from elsewhere (an imported archive), so every fie
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -146,3 +146,10 @@ class Promotion(_Record):
         dict[Annotated[str, Field(max_length=200)], Setting], Field(max_length=MAX_SITES)
     ] = {}
     """What the promotion was decided by, where it was measured."""
+
+
+def bare(version: Version, **changed: Any) -> Record:
+    """A version as version.json keeps it, with what has changed; checked. Raises ValidationError."""
+    said = version.model_dump()
+    said.pop("aliases")
+    return Record.model_validate(said | changed)

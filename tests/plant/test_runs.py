@@ -44,7 +44,7 @@ def test_a_run_has_the_folders_settings_below_what_was_given(folder: FederationF
     up(folder)
     settings = settings_of(folder, {"rounds": 2})
     assert settings == {
-        "backbone": "/models/vit", "runs-dir": str(folder.runs), "encoder-address": "127.0.0.1:4711",
+        "backbone": "/models/vit", "runs-dir": str(folder.runs), "registry": str(folder.modules), "encoder-address": "127.0.0.1:4711",
         "encoder-secret-file": str(folder.encoder_secret), "cut": "1,3", "rounds": 2,
     }  # fmt: skip
 
@@ -52,7 +52,7 @@ def test_a_run_has_the_folders_settings_below_what_was_given(folder: FederationF
 def test_a_resumed_run_takes_only_its_places_anew(folder: FederationFolder) -> None:
     up(folder)
     assert settings_of(folder, {}, resumed=True).keys() == {
-        "runs-dir", "encoder-address", "encoder-secret-file",
+        "runs-dir", "registry", "encoder-address", "encoder-secret-file",
     }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from fedsplit.cli import (
     data,
     demo,
     doctor,
+    evaluate,
     experiment,
     federation,
     module,
@@ -60,6 +61,7 @@ app.command("demo")(demo.demo)
 app.command("run")(run.run)
 app.command("data")(data.data)
 app.command("predict")(predict.predict)
+app.command("evaluate")(evaluate.evaluate)
 app.command("doctor")(doctor.doctor)
 app.command("status")(status.status)
 app.command("serve")(serve.serve)

@@ -36,6 +36,16 @@ class Asking:
 NEVER = Asking(threshold=None, answered=0.0, wrong=0, bound=None)
 
 
+def answers_needed(risk: float, answers: int) -> int:
+    """How many of `answers` must be right, without an error, before a threshold can be shown to keep `risk`."""
+    looks = _looks(answers)
+    return math.ceil(math.log(DOUBT / looks) / math.log1p(-risk))
+
+
+def _looks(places: int) -> int:
+    return max(1, math.ceil(math.log2(places + 1)))
+
+
 def asking(sure: NDArray[np.float64], right: NDArray[np.bool_], risk: float) -> Asking:
     """The lowest threshold whose bound is at most `risk`, of answers [n] with these probabilities."""
     if not len(sure):
@@ -44,7 +54,7 @@ def asking(sure: NDArray[np.float64], right: NDArray[np.bool_], risk: float) -> 
     sure, wrong = sure[order], np.cumsum(~right[order])
     # Where a threshold can stand: behind the last of equal probabilities.
     ends = np.flatnonzero(np.append(sure[1:] != sure[:-1], True))
-    looks = max(1, math.ceil(math.log2(len(ends) + 1)))
+    looks = _looks(len(ends))
     best = NEVER
     low, high = 0, len(ends) - 1
     for _ in range(looks):

@@ -35,7 +35,24 @@ def check_here(config: RunConfig, *, data: bool = True) -> list[str]:
         raise ConfigError(f"{len(texts)} faults, and nothing was started:{lines}")
     if faults:
         raise faults[0]
-    return list(dict.fromkeys(warnings))
+    return list(dict.fromkeys([*warnings, *_registry(config)]))
+
+
+def _registry(config: RunConfig) -> list[str]:
+    """Is the registry of modules damaged? The run goes on without it, so that is no fault."""
+    from fedsplit.registry.places import is_registry
+
+    place = config.run.registry_folder
+    if place is None or not is_registry(place):
+        return []
+    from fedsplit.registry.registry import ModuleRegistry
+
+    try:
+        with ModuleRegistry.open(place) as kept:
+            kept.aliases()
+    except FedsplitError as err:
+        return [f"the run will not keep its module as a version: {err}"]
+    return []
 
 
 def _try(look: Look, faults: list[FedsplitError]) -> None:

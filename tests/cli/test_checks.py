@@ -12,6 +12,7 @@ from PIL import Image
 
 from fedsplit.cli import checks
 from fedsplit.cli.request import prepare
+from fedsplit.core.config import RunConfig
 from fedsplit.core.errors import BackboneError, ConfigError, DataError, FedsplitError
 from fedsplit.federation.server.books.run_dir import RunDir
 
@@ -136,3 +137,13 @@ def test_a_run_that_is_being_written_is_left_alone(
             pass
     with pytest.raises(ConfigError, match="--resume mine"):
         prepare({"run-name": "mine"}, app=echo_app)
+
+
+def test_a_damaged_registry_is_told_before_the_run(tmp_path: Path) -> None:
+    place = tmp_path / "modules"
+    place.mkdir()
+    config = RunConfig.from_flat({"runs-dir": str(tmp_path), "sites": 2})
+    assert not checks.check_here(config)
+    (place / "modules.db").write_bytes(b"nonsense" * 100)
+    (warning,) = checks.check_here(config)
+    assert "module reindex" in warning

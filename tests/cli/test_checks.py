@@ -86,7 +86,7 @@ def test_backbone_and_module(refused: Refused, tmp_path: Path) -> None:
     assert "not a directory" in refused(BackboneError, backbone=str(tmp_path / "none"))
     assert "it has 6 blocks" in refused(cut="2,9")
     assert "module-blocks=9" in refused(module_blocks=9)
-    assert "cannot be read" in refused(BackboneError, start_module=str(tmp_path / "none"))
+    assert "start-module: there is no folder" in refused(start_module=str(tmp_path / "none"))
 
 
 def test_folder_that_cannot_be_made(refused: Refused, tmp_path: Path) -> None:

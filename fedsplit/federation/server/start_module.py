@@ -39,9 +39,12 @@ class StartModule:
         if not config.run.start_module:
             return None
         place = config.run.registry_folder
-        found = find_module(
-            config.run.start_module, registry=place if place and is_registry(place) else None
-        )
+        try:
+            found = find_module(
+                config.run.start_module, registry=place if place and is_registry(place) else None
+            )
+        except ConfigError as err:
+            raise ConfigError(f"start-module: {err}") from err
         folder = found.folder
         spec, tensors = module.load_exported(folder, backbone)
         if spec.kind != config.module.kind:

@@ -62,12 +62,18 @@ def prepare(
     superlink: str | None = None,
     federation: FederationFolder | None = None,
     resume: str | None = None,
+    measuring: bool = False,
 ) -> RunRequest:
-    """Merge and check everything that can be checked here. Raises ConfigError, and FederationError for a server that is not up."""
+    """Merge and check everything that can be checked here. Raises ConfigError, and FederationError for a server that is not up.
+
+    `measuring`: the run tests a module for a promotion; its settings are not those of the federation's runs.
+    """
     found = find_app(app)
     if federation is not None:
         superlink = CONNECTION
-        settings = settings_of(federation, settings, resumed=resume is not None)
+        settings = settings_of(
+            federation, settings, resumed=resume is not None, measuring=measuring
+        )
     merged = given_by(found)
     saved: Flat = {}
     local = superlink is None

@@ -62,6 +62,15 @@ def view(now: Any) -> Any:
     from rich.text import Text
 
     parts: list[Any] = [_head(now), Text(), _sites(now)]
+    for site in now.sites:
+        for what in (site.drift, site.module_fault):
+            if what:
+                parts.append(
+                    Text(
+                        f"⚠ {site.name}, module {site.module or '(none)'}: {what}",
+                        style="bold yellow",
+                    )
+                )
     if now.run is not None:
         parts += [Text(), _run(now.run)]
     if now.ended:
@@ -96,7 +105,19 @@ def _sites(now: Any) -> Any:
     if not now.sites:
         return Text("No site yet. Invite one: fedsplit federation add-site NAME")
     made = Table(box=None, pad_edge=False)
-    for head in ("", "site", "state", "last seen", "round", "steps/s", "up", "down", "memory", ""):
+    for head in (
+        "",
+        "site",
+        "state",
+        "last seen",
+        "round",
+        "steps/s",
+        "up",
+        "down",
+        "memory",
+        "module",
+        "",
+    ):
         made.add_column(
             head,
             justify="right" if head in ("round", "steps/s", "up", "down", "memory") else "left",
@@ -107,7 +128,7 @@ def _sites(now: Any) -> Any:
         cells = (
             site.name, site.state, seen, str(site.round or "-"), f"{site.steps_per_s:.1f}" if site.steps_per_s else "-",
             human_bytes(site.bytes_up) if site.bytes_up else "-", human_bytes(site.bytes_down) if site.bytes_down else "-",
-            human_bytes(site.rss_bytes) if site.rss_bytes else "-", site.detail,
+            human_bytes(site.rss_bytes) if site.rss_bytes else "-", site.module or "-", site.detail,
         )  # fmt: skip
         made.add_row(
             Text(light, style=style),

@@ -139,5 +139,9 @@ class RegistryError(FedsplitError):
     """A registry of modules cannot be read or written, or was changed by somebody else meanwhile."""
 
 
+class PromotionError(FedsplitError):
+    """A version of a module may not go into production: the sites measured a loss, or could not measure."""
+
+
 class WheelhouseError(FedsplitError):
     """What another machine needs to install fedsplit cannot be gathered here."""

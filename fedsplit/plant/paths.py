@@ -36,6 +36,8 @@ BACKBONE = "/fedsplit/v1/backbone"
 MANIFEST = f"{BACKBONE}/manifest"
 FILES = f"{BACKBONE}/files"
 TENSORS = f"{BACKBONE}/tensors"
+MODULES = "/fedsplit/v1/modules"
+"""MODULES/DIGEST lists the files of a version that is in use; MODULES/DIGEST/files/NAME is one of them."""
 
 AUTHORISE = "/internal/authorise"
 """Of the control service, for the proxy alone: may the certificate with this serial in?"""

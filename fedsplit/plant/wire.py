@@ -7,11 +7,14 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedsplit.core.encoder import Grant
-from fedsplit.core.foreign import Name
+from fedsplit.core.foreign import ClassName, Name
 
 MAX_BODY_BYTES = 64 << 10
+MAX_COUNTED, MAX_USAGE = 40, 4
+"""Classes with a count of their own, and days; so that a report stays below the bytes of a body."""
 Pem = Annotated[str, Field(max_length=16 << 10)]
 Line = Annotated[str, Field(max_length=500)]
+Word = Annotated[str, Field(max_length=64)]
 Serial = Annotated[str, Field(pattern=r"^[0-9A-F]{1,40}$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -69,6 +72,36 @@ class RenewAnswer(WireModel):
     certificate: Pem
 
 
+class Answered(WireModel):
+    """Sums over what a module has answered: no inputs, no single answers."""
+
+    samples: int = Field(default=0, ge=0, le=2**50)
+    confidence: float = Field(default=0.0, ge=0, le=2**50, allow_inf_nan=False)
+    """Sum of the probabilities of the classes that were answered."""
+    classes: Annotated[dict[ClassName, int], Field(max_length=MAX_COUNTED)] = {}
+    """Class -> how often it was answered: the most frequent ones. What lacks in `samples` are the others together."""
+
+
+class DayUsage(WireModel):
+    """What a module answered in a day at a site."""
+
+    day: Annotated[str, Field(pattern=r"^\d{4}-\d{2}-\d{2}$")]
+    """UTC."""
+    module: Sha256
+    answered: Answered
+
+
+class ModuleState(WireModel):
+    """The module that a site uses."""
+
+    digest: Sha256 | Literal[""] = ""
+    """Empty: none as yet."""
+    expected: Answered | None = None
+    """What it answers on the site's own test samples; None: not known as yet, or there are none."""
+    fault: Line = ""
+    """Why the promoted one is not in use there."""
+
+
 class Report(WireModel):
     """How a site is, every few seconds."""
 
@@ -82,6 +115,11 @@ class Report(WireModel):
     disk_free_bytes: int = Field(default=0, ge=0)
     certificate_ends: float = 0.0
     """Seconds since the epoch."""
+    task: Word = ""
+    """The task of the site's data: the promoted module of this task is what it gets."""
+    module: ModuleState | None = None
+    usage: Annotated[tuple[DayUsage, ...], Field(max_length=MAX_USAGE)] = ()
+    """Of the last days."""
 
 
 class ReportAnswer(WireModel):
@@ -90,6 +128,24 @@ class ReportAnswer(WireModel):
     standing: Standing
     server_time: float
     message: Line = ""
+    modules: Annotated[dict[Word, Sha256], Field(max_length=64)] | None = None
+    """Task -> digest of the version in production, of the site's task; None: nobody can say now, nothing changes."""
+
+
+class ModuleFile(WireModel):
+    """A file of a module."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}$")]
+    bytes: int = Field(ge=0, le=64 * 2**30)
+    sha256: Sha256
+
+
+class ModuleFiles(WireModel):
+    """What a version consists of; its digest is made from these names and digests."""
+
+    task: Word
+    number: int = Field(ge=1, le=10**9)
+    files: Annotated[tuple[ModuleFile, ...], Field(min_length=1, max_length=64)]
 
 
 class GrantRequest(WireModel):

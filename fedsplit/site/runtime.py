@@ -62,7 +62,7 @@ class SiteRuntime:
 
         `run_id`: another one each time that a run is started or resumed.
         """
-        config = RunConfig.resolved(order.config)
+        config = RunConfig.resolved(order.config, of_order=True)
         site = whole.for_task(config)
         if site is None:
             return _not_held(whole, order, config)

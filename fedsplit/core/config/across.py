@@ -13,14 +13,17 @@ if TYPE_CHECKING:
     from fedsplit.core.config.run_config import RunConfig
 
 
-def across(c: RunConfig) -> list[Check]:
-    """Every pair of settings of two sections that cannot go together."""
+def across(c: RunConfig, *, start_known: bool = True) -> list[Check]:
+    """Every pair of settings of two sections that cannot go together.
+
+    A site does not know what the run starts from, `start_known`; the server has checked it.
+    """
     return [
         *_method(c),
         *_tasks(c),
         *_target(c),
         *_rules(c),
-        *_start(c),
+        *(_start(c) if start_known else ()),
         *_module(c),
         *_encoder(c),
         *_local(c),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, model_validator
 from pydantic.fields import FieldInfo
 
 from fedsplit.core import recipes
@@ -53,6 +53,10 @@ class Key(NamedTuple):
     field: FieldInfo
 
 
+_ORDER: dict[str, str] = {}
+"""The context of validation for the settings of an order."""
+
+
 class RunConfig(BaseModel):
     """Everything that decides what a run computes; frozen and valid from birth."""
 
@@ -69,9 +73,10 @@ class RunConfig(BaseModel):
     """Key -> where its value comes from; a key that is not here is at its default."""
 
     @model_validator(mode="after")
-    def _check_together(self) -> RunConfig:
+    def _check_together(self, info: ValidationInfo) -> RunConfig:
         checks = [check for section in self._sections() for check in section.contradictions()]
-        if faults := [text for wrong, text in (*checks, *across(self)) if wrong]:
+        both = across(self, start_known=info.context is not _ORDER)
+        if faults := [text for wrong, text in (*checks, *both) if wrong]:
             raise ValueError("\n  - ".join(faults))
         return self
 
@@ -141,20 +146,24 @@ class RunConfig(BaseModel):
         return config.model_copy(update={"origins": origins})
 
     @classmethod
-    def resolved(cls, flat: Mapping[str, Any]) -> RunConfig:
+    def resolved(cls, flat: Mapping[str, Any], *, of_order: bool = False) -> RunConfig:
         """Read back what `flat` gave: settled already, so that nothing is open and nothing is overruled.
 
-        For the settings of a run that is resumed, and of an order. Raises ConfigError as `from_flat` does.
+        For the settings of a run that is resumed, and `of_order`, which do not say what the run starts from. Raises
+        ConfigError as `from_flat` does.
         """
         faults = [unknown(key, set(FIELDS)) for key in flat if key not in FIELDS]
-        config = cls._read({k: v for k, v in flat.items() if k in FIELDS}, faults)
+        known = {k: v for k, v in flat.items() if k in FIELDS}
+        config = cls._read(known, faults, context=_ORDER if of_order else None)
         return config.model_copy(update={"origins": dict.fromkeys(FIELDS, Origin.GIVEN)})
 
     @classmethod
-    def _read(cls, flat: Mapping[str, Value], faults: list[str]) -> RunConfig:
+    def _read(
+        cls, flat: Mapping[str, Value], faults: list[str], context: object = None
+    ) -> RunConfig:
         """The settings at these keys; `faults` are those that are known already."""
         try:
-            config = cls.model_validate(_nested(flat))
+            config = cls.model_validate(_nested(flat), context=context)
         except ValidationError as err:
             faults = [*faults, *(fault(e) for e in err.errors())]
         if faults:

@@ -1,4 +1,5 @@
-"""The control service: joins, renewals and reports of sites, grants to predict, the backbone's parts, the status page.
+"""The control service: joins, renewals and reports of sites, grants to predict, the backbone's parts, modules in production,
+the status page.
 
     python -m fedsplit.plant.server.control DIR --port PORT
 
@@ -44,6 +45,7 @@ from fedsplit.plant.server.folder import FederationFolder
 from fedsplit.plant.server.inference import InferenceGrants
 from fedsplit.plant.server.node_keys import NodeKeys, of_folder
 from fedsplit.plant.server.page import page_router
+from fedsplit.plant.server.production import ProductionModules, modules_router
 from fedsplit.plant.server.registry import Registry, Shown
 from fedsplit.plant.wire import (
     MAX_BODY_BYTES,
@@ -85,7 +87,8 @@ def create_app(
     node_keys = NodeKeys(folder, registry, connect or (lambda: of_folder(folder)))
     served = _served(folder)
     facts = _Facts(folder.settings.backbone.path, served)
-    enrolment = Enrolment(folder, registry, node_keys, backbone or facts)
+    modules = ProductionModules(folder)
+    enrolment = Enrolment(folder, registry, node_keys, backbone or facts, modules.of_task)
     registry.tell_encoder()
     grants = InferenceGrants(folder)
     guard = Guard(registry, read_proxy_secret(folder.proxy_secret))
@@ -102,6 +105,7 @@ def create_app(
         finally:
             stop.set()
             await run_in_threadpool(thread.join, 10.0)
+            modules.close()
             registry.close()
 
     app = FastAPI(lifespan=lifespan, openapi_url=None, redirect_slashes=False)
@@ -109,6 +113,7 @@ def create_app(
     # For this machine; the proxy forwards it where the folder says so, with a login.
     app.include_router(page_router(folder))
     app.include_router(backbone_router(served), dependencies=[Depends(guard.member)])
+    app.include_router(modules_router(modules, member=guard.member, task_of=registry.task_of))
     _add_errors(app)
     return app
 
@@ -171,7 +176,8 @@ def _add_site_paths(
         wanted = await _body(request, RenewRequest)
         return await run_in_threadpool(enrolment.renew, guard.certificate(request).serial, wanted)
 
-    @app.post(paths.REPORT)
+    # A site of before takes no field that it does not know.
+    @app.post(paths.REPORT, response_model_exclude_none=True)
     async def report(request: Request) -> ReportAnswer:
         shown = await run_in_threadpool(guard.shown, request)
         told = await _body(request, Report)

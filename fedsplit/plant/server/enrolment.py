@@ -55,11 +55,12 @@ class Enrolment:
         registry: Registry,
         node_keys: NodeKeys,
         backbone: Callable[[], BackboneFacts],
+        modules: Callable[[str], dict[str, str] | None] = lambda _task: None,
     ) -> None:
-        """Raises ConfigError and OSError where the CA cannot be read."""
+        """`modules`: {task: digest} of the version in production for a task. Raises ConfigError and OSError where the CA cannot be read."""
         self._folder, self._registry = folder, registry
         self._admission = Admission(registry)
-        self._node_keys, self._backbone = node_keys, backbone
+        self._node_keys, self._backbone, self._modules = node_keys, backbone, modules
         self._ca = pki.Pair.read(folder.ca, folder.ca_key)
         self._refusals = Allowance(FEW, every_s=1.0)
         self._told = Throttle(most=20, every_s=3600.0)
@@ -90,7 +91,8 @@ class Enrolment:
             raise refusal(shown)
         if shown.standing == "member":
             self._registry.seen(shown.name, report)
-            return ReportAnswer(standing="member", server_time=time.time())
+            found = self._modules(report.task)
+            return ReportAnswer(standing="member", server_time=time.time(), modules=found)
         return ReportAnswer(
             standing=shown.standing, server_time=time.time(), message=str(refusal(shown))[:500]
         )

@@ -99,6 +99,21 @@ class InferenceSection(Section):
     """Grants of a site. With `rows` it bounds what a site can ask of the encoder in an hour."""
 
 
+class PromotionSection(Section):
+    """What a version of a module has to show before the sites use it."""
+
+    require: bool = True
+    """Is it measured on the sites' own test samples before `production` moves?"""
+    max_loss_points: float = Field(default=1.0, ge=0, le=100, allow_inf_nan=False)
+    """Points of accuracy (of numbers: hundredths of R2) that each site may lose against what is in production."""
+    min_samples: int = Field(default=5, ge=1)
+    """Test samples that each site has to have."""
+    when_few: Literal["refuse", "accept"] = "refuse"
+    """What becomes of it where a site has fewer."""
+    when_away: Literal["refuse", "accept"] = "refuse"
+    """What becomes of it where a site with data of the task does not answer."""
+
+
 class RetentionSection(Section):
     """What is kept, and how much of it."""
 
@@ -120,6 +135,7 @@ class FederationSettings(Section):
     tls: TlsSection = TlsSection()
     page: PageSection = PageSection()
     inference: InferenceSection = InferenceSection()
+    promotion: PromotionSection = PromotionSection()
     retention: RetentionSection = RetentionSection()
     run: Annotated[dict[str, str | int | float | bool], AfterValidator(_settable)] = Field(
         default_factory=dict

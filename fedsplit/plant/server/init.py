@@ -271,6 +271,17 @@ rows-per-minute = 6000
 # Grants of a site in an hour.
 grants-per-hour = 30
 
+[promotion]
+# Before `fedsplit module promote` puts a version into production it is measured on each site's own test samples. false: it is not.
+require = true
+# Points of accuracy that a site may lose against the version in production. For numbers: hundredths of R2.
+max-loss-points = 1.0
+# Test samples that each site has to have.
+min-samples = 5
+# Where a site has fewer, or where one does not answer: "refuse" or "accept".
+when-few = "refuse"
+when-away = "refuse"
+
 [retention]
 # Run folders that are kept. The oldest go first.
 runs = 50

@@ -135,6 +135,10 @@ def control(port: int, proxied: list[str]) -> list[str]:
         *block(
             f'location ~ "^{paths.TENSORS}/[0-9a-f]{{64}}$"', [*_only("GET"), *certified, f"{to};"]
         ),
+        *block(
+            f'location ~ "^{paths.MODULES}/[0-9a-f]{{64}}(?:/files/{file})?$"',
+            [*_only("GET"), *certified, f"{to};"],
+        ),
         *block(f"location = {_ASK}", ask),
     ]
 

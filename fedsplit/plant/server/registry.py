@@ -26,11 +26,11 @@ from fedsplit.core.proxied import bare_serial
 from fedsplit.core.whole_files import hand_over, write_whole
 from fedsplit.plant import pki
 from fedsplit.plant.join_code import JoinCode
-from fedsplit.plant.server import audit
+from fedsplit.plant.server import audit, usage
 from fedsplit.plant.server.folder import FederationFolder
 from fedsplit.plant.server.tables import Certificate, Code, NodeKey, Site, Standing, database
 from fedsplit.plant.server.trusted import public_address, public_ca
-from fedsplit.plant.wire import Report
+from fedsplit.plant.wire import DayUsage, Report
 
 SiteState = Literal["invited", "member", "revoked"]
 
@@ -139,6 +139,18 @@ class Registry(Closing):
         with self.db.begin("note") as session:
             site = _named(session, name)
             site.last_seen, site.report = self.now(), report.model_dump_json()
+            usage.keep(session, site.name, report.usage)
+
+    def usage(self, name: str) -> list[DayUsage]:
+        """What a site's modules answered a day, oldest first."""
+        with self.db.begin("read") as session:
+            return usage.kept(session, normalised(name))
+
+    def task_of(self, name: str) -> str:
+        """The task of a site's data, by its last report; empty where it has said none."""
+        with self.db.begin("read") as session:
+            report = _report(_named(session, name))
+            return report.task if report else ""
 
     def sites(self) -> list[SiteRow]:
         """All sites, by name."""
@@ -209,10 +221,6 @@ class Registry(Closing):
         live = [c for c in site.certificates if not c.ceased]
         newest = max(live, key=lambda c: c.made, default=None)
         keys = [k.key for k in site.node_keys if not k.ceased]
-        try:
-            report = Report.model_validate_json(site.report) if site.report else None
-        except ValidationError:
-            report = None  # Another version's; the next one comes in seconds.
         return SiteRow(
             name=site.name,
             common_name=site.common_name,
@@ -222,9 +230,16 @@ class Registry(Closing):
             node_key=keys[0] if keys else "",
             joined=site.joined,
             last_seen=site.last_seen,
-            report=report,
+            report=_report(site),
             code_expires=site.code_expires(self.now()),
         )
+
+
+def _report(site: Site) -> Report | None:
+    try:
+        return Report.model_validate_json(site.report) if site.report else None
+    except ValidationError:
+        return None  # Another version's; the next one comes in seconds.
 
 
 def _usable(name: str) -> str:

@@ -63,14 +63,17 @@ def present(folder: FederationFolder) -> Present:
         ) from err
 
 
-def settings_of(folder: FederationFolder, given: Flat, *, resumed: bool = False) -> Flat:
+def settings_of(
+    folder: FederationFolder, given: Flat, *, resumed: bool = False, measuring: bool = False
+) -> Flat:
     """All that a run here is started with: the folder's own, its [run] table, then what was given.
 
-    A run that is resumed has its settings, and takes only its places anew.
+    A run that is resumed has its settings, and takes only its places anew. One that measures a module for a promotion has all
+    of its own (promotion.py), and keeps no version.
 
     Raises ConfigError for a setting that is the folder's affair, FederationError where the server is not up.
     """
-    if mine := [key for key in _OF_THE_FOLDER if key in given]:
+    if mine := [key for key in _OF_THE_FOLDER if key in given and not measuring]:
         raise ConfigError(
             f"{', '.join(mine)}: the federation folder {folder.path} decides that; leave it out, or start the run with "
             f"--superlink"
@@ -84,14 +87,18 @@ def settings_of(folder: FederationFolder, given: Flat, *, resumed: bool = False)
     }
     if resumed:
         return places | given
+    if measuring:
+        return places | {"backbone": folder.settings.backbone.path} | given
     return places | {"backbone": folder.settings.backbone.path} | folder.settings.run | given
 
 
 def last_module(folder: FederationFolder, task: str) -> Path | None:
-    """The module of the newest run of a task that ended with one; None where there is none."""
+    """The module of the newest run of a task that trained one; None where there is none."""
     ended = [s for s in map(_summary, folder.runs.glob("*/summary.json")) if s is not None]
     of_task = [(path, s) for path, s in ended if s.task == task and s.outcome != "failed"]
-    kept = [path / s.module for path, s in of_task if (path / s.module).is_dir()]
+    kept = [
+        path / s.module for path, s in of_task if (path / s.module).is_dir() and not _measures(path)
+    ]
     return max(kept, key=lambda p: (p.parent / "summary.json").stat().st_mtime_ns, default=None)
 
 
@@ -105,6 +112,15 @@ def old_runs(folder: FederationFolder, *, now: float) -> list[Path]:
     tasks = {s[1].task for s in map(_summary, folder.runs.glob("*/summary.json")) if s is not None}
     last = {m.parent for m in (last_module(folder, task) for task in tasks) if m is not None}
     return [path for at, path in beyond if at < now - _MAY_GO_ON_S and path not in last]
+
+
+def _measures(run_dir: Path) -> bool:
+    """Did a run only measure a module, for a promotion?"""
+    try:
+        config = read_json(run_dir / "config.json")["config"]
+        return bool(config["rounds"] == 0 and config["start-module"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _written(run_dir: Path) -> float:

@@ -6,7 +6,7 @@ The terminal (`fedsplit status`), the page and the metrics all show what stands 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,16 +20,32 @@ from fedsplit.federation.server.books.run_dir import RunDir
 from fedsplit.plant.server.folder import FederationFolder
 from fedsplit.plant.server.registry import Registry, SiteRow
 from fedsplit.plant.server.runs import ServiceState, present
+from fedsplit.plant.server.usage import drift
+from fedsplit.plant.wire import DayUsage, Report
+from fedsplit.registry.registry import ModuleRegistry, is_registry
 from fedsplit.report.read import read_metrics, read_status, read_summary
 
 SLEEPS_AFTER_S = 60.0
 """A site reports every few seconds; silent for so long, it sleeps or is cut off."""
-SHOWN_RUNS = 10
+SHOWN_RUNS, SHOWN_DAYS = 10, 30
 SiteLight = Literal["invited", "idle", "working", "late", "failing", "sleeping", "refused"]
 
 
 class _Shown(BaseModel):
     model_config = ConfigDict(frozen=True)
+
+
+class UsageStatus(_Shown):
+    """What a module answered in a day at a site."""
+
+    day: str
+    """UTC."""
+    module: str
+    samples: int
+    confidence: float
+    """Mean of the probabilities of the classes that were answered."""
+    classes: dict[str, int] = {}
+    """Class -> how often it was answered; the most frequent ones."""
 
 
 class SiteStatus(_Shown):
@@ -53,6 +69,14 @@ class SiteStatus(_Shown):
     bytes_down: int = 0
     steps_per_s: float = 0.0
     """Of its last round."""
+    module: str = ""
+    """TASK#NUMBER of the module that it uses, or the digest where the registry does not know it; empty: none."""
+    module_fault: str = ""
+    """Why the module in production is not in use there."""
+    drift: str = ""
+    """How the module's answers of the last days leave what it answered on the site's own test samples; empty: they do not."""
+    usage: tuple[UsageStatus, ...] = ()
+    """What its modules answered, oldest day first."""
 
 
 class RunStatus(_Shown):
@@ -133,6 +157,8 @@ def federation_status(folder: FederationFolder) -> FederationStatus:
     run = _going_on(busy, metrics) if busy is not None else None
     with Registry(folder) as registry:
         rows = registry.sites()
+        usage = {row.name: registry.usage(row.name) for row in rows}
+    names = module_names(folder)
     return FederationStatus(
         address=f"{settings.host}:{settings.port}",
         up=not why,
@@ -140,7 +166,10 @@ def federation_status(folder: FederationFolder) -> FederationStatus:
         services={name: one.state for name, one in services.items()},
         restarts={name: one.restarts for name, one in services.items()},
         encoder=_encoder(folder) if services.get("encoder", ServiceState()).state == "up" else None,
-        sites=tuple(_site(row, run, metrics) for row in rows),
+        sites=tuple(
+            _with_module(_site(row, run, metrics), row.report, usage[row.name], names)
+            for row in rows
+        ),
         run=run,
         ended=tuple(
             r for path in paths[:SHOWN_RUNS] if path != busy and (r := _ended(path)) is not None
@@ -252,6 +281,44 @@ def _site(row: SiteRow, run: RunStatus | None, metrics: Sequence[RoundMetrics]) 
         bytes_down=sum(m.bytes_activation_down + m.bytes_module_down for m in mine),
         steps_per_s=last.steps / took if last and took else 0.0,
     )
+
+
+def _with_module(
+    site: SiteStatus, report: Report | None, usage: Sequence[DayUsage], names: Mapping[str, str]
+) -> SiteStatus:
+    """The site with the module that it uses, and what that has answered."""
+    module = report.module if report else None
+    days = tuple(
+        UsageStatus(
+            day=one.day,
+            module=names.get(one.module, one.module[:12]),
+            samples=one.answered.samples,
+            confidence=one.answered.confidence / max(1, one.answered.samples),
+            classes=one.answered.classes,
+        )
+        for one in usage[-SHOWN_DAYS:]
+    )
+    if report is None or module is None:
+        return site.model_copy(update={"usage": days})
+    return site.model_copy(
+        update={
+            "module": names.get(module.digest, module.digest[:12]),
+            "module_fault": module.fault,
+            "drift": drift(report),
+            "usage": days,
+        }
+    )
+
+
+def module_names(folder: FederationFolder) -> dict[str, str]:
+    """Digest -> TASK#NUMBER of all versions; nothing where the registry cannot be read."""
+    if not is_registry(folder.modules):
+        return {}
+    try:
+        with ModuleRegistry.open(folder.modules) as registry:
+            return {version.digest: version.name for version in registry.versions()}
+    except FedsplitError:
+        return {}
 
 
 def _light(row: SiteRow, silent: float | None, run: RunStatus | None) -> tuple[SiteLight, str]:

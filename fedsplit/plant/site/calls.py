@@ -104,7 +104,8 @@ class ControlCalls(Closing):
         return _read(_sent(self._client, self._address, "GET", path, None)[0], model, self._address)
 
     def _post(self, path: str, request: BaseModel, model: type[_Answer]) -> _Answer:
-        body = request.model_dump_json().encode()
+        # A server of before takes no field that it does not know.
+        body = request.model_dump_json(exclude_defaults=True).encode()
         return _read(
             _sent(self._client, self._address, "POST", path, body)[0], model, self._address
         )

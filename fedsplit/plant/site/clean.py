@@ -4,6 +4,8 @@
     sides       state/: which samples test, for good: never removed, for what has taught must never test
     logs        logs/: JSON lines, turned over
     backbones   backbones/: the tensors of the site's cut, by digest
+    modules     modules/: versions of the module, the one in use among them
+    usage       usage/: how often each class was answered, a day
     remains     of joins and renewals that were broken off
 
 A running site removes old runs and logs by itself, at its start and daily (`keep_bounded`); it loads no torch for that.
@@ -20,13 +22,15 @@ from pathlib import Path
 from typing import Literal
 
 from fedsplit.core.errors import BackboneError
+from fedsplit.core.foreign import read_json
 from fedsplit.plant.site import keys
 from fedsplit.plant.site.folder import SiteFolder
+from fedsplit.predict.usage import FOLDER as USAGE
 
-Kind = Literal["runs", "sides", "logs", "backbones", "remains"]
-KINDS: tuple[Kind, ...] = ("runs", "sides", "logs", "backbones", "remains")
+Kind = Literal["runs", "sides", "logs", "backbones", "modules", "usage", "remains"]
+KINDS: tuple[Kind, ...] = ("runs", "sides", "logs", "backbones", "modules", "usage", "remains")
 _RUN_FILES = ("*.safetensors", "*.list.npz")
-_BACKBONE = re.compile(r"[0-9a-f]{64}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _TENSORS = "tensors"
 _REMAIN_S = 24 * 3600.0
 """What is being written is younger."""
@@ -51,6 +55,8 @@ def kept(folder: SiteFolder, *, all_backbones: bool = False) -> list[Kept]:
         *_runs(folder),
         *_logs(folder),
         *_backbones(folder, every=all_backbones),
+        *kept_modules(folder),
+        *_usage(folder),
         *_remains(folder),
     ]
 
@@ -124,7 +130,7 @@ def _logs(folder: SiteFolder) -> Iterator[Kept]:
 
 
 def _backbones(folder: SiteFolder, *, every: bool) -> Iterator[Kept]:
-    there = [p for p in folder.backbones.glob("*") if p.is_dir() and _BACKBONE.fullmatch(p.name)]
+    there = [p for p in folder.backbones.glob("*") if p.is_dir() and _DIGEST.fullmatch(p.name)]
     found = sorted(
         (one for p in there if (one := _looked("backbones", p))), key=lambda k: -k.changed
     )
@@ -139,8 +145,38 @@ def _backbones(folder: SiteFolder, *, every: bool) -> Iterator[Kept]:
         yield _going(one, "with their backbones") if every else one
 
 
+def kept_modules(folder: SiteFolder) -> Iterator[Kept]:
+    """The versions of the module: the one in use and the ones before it, which a rollback goes back to."""
+    try:
+        in_use = set(read_json(folder.current_modules, limit=1 << 16).values())
+    except (OSError, ValueError, AttributeError):
+        in_use = set()
+    there = [p for p in folder.modules.glob("*") if p.is_dir() and _DIGEST.fullmatch(p.name)]
+    found = sorted(
+        (one for p in there if (one := _looked("modules", p))),
+        key=lambda k: (k.path.name not in in_use, -k.changed),
+    )
+    most = folder.settings.retention.modules
+    gone = {one.path.name for one in found[most:]}
+    for one in found:
+        yield _going(one, f"older than the {most} newest") if one.path.name in gone else one
+    for path in folder.modules.glob("*.expected.json"):
+        # With its module, which somebody else may have removed.
+        digest = path.name.partition(".")[0]
+        if (folder.modules / digest).is_dir() and digest not in gone:
+            continue
+        if aside := _looked("modules", path):
+            yield _going(aside, "with its module")
+
+
+def _usage(folder: SiteFolder) -> Iterator[Kept]:
+    for path in (folder.path / USAGE).glob("*.json"):
+        if one := _looked("usage", path):
+            yield one
+
+
 def _remains(folder: SiteFolder) -> Iterator[Kept]:
-    for pattern in (keys.JOINING, ".*.part", "run/.*.part", "state/*.part"):
+    for pattern in (keys.JOINING, ".*.part", "run/.*.part", "state/*.part", "modules/.*.part"):
         for path in folder.path.glob(pattern):
             one = _looked("remains", path)
             if one and time.time() - one.changed > _REMAIN_S:

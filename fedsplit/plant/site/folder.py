@@ -61,6 +61,8 @@ class RetentionSection(Section):
     """Runs whose records and state are kept; the oldest go first."""
     log_mb: int = Field(default=20, ge=1, le=10_000)
     """Megabytes of logs of each process."""
+    modules: int = Field(default=3, ge=1, le=1000)
+    """Versions of the module, the one in use among them: a rollback to one of them needs no line."""
 
 
 class SiteFile(Section):
@@ -102,6 +104,16 @@ class SiteFolder(PlantFolder):
     def backbones(self) -> Path:
         """The store of backbone parts."""
         return self.path / "backbones"
+
+    @property
+    def modules(self) -> Path:
+        """The versions of the module that came from the server."""
+        return self.path / "modules"
+
+    @property
+    def current_modules(self) -> Path:
+        """{task: digest} of what is in use."""
+        return self.modules / "current.json"
 
     @property
     def kept(self) -> Path:

@@ -58,9 +58,15 @@ class Ranges:
     """One control service, asked by one thread."""
 
     def __init__(
-        self, client: httpx.Client, *, say: Say = log.info, patience_s: float = PATIENCE_S
+        self,
+        client: httpx.Client,
+        *,
+        say: Say = log.info,
+        patience_s: float = PATIENCE_S,
+        what: str = "backbone",
     ) -> None:
-        self._client, self._say, self._patience_s = client, say, patience_s
+        """`what` is brought, in a word."""
+        self._client, self._say, self._patience_s, self._what = client, say, patience_s, what
         self._address = client.base_url.netloc.decode("ascii")
         self._heard, self._failures = monotonic(), 0
 
@@ -112,7 +118,7 @@ class Ranges:
         wait = max(wait * random.uniform(0.5, 1.0), err.after_s)
         if monotonic() - self._heard + wait > self._patience_s:
             raise ServerAwayError(
-                f"the backbone does not come from the server: {err}. Nothing new came for {self._patience_s:g} s. What is "
+                f"the {self._what} does not come from the server: {err}. Nothing new came for {self._patience_s:g} s. What is "
                 f"here stays: fetch again when the line is up"
             ) from err
         if self._failures == _TELL_AT:

@@ -22,9 +22,11 @@ from fedsplit.core.whole_files import free_bytes
 from fedsplit.plant.site import keys
 from fedsplit.plant.site.calls import ControlCalls
 from fedsplit.plant.site.folder import SiteFolder
+from fedsplit.plant.site.modules import SiteModules
 from fedsplit.plant.site.services import RUNTIME, SUPERNODE
 from fedsplit.plant.site.source_paths import gone
 from fedsplit.plant.site.trust import clock_fault
+from fedsplit.plant.site.usage import bounded, last_days
 from fedsplit.plant.wire import Report, ReportAnswer, SiteState
 
 EVERY_S = 10.0
@@ -44,9 +46,10 @@ class Reports(Closing):
         *,
         services: Callable[[], dict[str, Any]],
         say: Callable[[str], None],
+        modules: SiteModules | None = None,
     ) -> None:
-        """`services`: the supervisor's state of each, by name."""
-        self._folder, self._services, self._say = folder, services, say
+        """`services`: the supervisor's state of each, by name. `modules` hears what is in production."""
+        self._folder, self._services, self._say, self._modules = folder, services, say, modules
         self._calls: ControlCalls | None = None
         self._opened = 0
         self._due = 0.0
@@ -57,6 +60,11 @@ class Reports(Closing):
         self._clock = ""
         self.ended: NotMemberError | None = None
         self.was_ready = False
+
+    @property
+    def idle(self) -> bool:
+        """Is the site ready and without an order?"""
+        return self._shown is not None and self._shown[0] == "idle"
 
     def close(self) -> None:
         """End the connection."""
@@ -79,7 +87,7 @@ class Reports(Closing):
     def _send(self, told: Report, asked: bool) -> bool:
         """Send one; `asked`: because the SuperNode ended. True where the server answered."""
         try:
-            answer = self._line().report(told)
+            answer = self._line().report(self._with_module(told))
         except NotMemberError as err:
             self.ended = err
         except (PlantError, ConfigError) as err:
@@ -100,6 +108,8 @@ class Reports(Closing):
             self.ended = NotMemberError(answer.message or f"this site was {answer.standing}")
             return
         keys.forget_old(self._folder.path)
+        if self._modules is not None:
+            self._modules.hear(answer.modules)
         fault = clock_fault(answer.server_time)
         if fault and not self._clock:
             self._say(f"{fault}. Until then the server refuses this site")
@@ -111,6 +121,13 @@ class Reports(Closing):
                 f"the SuperNode ended, and the site is a member as before: it is started again. After one was killed the "
                 f"server holds its place for up to {_DOUBLED_S:g} s and refuses the next one meanwhile"
             )
+
+    def _with_module(self, told: Report) -> Report:
+        """The report with the module that is in use, and what it has answered of late."""
+        if self._modules is None or (module := self._modules.state()) is None:
+            return told
+        usage = last_days(self._folder, module.digest)
+        return bounded(told.model_copy(update={"module": module, "usage": usage}))
 
     def _line(self) -> ControlCalls:
         """The connection, with the certificate that is in force now."""
@@ -142,6 +159,7 @@ class Reports(Closing):
             rss_bytes=_rss(services),
             disk_free_bytes=free_bytes(self._folder.path),
             certificate_ends=ends,
+            task=self._folder.settings.site.task,
         )
 
     def _doing(self, services: dict[str, Any]) -> dict[str, Any]:

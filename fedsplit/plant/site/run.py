@@ -21,6 +21,7 @@ from fedsplit.plant.site import keys
 from fedsplit.plant.site.calls import ControlCalls
 from fedsplit.plant.site.clean import keep_bounded
 from fedsplit.plant.site.folder import SiteFolder
+from fedsplit.plant.site.modules import SiteModules
 from fedsplit.plant.site.renew import Renewals
 from fedsplit.plant.site.report import Reports
 from fedsplit.plant.site.services import services
@@ -55,7 +56,10 @@ def run(folder: SiteFolder, stop: threading.Event, *, say: Say, ready: Callable[
     most = folder.settings.retention.log_mb
     with (
         Supervisor(checked, state_file=folder.state, say=say, log_mb=most) as supervisor,
-        Reports(folder, services=lambda: supervisor.state()["services"], say=say) as reports,
+        SiteModules(folder, say=say, idle=lambda: reports.idle) as modules,
+        Reports(
+            folder, services=lambda: supervisor.state()["services"], say=say, modules=modules
+        ) as reports,
     ):
         renewals = Renewals(folder, say=say)
 
@@ -74,7 +78,12 @@ def run(folder: SiteFolder, stop: threading.Event, *, say: Say, ready: Callable[
         once = _Once(ready)
         threads = [
             threading.Thread(target=_again_and_again, args=[step, wait, stop, say], daemon=True)
-            for step, wait in ((report, 0.0), (renewals.step, 0.0), (clean, _CLEAN_EVERY_S))
+            for step, wait in (
+                (report, 0.0),
+                (renewals.step, 0.0),
+                (modules.step, 1.0),
+                (clean, _CLEAN_EVERY_S),
+            )
         ]
         for thread in threads:
             thread.start()
@@ -125,7 +134,9 @@ def _ask(folder: SiteFolder, ends: float, say: Say) -> None:
                 f"the server has fedsplit {printable(hello.fedsplit_version, limit=40)}, this site {__version__}: runs leave "
                 f"the site out until both have the same"
             )
-        answer = calls.report(Report(state="starting", fedsplit_version=__version__))
+        answer = calls.report(
+            Report(state="starting", fedsplit_version=__version__, task=site.task)
+        )
     if answer.standing != "member":
         raise NotMemberError(answer.message or f"it was {answer.standing}")
 

@@ -49,6 +49,8 @@ memory-mb = {memory_mb}
 runs = {runs}
 # Megabytes of logs of each process.
 log-mb = {log_mb}
+# Versions of the module in modules/, the one in use among them. A rollback to one of them needs no line.
+modules = {modules}
 """
 
 

@@ -42,6 +42,8 @@ CERTIFIED = {
     paths.MANIFEST: "GET",
     f"{paths.FILES}/config.json": "GET",
     f"{paths.TENSORS}/{DIGEST}": "GET",
+    f"{paths.MODULES}/{DIGEST}": "GET",
+    f"{paths.MODULES}/{DIGEST}/files/fedsplit.json": "GET",
 }
 LISTED = dict.fromkeys(FLEET, "POST") | OPEN | CERTIFIED
 METHODS = ("GET", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")

@@ -1,0 +1,128 @@
+"""`fedsplit module promote` in a federation: measures a version at the sites before they use it; told which site loses how much.
+
+module.py has the command. Two runs that train nothing: the version, and what is in production; then the policy decides.
+"""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+from fedsplit.cli.console import Output
+from fedsplit.core.errors import PromotionError
+from fedsplit.plant.server import audit
+from fedsplit.plant.server.folder import FederationFolder
+from fedsplit.plant.server.promotion import (
+    Measured,
+    Verdict,
+    check_backbone,
+    fleet,
+    judge,
+    run_settings,
+)
+from fedsplit.registry.registry import ModuleRegistry
+from fedsplit.registry.version import PRODUCTION, Promotion, Version
+
+SITES_TAKE_IT = "sites that are up use it within a minute; `fedsplit status` shows which one has it"
+
+
+def promote(
+    folder: FederationFolder,
+    registry: ModuleRegistry,
+    reference: str,
+    *,
+    alias: str,
+    by: str,
+    why: str,
+    unmeasured: bool,
+    out: Output,
+) -> Promotion:
+    """Have an alias point to a version, for production measured first. Raises PromotionError where the policy refuses it.
+
+    `unmeasured`: production without a measurement, which is told and stands in the audit log.
+    """
+    version = registry.get(reference)
+    check_backbone(folder, version.name, version.backbone_sha256)
+    now = registry.aliases().get(version.task, {}).get(alias, "")
+    measured: dict[str, str] = {}
+    if alias == PRODUCTION and now == version.digest:
+        out.note(f"{version.name} is in production already; it is not measured again")
+    elif alias == PRODUCTION and not folder.settings.promotion.require:
+        out.note("it is not measured: require = false in [promotion] of federation.toml")
+        measured = {"unmeasured": "require = false in federation.toml"}
+    elif alias == PRODUCTION and unmeasured:
+        out.note(f"warning: {version.name} goes into production unmeasured; the audit log says so")
+        measured = {"unmeasured": "asked for with --unmeasured"}
+    elif alias == PRODUCTION:
+        measured = dict(_measured(folder, registry, version, now, out).measured)
+    promotion = registry.promote(
+        version.name, alias=alias, by=by, why=why, expected=now, measured=measured
+    )
+    if alias == PRODUCTION:
+        out.note(SITES_TAKE_IT)
+    return promotion
+
+
+def _measured(
+    folder: FederationFolder, registry: ModuleRegistry, version: Version, now: str, out: Output
+) -> Verdict:
+    """The verdict on a version that may be promoted. Raises PromotionError for one that may not."""
+    who = fleet(folder, version.task)
+    if not who.up:
+        raise PromotionError(
+            f"no site with data of task {version.task} is up, so {version.name} cannot be measured"
+            + (f" (away: {', '.join(who.away[:20])})" if who.away else "")
+            + "; start the sites, or promote it with --unmeasured"
+        )
+    candidate = _tested(folder, registry, version, who.up, out)
+    present = None
+    if old := next((v for v in registry.versions(version.task) if v.digest == now), None):
+        present = _tested(folder, registry, old, who.up, out)
+    verdict = judge(folder.settings.promotion, candidate, present, away=who.away)
+    for site, told in sorted(verdict.measured.items()):
+        out.note(f"  {site}: {told}")
+    for note in verdict.notes:
+        out.note(f"note: {note}")
+    if verdict.refusals:
+        audit.record(
+            folder, "promotion-refused", "server", module=version.name, module_sha256=version.digest,
+            reasons=list(verdict.refusals), measured=[f"{s}: {t}" for s, t in verdict.measured.items()],
+        )  # fmt: skip
+        raise PromotionError(
+            f"{version.name} is not promoted, and nothing has changed:\n"
+            + "\n".join(f"  - {reason}" for reason in verdict.refusals)
+            + "\nTo promote it all the same: --unmeasured"
+        )
+    return verdict
+
+
+def _tested(
+    folder: FederationFolder,
+    registry: ModuleRegistry,
+    version: Version,
+    sites: tuple[str, ...],
+    out: Output,
+) -> Measured:
+    """One version on the sites' own test samples: a run that trains nothing."""
+    from fedsplit.cli.execute import execute
+    from fedsplit.cli.follow import Progress
+    from fedsplit.cli.request import prepare
+    from fedsplit.core.records import Summary
+    from fedsplit.plant.server.run_audit import audited
+
+    out.note(f"{version.shown} is measured at {', '.join(sites)} ...")
+    settings = run_settings(folder, registry.folder(version), version.task, sites)
+    settings["run-name"] = f"measure-{version.number}-{secrets.token_hex(4)}"
+    request = prepare(settings, federation=folder, measuring=True)
+    with (
+        Progress(out.stderr, untrained=False) as progress,
+        audited(folder, request.config.run.run_name, request.run_dir, out.note) as note_end,
+    ):
+        ended: Any = execute(request, progress)
+        note_end(ended)
+    if not isinstance(ended, Summary) or ended.outcome == "failed":
+        why = getattr(ended, "reason", "")
+        raise PromotionError(f"{version.name} could not be measured: {why}; nothing has changed")
+    for note in ended.notes:
+        out.note(f"note: {note}")
+    return Measured.of(version.name, ended)

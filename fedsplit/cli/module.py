@@ -14,6 +14,7 @@ from fedsplit.cli.run import JsonFlag
 from fedsplit.core.errors import ConfigError
 
 if TYPE_CHECKING:
+    from fedsplit.plant.server.folder import FederationFolder
     from fedsplit.registry.registry import ModuleRegistry
     from fedsplit.registry.version import Promotion
 
@@ -129,11 +130,23 @@ def promote(
             help="Only if the alias still points to this version.",
         ),
     ] = "",
+    unmeasured: Annotated[
+        bool,
+        typer.Option(
+            "--unmeasured",
+            help="In a federation: without the measurement at the sites; the audit log says so.",
+        ),
+    ] = False,
     registry: RegistryOption = None,
     federation: FederationOption = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Have an alias point to a version, all at once. Two at the same time: one is refused."""
+    """Have an alias point to a version, all at once. Two at the same time: one is refused.
+
+    In a federation `production` is measured first, on each site's own test samples; [promotion] in federation.toml decides.
+    """
+    from fedsplit.plant.server.modules import federation_of
+
     out = Output(as_json=as_json)
     with _opened(registry, federation) as kept:
         version = kept.get(module)
@@ -141,11 +154,24 @@ def promote(
         wanted = kept.get(expected).digest if expected else before
         # What is decided between this look and the move, such as a measurement at the sites, takes its time: whoever
         # promotes meanwhile is not overruled.
+        measured: dict[str, str] = {}
+        if (folder := federation_of(kept.path)) is not None and wanted == before:
+            from fedsplit.cli.promote import decided_by
+
+            measured = decided_by(
+                folder, kept, version, alias=alias, unmeasured=unmeasured, out=out
+            )
         moved = kept.promote(
-            version.name, alias=alias, by=by or _account(), why=why, expected=wanted
+            version.name,
+            alias=alias,
+            by=by or _account(),
+            why=why,
+            expected=wanted,
+            measured=measured,
         )
         names = _names(kept, version.task)
     _tell(out, moved, names)
+    _tell_sites(out, moved, folder)
 
 
 @app.command("rollback")
@@ -160,11 +186,15 @@ def rollback(
     as_json: JsonFlag = False,
 ) -> None:
     """Have an alias point to where it pointed before. Again: one further back."""
+    from fedsplit.plant.server.modules import federation_of
+
     out = Output(as_json=as_json)
     with _opened(registry, federation) as kept:
         moved = kept.rollback(task, alias=alias, by=by or _account(), why=why)
         names = _names(kept, task)
+        folder = federation_of(kept.path)
     _tell(out, moved, names)
+    _tell_sites(out, moved, folder)
 
 
 @app.command("tag")
@@ -341,6 +371,13 @@ def _account() -> str:
 
 def _names(kept: ModuleRegistry, task: str) -> dict[str, str]:
     return {version.digest: version.name for version in kept.versions(task)}
+
+
+def _tell_sites(out: Output, moved: Promotion, folder: FederationFolder | None) -> None:
+    if folder is not None and moved.alias == "production" and moved.digest != moved.previous:
+        out.note(
+            "The sites that are up use it within a minute; `fedsplit status` shows which one has it."
+        )
 
 
 def _tell(out: Output, moved: Promotion, names: dict[str, str]) -> None:

@@ -21,46 +21,38 @@ from fedsplit.plant.server.promotion import (
     run_settings,
 )
 from fedsplit.registry.registry import ModuleRegistry
-from fedsplit.registry.version import PRODUCTION, Promotion, Version
+from fedsplit.registry.version import PRODUCTION, Version
 
 SITES_TAKE_IT = "sites that are up use it within a minute; `fedsplit status` shows which one has it"
 
 
-def promote(
+def decided_by(
     folder: FederationFolder,
     registry: ModuleRegistry,
-    reference: str,
+    version: Version,
     *,
     alias: str,
-    by: str,
-    why: str,
     unmeasured: bool,
     out: Output,
-) -> Promotion:
-    """Have an alias point to a version, for production measured first. Raises PromotionError where the policy refuses it.
+) -> dict[str, str]:
+    """What is kept of the measurement of a version that an alias may point to. Raises PromotionError where the policy refuses it.
 
-    `unmeasured`: production without a measurement, which is told and stands in the audit log.
+    Only `production` is measured. `unmeasured`: without a measurement, which is told and stands in the audit log.
     """
-    version = registry.get(reference)
+    if alias != PRODUCTION:
+        return {}
     check_backbone(folder, version.name, version.backbone_sha256)
     now = registry.aliases().get(version.task, {}).get(alias, "")
-    measured: dict[str, str] = {}
-    if alias == PRODUCTION and now == version.digest:
+    if now == version.digest:
         out.note(f"{version.name} is in production already; it is not measured again")
-    elif alias == PRODUCTION and not folder.settings.promotion.require:
+        return {}
+    if not folder.settings.promotion.require:
         out.note("it is not measured: require = false in [promotion] of federation.toml")
-        measured = {"unmeasured": "require = false in federation.toml"}
-    elif alias == PRODUCTION and unmeasured:
+        return {"unmeasured": "require = false in federation.toml"}
+    if unmeasured:
         out.note(f"warning: {version.name} goes into production unmeasured; the audit log says so")
-        measured = {"unmeasured": "asked for with --unmeasured"}
-    elif alias == PRODUCTION:
-        measured = dict(_measured(folder, registry, version, now, out).measured)
-    promotion = registry.promote(
-        version.name, alias=alias, by=by, why=why, expected=now, measured=measured
-    )
-    if alias == PRODUCTION:
-        out.note(SITES_TAKE_IT)
-    return promotion
+        return {"unmeasured": "asked for with --unmeasured"}
+    return dict(_measured(folder, registry, version, now, out).measured)
 
 
 def _measured(

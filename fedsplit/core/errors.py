@@ -23,6 +23,7 @@
     │   └── NotMemberError      the site is no member any more: revoked, rotated, its certificate over
     ├── WheelhouseError     what another machine needs for an install cannot be had: no index, no wheel, no room
     ├── RegistryError       a registry of modules cannot be read or written, or an alias has moved meanwhile
+    ├── PromotionError      a version may not go into production: the sites measured a loss, or could not measure
     └── RunDirError         a run directory cannot be written or read: disk full, damaged checkpoint
 
 Every message says what it got, what it wanted and what to do.

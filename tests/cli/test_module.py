@@ -124,7 +124,8 @@ def test_a_federations_changes_are_in_its_audit_log(
     at = ("--federation", str(folder.path))
     shown(capsys, "import", "out.zip", *at)
     # Also where somebody names the registry by its folder.
-    shown(capsys, "promote", "parts#1", "--by", "佐藤", "--registry", str(folder.modules))
+    place = ("--registry", str(folder.modules))
+    shown(capsys, "promote", "parts#1", "--by", "佐藤", "--alias", "candidate", *place)
     lines = list(audit.read(folder))
     assert [line["what"] for line in lines] == ["module-imported", "module-promoted"]
     assert (lines[1]["by"], lines[1]["module"]) == ("佐藤", "parts#1")

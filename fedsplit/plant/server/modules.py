@@ -27,8 +27,14 @@ def audited(folder: FederationFolder) -> Audit:
 
 def audit_of(registry: Path) -> Audit | None:
     """The audit log that a registry's changes belong in; None where it is no federation's. Raises ConfigError."""
+    folder = federation_of(registry)
+    return audited(folder) if folder is not None else None
+
+
+def federation_of(registry: Path) -> FederationFolder | None:
+    """The federation whose registry it is, None where it is nobody's. Raises ConfigError for settings that cannot be read."""
     above = registry.expanduser().absolute().parent
     if not (above / SETTINGS).is_file():
         return None
     folder = FederationFolder.at(above)
-    return audited(folder) if folder.modules.name == registry.name else None
+    return folder if folder.modules.name == registry.name else None

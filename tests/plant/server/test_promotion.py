@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from fedsplit.cli.main import call
 from fedsplit.core.errors import BackboneError
-from fedsplit.plant.server import usage
+from fedsplit.plant.server import audit, usage
 from fedsplit.plant.server.folder import FederationFolder, PromotionSection
 from fedsplit.plant.server.promotion import (
     Fleet,
@@ -23,6 +24,8 @@ from fedsplit.plant.server.promotion import (
 from fedsplit.plant.server.registry import Registry
 from fedsplit.plant.server.runs import last_module
 from fedsplit.plant.wire import Answered, DayUsage, ModuleState, Report
+from fedsplit.registry.registry import ModuleRegistry
+from fedsplit.registry.version import Facts
 
 POLICY = PromotionSection()
 MODULE = "ab" * 32
@@ -86,6 +89,31 @@ def test_the_measuring_run_finds_what_the_module_reached_and_is_no_training(
 def test_another_backbone_is_refused_before_anything_starts(folder: FederationFolder) -> None:
     with pytest.raises(BackboneError, match=r"parts#1 was trained on a backbone with digest abababababab, this federation's is"):  # fmt: skip
         check_backbone(folder, "parts#1", MODULE)
+
+
+def test_the_command_measures_and_says_why_it_does_not_promote(
+    folder: FederationFolder, trained_image_module: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ModuleRegistry.open(folder.modules, create=True) as registry:
+        registry.add(trained_image_module / "module", Facts(task="digits"))
+    command = ["module", "promote", "digits#1", "--federation", str(folder.path)]
+    assert call(command) == 1
+    told = capsys.readouterr().err
+    assert "no site with data of task digits is up, so digits#1 cannot be measured" in told
+    # By its own folder it is the same registry.
+    assert call(["module", "promote", "digits#1", "--registry", str(folder.modules)]) == 1
+    capsys.readouterr()
+    with ModuleRegistry.open(folder.modules) as registry:
+        assert registry.aliases() == {}
+    # Nothing uses another alias.
+    assert call([*command, "--alias", "candidate"]) == 0
+    assert call([*command, "--unmeasured", "--json"]) == 0
+    shown = capsys.readouterr()
+    assert "goes into production unmeasured" in shown.err
+    assert "within a minute" in shown.err
+    lines = [line for line in audit.read(folder) if line["what"] == "module-promoted"]
+    assert [line["alias"] for line in lines] == ["candidate", "production"]
+    assert lines[1]["measured"] == ["unmeasured: asked for with --unmeasured"]
 
 
 def test_who_could_measure(folder: FederationFolder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,8 @@ def show_version(
         why = f": {move.why}" if move.why else ""
         word = "promoted to" if move.kind == "promote" else "rolled back to as"
         out.show(f"{_day(move.at)} {word} {move.alias}{by}{why}")
+        for what, told in move.measured.items():
+            out.show(f"    {printable(what, limit=200)}: {printable(told, limit=300)}")
 
 
 def compared(one: Version, other: Version) -> dict[str, Any]:

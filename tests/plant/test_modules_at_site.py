@@ -16,9 +16,12 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from fedsplit.core.errors import PlantError
 from fedsplit.model.description import described
 from fedsplit.plant import paths
 from fedsplit.plant.server import control
@@ -35,7 +38,7 @@ from fedsplit.plant.site.modules import SiteModules, current, expected_file
 from fedsplit.plant.site.report import Reports
 from fedsplit.plant.site.wish import Wish
 from fedsplit.predict.usage import Usage
-from fedsplit.registry.module_files import module_digest
+from fedsplit.registry.module_files import digest_of, module_digest
 from fedsplit.registry.registry import ModuleRegistry
 from fedsplit.registry.version import Facts
 from fedsplit.training.data.sides import Record
@@ -265,3 +268,38 @@ def test_threads_of_many_reports_do_not_disturb_each_other(plant: Plant) -> None
         thread.join()
     served.close()
     assert found == [{"digits": plant.digests[0]}] * 80
+
+
+class _Line:
+    def __init__(self, text: bytes) -> None:
+        self._text = text
+
+    def whole(self, _path: str, _most: int) -> bytes:
+        return self._text
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.binary(max_size=200)
+    | st.recursive(
+        st.none() | st.integers() | st.text(max_size=12),
+        lambda inner: (
+            st.lists(inner, max_size=4)
+            | st.dictionaries(
+                st.sampled_from(["task", "number", "files", "name", "bytes", "sha256"]), inner
+            )
+        ),
+        max_leaves=12,
+    ).map(lambda value: json.dumps(value).encode())
+)
+def test_a_list_of_files_from_anybody_is_refused_in_words(text: bytes) -> None:
+    with pytest.raises(PlantError, match="module abababababab"):
+        modules._listed("ab" * 32, _Line(text))  # type: ignore[arg-type]
+
+
+def test_names_that_lead_elsewhere_are_refused_though_the_digest_fits() -> None:
+    for name in ("../current.json", "version.json", "a/b", ".hidden", "", "x" * 101):
+        files = {name: "cd" * 32}
+        said = {"task": "t", "number": 1, "files": [{"name": name, "bytes": 3, "sha256": "cd" * 32}]}  # fmt: skip
+        with pytest.raises(PlantError):
+            modules._listed(digest_of(files), _Line(json.dumps(said).encode()))  # type: ignore[arg-type]

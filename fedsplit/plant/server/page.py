@@ -26,6 +26,10 @@ _PAGE = files("fedsplit.plant.server") / "page.html"
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; frame-ancestors 'none'"
 
 
+# What the page does not show, and what would be most of each event.
+_NOT_SHOWN = {"sites": {"__all__": {"usage"}}}
+
+
 class Watcher:
     """Reads the federation's state at most once in `every_s`, however many look."""
 
@@ -51,7 +55,7 @@ class Watcher:
             while True:
                 try:
                     found = await asyncio.to_thread(self.now)
-                    yield f"data: {found.model_dump_json()}\n\n"
+                    yield f"data: {found.model_dump_json(exclude=_NOT_SHOWN)}\n\n"
                 except FedsplitError:
                     # The page says that nothing new comes; the log of the service has the reason.
                     yield ": the state cannot be read now\n\n"

@@ -141,10 +141,10 @@ class Registry(Closing):
             site.last_seen, site.report = self.now(), report.model_dump_json()
             usage.keep(session, site.name, report.usage)
 
-    def usage(self, name: str) -> list[DayUsage]:
-        """What a site's modules answered a day, oldest first."""
+    def usage(self, name: str, *, most: int = usage.DAYS_KEPT) -> list[DayUsage]:
+        """What a site's modules answered a day, oldest first: the last `most` entries."""
         with self.db.begin("read") as session:
-            return usage.kept(session, normalised(name))
+            return usage.kept(session, normalised(name), most=most)
 
     def task_of(self, name: str) -> str:
         """The task of a site's data, by its last report; empty where it has said none."""

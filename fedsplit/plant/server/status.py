@@ -157,7 +157,7 @@ def federation_status(folder: FederationFolder) -> FederationStatus:
     run = _going_on(busy, metrics) if busy is not None else None
     with Registry(folder) as registry:
         rows = registry.sites()
-        usage = {row.name: registry.usage(row.name) for row in rows}
+        usage = {row.name: registry.usage(row.name, most=SHOWN_DAYS) for row in rows}
     names = module_names(folder)
     return FederationStatus(
         address=f"{settings.host}:{settings.port}",
@@ -296,7 +296,7 @@ def _with_module(
             confidence=one.answered.confidence / max(1, one.answered.samples),
             classes=one.answered.classes,
         )
-        for one in usage[-SHOWN_DAYS:]
+        for one in usage
     )
     if report is None or module is None:
         return site.model_copy(update={"usage": days})

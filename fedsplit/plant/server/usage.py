@@ -60,11 +60,11 @@ def keep(session: Session, site: str, found: Iterable[DayUsage]) -> None:
         session.execute(delete(UsageRow).where(UsageRow.site == site, UsageRow.day < oldest))
 
 
-def kept(session: Session, site: str, *, days: int = DAYS_KEPT) -> list[DayUsage]:
-    """What a site has reported of its last days, oldest first."""
+def kept(session: Session, site: str, *, most: int = DAYS_KEPT) -> list[DayUsage]:
+    """What a site has reported of its last days, oldest first: an entry a day and module, `most` at most."""
     if not inspect(session.connection()).has_table(UsageRow.__tablename__):
         return []
-    rows = select(UsageRow).where(UsageRow.site == site).order_by(UsageRow.day.desc()).limit(days)
+    rows = select(UsageRow).where(UsageRow.site == site).order_by(UsageRow.day.desc()).limit(most)
     found = []
     for row in session.scalars(rows):
         try:

@@ -6,7 +6,7 @@ module.py has the command. Two runs that train nothing: the version, and what is
 from __future__ import annotations
 
 import secrets
-from typing import Any
+from typing import Any, NoReturn
 
 from fedsplit.cli.console import Output
 from fedsplit.core.errors import PromotionError
@@ -66,26 +66,35 @@ def _measured(
             + (f" (away: {', '.join(who.away[:20])})" if who.away else "")
             + "; start the sites, or promote it with --unmeasured"
         )
+    policy = folder.settings.promotion
+    if who.away and policy.when_away == "refuse":
+        # Before it takes two runs to come to the same.
+        _refuse(folder, version, judge(policy, Measured(version.name, "", {}), None, away=who.away))
     candidate = _tested(folder, registry, version, who.up, out)
     present = None
     if old := next((v for v in registry.versions(version.task) if v.digest == now), None):
         present = _tested(folder, registry, old, who.up, out)
-    verdict = judge(folder.settings.promotion, candidate, present, away=who.away)
+    verdict = judge(policy, candidate, present, away=who.away)
     for site, told in sorted(verdict.measured.items()):
         out.note(f"  {site}: {told}")
     for note in verdict.notes:
         out.note(f"note: {note}")
     if verdict.refusals:
-        audit.record(
-            folder, "promotion-refused", "server", module=version.name, module_sha256=version.digest,
-            reasons=list(verdict.refusals), measured=[f"{s}: {t}" for s, t in verdict.measured.items()],
-        )  # fmt: skip
-        raise PromotionError(
-            f"{version.name} is not promoted, and nothing has changed:\n"
-            + "\n".join(f"  - {reason}" for reason in verdict.refusals)
-            + "\nTo promote it all the same: --unmeasured"
-        )
+        _refuse(folder, version, verdict)
     return verdict
+
+
+def _refuse(folder: FederationFolder, version: Version, verdict: Verdict) -> NoReturn:
+    """Note it in the audit log, and raise PromotionError."""
+    audit.record(
+        folder, "promotion-refused", "server", module=version.name, module_sha256=version.digest,
+        reasons=list(verdict.refusals), measured=[f"{s}: {t}" for s, t in verdict.measured.items()],
+    )  # fmt: skip
+    raise PromotionError(
+        f"{version.name} is not promoted, and nothing has changed:\n"
+        + "\n".join(f"  - {reason}" for reason in verdict.refusals)
+        + "\nTo promote it all the same: --unmeasured"
+    )
 
 
 def _tested(

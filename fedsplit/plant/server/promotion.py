@@ -197,7 +197,7 @@ def judge(
                 f"{_shown(before[0] if before else None)} with {production.name} in production, on its {samples} test samples; "
                 f"at most {policy.max_loss_points:g} may be lost"
             )
-    if not candidate.sites:
+    if not candidate.sites and not refusals:
         refusals.append("no site has measured it")
     return Verdict(tuple(refusals), tuple(notes), kept)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import select
 
 from fedsplit.cli.main import call
 from fedsplit.core.errors import BackboneError
@@ -23,6 +24,7 @@ from fedsplit.plant.server.promotion import (
 )
 from fedsplit.plant.server.registry import Registry
 from fedsplit.plant.server.runs import last_module
+from fedsplit.plant.server.tables import Site
 from fedsplit.plant.wire import Answered, DayUsage, ModuleState, Report
 from fedsplit.registry.registry import ModuleRegistry
 from fedsplit.registry.version import Facts
@@ -105,6 +107,20 @@ def test_the_command_measures_and_says_why_it_does_not_promote(
     capsys.readouterr()
     with ModuleRegistry.open(folder.modules) as registry:
         assert registry.aliases() == {}
+    with Registry(folder) as members:
+        for name, at in (("line-a", time.time()), ("line-b", time.time() - 300)):
+            members.add_site(name, 1)
+            members.now = lambda at=at: at  # type: ignore[misc]
+            members.seen(name, Report(state="idle", task="digits"))
+        with members.db.begin() as session:
+            for site in session.scalars(select(Site)):
+                site.state = "member"
+    # Known before a run is started, so none is.
+    assert call(command) == 1
+    told = capsys.readouterr().err
+    assert "digits#1 is not promoted, and nothing has changed:" in told
+    assert "site line-b is away (it does not report)" in told
+    assert [line["what"] for line in audit.read(folder)][-1] == "promotion-refused"
     # Nothing uses another alias.
     assert call([*command, "--alias", "candidate"]) == 0
     assert call([*command, "--unmeasured", "--json"]) == 0
@@ -125,8 +141,6 @@ def test_who_could_measure(folder: FederationFolder, monkeypatch: pytest.MonkeyP
             registry.seen(name, Report(state="idle", task=task))
         assert fleet(folder, "parts") == Fleet((), ())  # nobody has joined
         with registry.db.begin() as session:
-            from fedsplit.plant.server.tables import Site
-
             for site in session.query(Site):
                 site.state = "member"
     # One that never said its task may be of it.

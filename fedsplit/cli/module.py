@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedsplit.cli import module_export
 from fedsplit.cli.console import Output
 from fedsplit.cli.run import JsonFlag
 from fedsplit.core.errors import ConfigError
@@ -217,20 +218,10 @@ def tag(
     out.result(record_of(version))
 
 
-@app.command("export")
-def export(
-    module: Reference,
-    file: Annotated[Path, typer.Argument(metavar="FILE.zip", help="Where to write it.")],
-    *,
-    registry: RegistryOption = None,
-    federation: FederationOption = None,
-    as_json: JsonFlag = False,
+def export_file(
+    module: str, file: Path, *, registry: Path | None, federation: Path | None, out: Output
 ) -> None:
-    """Write a version as one file, for the registry of another machine.
-
-    The file has the module and what is known of it: the names of the sites, their numbers of samples and their scores too.
-    """
-    out = Output(as_json=as_json)
+    """`module export MODULE FILE.zip`: a version as one file, for the registry of another machine."""
     with _opened(registry, federation) as kept:
         version = kept.get(module)
         kept.export(version.name, file)
@@ -239,6 +230,9 @@ def export(
         f"There: fedsplit module import {file.name}"
     )
     out.result({"module": version.name, "digest": version.digest, "file": str(file)})
+
+
+app.command("export")(module_export.export)
 
 
 @app.command("import")

@@ -22,6 +22,7 @@
     │   ├── ServerRefusalError  the server says no, in its own words: a code, a request
     │   └── NotMemberError      the site is no member any more: revoked, rotated, its certificate over
     ├── WheelhouseError     what another machine needs for an install cannot be had: no index, no wheel, no room
+    ├── ExportError         an exported module does not answer as the module itself does
     ├── RegistryError       a registry of modules cannot be read or written, or an alias has moved meanwhile
     ├── PromotionError      a version may not go into production: the sites measured a loss, or could not measure
     └── RunDirError         a run directory cannot be written or read: disk full, damaged checkpoint
@@ -142,6 +143,10 @@ class RegistryError(FedsplitError):
 
 class PromotionError(FedsplitError):
     """A version of a module may not go into production: the sites measured a loss, or could not measure."""
+
+
+class ExportError(FedsplitError):
+    """An exported module does not answer as the module itself does."""
 
 
 class WheelhouseError(FedsplitError):

@@ -3,6 +3,7 @@
     fedsplit              a site, and the encoder
     fedsplit[server]      what draws a run's plots and serves its metrics
     fedsplit[simulation]  many sites on one machine: Ray, partitioners, scikit-learn's digits, comparisons
+    fedsplit[export]      ONNX files of trained modules
     fedsplit[tensorboard], fedsplit[mlflow], fedsplit[wandb]    the trackers that a run's metrics can go to
 
 Whoever imports such a package does it where it is used, inside `extra`; `check_extra` asks before a run starts.
@@ -17,7 +18,7 @@ from typing import Literal
 
 from fedsplit.core.errors import ConfigError
 
-Extra = Literal["server", "simulation", "tensorboard", "mlflow", "wandb"]
+Extra = Literal["server", "simulation", "export", "tensorboard", "mlflow", "wandb"]
 
 
 @contextmanager

@@ -62,8 +62,12 @@ def serve(
     as_json: JsonFlag = False,
 ) -> None:
     """Answer predictions over HTTP until Ctrl-C or SIGTERM: POST /v1/predict with an image or {"text": ...}."""
+    from fedsplit.core.cpus import wait_asleep
+
+    wait_asleep()
     out = Output(as_json=as_json)
-    from fedsplit.predict.serve.listening import Listening, Serving
+    from fedsplit.predict.serve.listening import Listening
+    from fedsplit.predict.serve.running import Serving
 
     at = Listening(host=host, port=port, tls_cert=tls_cert, tls_key=tls_key, token_file=token_file)
     # Before the model is loaded, which takes a while.

@@ -11,10 +11,11 @@ import logging
 import re
 import threading
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
+from typing import Any
 
 from fedsplit.core.closing import Closing
 
@@ -73,9 +74,16 @@ class JsonLines(Closing):
         """Close the file."""
         self._file.close()
 
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Add one line with other fields. Never raises for a disk that is full or gone."""
+        with self._lock:
+            self._emit(entry)
+
     def _put(self, text: str, level: str) -> None:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        entry = {"time": now, "service": self.service, "level": level, "text": text}
+        self._emit({"time": now, "service": self.service, "level": level, "text": text})
+
+    def _emit(self, entry: Mapping[str, Any]) -> None:
         line = json.dumps(entry, ensure_ascii=False)
         self._file.emit(logging.LogRecord("", logging.INFO, "", 0, line, None, None))
 

@@ -22,6 +22,7 @@ from fedsplit.model.backbone import Backbone
 from fedsplit.model.families import InputKind
 from fedsplit.model.inputs import Inputs
 from fedsplit.model.module import ModuleSpec
+from fedsplit.model.part import Weights
 from fedsplit.model.split import SplitModel, device_part
 from fedsplit.model.threads import limit_threads
 from fedsplit.predict.backbones import find_backbone_of
@@ -151,12 +152,14 @@ def load_predictor(
     registry: Path | None = None,
     middle: Encoder | None = None,
     cut: Cut | None = None,
+    weights: Callable[[Backbone], Weights] | None = None,
 ) -> Predictor:
     """The module of a folder, a run or a registry, on the backbone that it was trained on.
 
     `backbone` names it where it does not lie where it is looked for (backbones.py). `pixel_max` is the value of white in
     the images here, where it is another than at the run's sites. `threads`: torch's; 0 leaves its choice, within the CPUs
-    of this process. With a `cut` this machine holds head and tail, and `middle` is the encoder between them.
+    of this process. With a `cut` this machine holds head and tail, and `middle` is the encoder between them. `weights`
+    gives the backbone's tensors where another part of this process has them already.
 
     Raises ConfigError where the module is not found, BackboneError where it or its backbone cannot be used.
     """
@@ -177,7 +180,8 @@ def load_predictor(
     else:
         transform = TextTransform.from_backbone(its_backbone.path, inputs.max_length)
     here = cut or Cut(its_backbone.blocks, its_backbone.blocks)
-    part = device_part(its_backbone, here, spec)
+    shared = weights(its_backbone) if weights else None
+    part = device_part(its_backbone, here, spec, weights=shared)
     module.load(part, tensors)
     return Predictor(found, spec, inputs, its_backbone, SplitModel(part, here, middle), transform)
 

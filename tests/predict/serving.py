@@ -19,7 +19,8 @@ from safetensors.numpy import load_file, save_file
 
 from fedsplit.predict.predictor import Predictor, load_predictor
 from fedsplit.predict.serve.answering import Answering
-from fedsplit.predict.serve.listening import Listening, Serving
+from fedsplit.predict.serve.listening import Listening
+from fedsplit.predict.serve.running import Serving
 
 
 def png(pixels: NDArray[np.uint8]) -> bytes:

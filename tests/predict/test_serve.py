@@ -24,7 +24,8 @@ from fedsplit.predict.predictor import Predictor, load_predictor
 from fedsplit.predict.serve import bodies
 from fedsplit.predict.serve.answering import Answering, Limits
 from fedsplit.predict.serve.follow import Follow
-from fedsplit.predict.serve.listening import Listening, Serving
+from fedsplit.predict.serve.listening import Listening
+from fedsplit.predict.serve.running import Serving
 
 from .serving import client, gated, pictures, serving, version_of
 

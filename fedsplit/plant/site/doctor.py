@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -17,6 +18,7 @@ from fedsplit.plant import checks, paths
 from fedsplit.plant.checks import Check, Look
 from fedsplit.plant.site.calls import ControlCalls, open_client
 from fedsplit.plant.site.folder import SiteFolder
+from fedsplit.plant.site.listening import listening
 from fedsplit.plant.site.services import RUNTIME, SUPERNODE
 from fedsplit.plant.site.source import look_at
 from fedsplit.plant.site.trust import clock_fault
@@ -57,7 +59,38 @@ def site_checks(path: Path, *, joining: bool = False) -> Iterable[Check]:
         looks["services"] = lambda: checks.services(
             folder.state, (SUPERNODE, RUNTIME), start=start, logs=folder.logs
         )
+    if not joining and folder.settings.serve.port:
+        looks["serve"] = lambda: _serve(folder)
     return checks.look_at(looks)
+
+
+def _serve(folder: SiteFolder) -> Check:
+    """Does the runtime answer predictions, and with the module that is meant?"""
+    at = listening(folder)
+    at.checked()
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(at.host, at.host)
+    address = replace(at, host=host).address(at.port)
+    log = f"see {folder.logs / f'{RUNTIME}.jsonl'}"
+    try:
+        # It is this machine's own service, whatever name its certificate has.
+        answer = httpx.get(f"{address}/health", verify=False, timeout=_TIMEOUT_S, trust_env=False)
+        said = parse_json(answer.content, limit=_MAX_REFUSAL_BYTES)
+        module, fault, status = said["module"], printable(said["fault"]), said["status"]
+        found = f"{address}: {said['answered']} answers, module {printable(module)[:12] or 'none'}"
+    except httpx.HTTPError as err:
+        return Check("serve", "red", f"{address} does not answer ({printable(err)})", log)
+    except (ValueError, KeyError, TypeError):
+        return Check("serve", "red", f"{address} is no service of fedsplit", "choose another port")
+    if fault:
+        return Check("serve", "yellow", f"{found}; a newer one is not in use: {fault}", log)
+    if status != "ok":
+        return Check(
+            "serve",
+            "yellow",
+            f"{found}",
+            "on the server: fedsplit module promote; it comes by itself",
+        )
+    return Check("serve", "green", found)
 
 
 def _server(folder: SiteFolder) -> Iterator[Check]:

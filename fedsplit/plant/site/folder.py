@@ -65,6 +65,19 @@ class RetentionSection(Section):
     """Versions of the module, the one in use among them: a rollback to one of them needs no line."""
 
 
+class ServeSection(Section):
+    """Whether the runtime answers predictions beside its training, and where (docs/how-to/serve.md)."""
+
+    port: int = Field(default=0, ge=0, le=65535)
+    """Where to listen; 0: nothing is served."""
+    host: str = Field(default="127.0.0.1", min_length=1, max_length=253)
+    """Beyond loopback a certificate and a token are wanted."""
+    tls_cert: str = ""
+    """A PEM file; this path and the next two may start at the site folder."""
+    tls_key: str = ""
+    token_file: str = ""
+
+
 class SiteFile(Section):
     """site.toml."""
 
@@ -72,6 +85,7 @@ class SiteFile(Section):
     reading: ReadingSection = ReadingSection()
     machine: MachineSection = MachineSection()
     retention: RetentionSection = RetentionSection()
+    serve: ServeSection = ServeSection()
 
 
 @dataclass(frozen=True)

@@ -194,7 +194,18 @@ def _state(services: dict[str, Any], doing: dict[str, Any]) -> tuple[SiteState, 
         if service.get("state") != "up":
             return "starting", ""
     state: SiteState = next((s for s in _STATES if s == doing.get("state")), "starting")
-    return state, str(doing.get("detail", "") or "")
+    return state, str(doing.get("detail", "") or "") or served(doing)
+
+
+def served(doing: dict[str, Any]) -> str:
+    """What the runtime serves, in words; empty where it is not to serve."""
+    said = doing.get("serve")
+    if not isinstance(said, dict):
+        return ""
+    if fault := said.get("fault"):
+        return f"it serves {'as before' if said.get('module') else 'nothing'}: {fault}"
+    module = str(said.get("module", ""))[:12]
+    return f"serves {f'module {module}' if module else 'no module yet'} at {said.get('address')}"
 
 
 def _rss(services: dict[str, Any]) -> int:

@@ -21,6 +21,7 @@ from fedsplit.plant.site import keys
 from fedsplit.plant.site.calls import ControlCalls
 from fedsplit.plant.site.clean import keep_bounded
 from fedsplit.plant.site.folder import SiteFolder
+from fedsplit.plant.site.listening import listening
 from fedsplit.plant.site.modules import SiteModules
 from fedsplit.plant.site.renew import Renewals
 from fedsplit.plant.site.report import Reports
@@ -106,6 +107,8 @@ def check(folder: SiteFolder, say: Say) -> None:
         raise _unwritable(folder, err) from err
     ends = keys.ends(keys.certificate(folder))
     site = folder.settings.site
+    if folder.settings.serve.port:
+        listening(folder).checked()
     if fault := gone(site.data):
         raise DataError(
             f"site {site.name!r}: {fault}; correct data in {printable(folder.path / 'site.toml')}, or bring the folder back"

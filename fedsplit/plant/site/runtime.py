@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import psutil
 
@@ -35,6 +35,9 @@ from fedsplit.plant.site.services import node_config
 from fedsplit.plant.supervisor import stop_on_signals
 from fedsplit.site.runtime import SiteRuntime
 from fedsplit.training.site_settings import NodeConfig, SiteSettings
+
+if TYPE_CHECKING:
+    from fedsplit.plant.site.serving import SiteServing
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +96,8 @@ def resident(place: Place, stop: threading.Event, runtime: SiteRuntime | None = 
                 place.supernode, _secret(place.secret_file), runtime, note=place.note, over=over
             )
         )
-        told = stack.enter_context(_Told(place.doing, executor, runtime))
+        serving = _serving(place.site, runtime)
+        told = stack.enter_context(_Told(place.doing, executor, runtime, serving))
 
         def work() -> None:
             try:
@@ -110,9 +114,14 @@ def resident(place: Place, stop: threading.Event, runtime: SiteRuntime | None = 
         worker.start()
         with unless_it_hangs() as alive:
             while not stop.wait(_WRITE_EVERY_S):
+                if serving is not None:
+                    serving.tend()
                 told.write()
                 alive(executor.told)
         told.write(stopping=True)
+        # Beside the end of the step, for both have the same few seconds.
+        ending = threading.Thread(target=serving.close if serving else int, daemon=True)
+        ending.start()
         worker.join(_STEP_S)
         if ended := not worker.is_alive():
             told.write(stopping=True)
@@ -121,6 +130,7 @@ def resident(place: Place, stop: threading.Event, runtime: SiteRuntime | None = 
             teller.start()
             teller.join(_TELL_S)
             stack.pop_all()  # the step uses what would be closed
+        ending.join(_TELL_S)
     if failed:
         raise failed[0]
     return ended
@@ -153,6 +163,15 @@ def unless_it_hangs(limit_s: float = _HANG_S) -> Iterator[Callable[[Doing], None
         faulthandler.cancel_dump_traceback_later()
 
 
+def _serving(folder: SiteFolder | None, runtime: SiteRuntime) -> SiteServing | None:
+    """What answers predictions beside the orders, where site.toml wants that."""
+    if folder is None or not folder.settings.serve.port:
+        return None
+    from fedsplit.plant.site.serving import SiteServing
+
+    return SiteServing(folder, runtime)
+
+
 def _runtime(folder: SiteFolder | None) -> SiteRuntime:
     fetch = None
     if folder is not None:
@@ -177,8 +196,15 @@ def warm_up(runtime: SiteRuntime, folder: SiteFolder | None) -> None:
 class _Told(Closing):
     """Keeps a file with what the runtime does, whole at any time."""
 
-    def __init__(self, path: Path | None, executor: Executor, runtime: SiteRuntime) -> None:
+    def __init__(
+        self,
+        path: Path | None,
+        executor: Executor,
+        runtime: SiteRuntime,
+        serving: SiteServing | None = None,
+    ) -> None:
         self._path, self._executor, self._runtime = path, executor, runtime
+        self._serving = serving
         self._fault = ""
         self.write()
 
@@ -194,6 +220,8 @@ class _Told(Closing):
             "backbone_loads": self._runtime.kept.parts.loads,
             "written": time.time(),
         }
+        if self._serving is not None:
+            found["serve"] = self._serving.told
         if stopping:
             found["state"] = "stopping"
         try:

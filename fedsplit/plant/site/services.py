@@ -77,6 +77,9 @@ def services(folder: SiteFolder) -> list[Service]:
         port=port,
         cwd=folder.path,
     )
+    if folder.settings.serve.port:
+        # Two computations share the cores: who waits must not spin on one (core/cpus.py: wait_asleep).
+        env = {"OMP_WAIT_POLICY": "passive", **env}
     runtime = Service(
         RUNTIME,
         [sys.executable, "-m", "fedsplit.plant.site.runtime", str(folder.path)],

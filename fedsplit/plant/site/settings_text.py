@@ -51,6 +51,15 @@ runs = {runs}
 log-mb = {log_mb}
 # Versions of the module in modules/, the one in use among them. A rollback to one of them needs no line.
 modules = {modules}
+
+[serve]
+# Answers predictions of the promoted module over HTTP; 0: no. docs/how-to/serve.md says more.
+port = {port}
+# Beyond 127.0.0.1 a certificate, its key and a file with a token are wanted.
+host = {host}
+tls-cert = {tls_cert}
+tls-key = {tls_key}
+token-file = {token_file}
 """
 
 
@@ -61,6 +70,7 @@ def written(settings: SiteFile) -> str:
         **settings.reading.model_dump(),
         **settings.machine.model_dump(),
         **settings.retention.model_dump(),
+        **settings.serve.model_dump(),
     }
     return _TEXT.format(format=FORMAT, **{key: toml_value(value) for key, value in values.items()})
 

@@ -122,9 +122,12 @@ class Answering(Closing):
         """Samples that were taken and are not answered yet."""
         return self._taken
 
-    def swap(self, predictor: Predictor) -> None:
-        """Put another module into use, once it has answered a first sample. Raises FedsplitError where it cannot."""
-        with torch.no_grad():
+    def swap(self, predictor: Predictor | None) -> None:
+        """Put another module into use, once it has answered a first sample; None: nothing is answered from now on.
+
+        Raises FedsplitError where it cannot answer; then the one before it stays.
+        """
+        if predictor is not None:
             blank = np.zeros((8, 8, 3), np.uint8) if predictor.kind == "image" else "a"
             _finite(predictor, predictor.outputs([predictor.prepare(blank)]))
         with self._changed:

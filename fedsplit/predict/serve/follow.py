@@ -33,7 +33,7 @@ class Follow(Closing):
         *,
         every_s: float = EVERY_S,
     ) -> None:
-        """`find` is asked again and again; None: there is none yet. Both may raise FedsplitError."""
+        """`find` is asked again and again; None: none is to be used. Both may raise FedsplitError."""
         self.fault = ""
         self._answering, self._find, self._load, self._every_s = answering, find, load, every_s
         self._stop = threading.Event()
@@ -67,7 +67,12 @@ class Follow(Closing):
     def _look(self) -> None:
         found = self._find()
         now = self._answering.predictor
-        if found is None or (now is not None and now.found.digest == found.digest):
+        if found is None:
+            if now is not None:
+                self._answering.swap(None)
+                log.info("no module is in use any more")
+            return
+        if now is not None and now.found.digest == found.digest:
             return
         self._answering.swap(self._load(found))
         log.info("module %s (%s) is in use", found.digest[:12], found.name)

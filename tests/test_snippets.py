@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import runpy
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,14 @@ from fedsplit.model.backbone import Backbone
 from fedsplit.model.inputs import Inputs
 from fedsplit.model.module import ModuleSpec
 from fedsplit.predict.predictor import Predictor, load_predictor
+from fedsplit.predict.serve.answering import Answering
 from fedsplit.training.data import load_source
 from tests.federation.conftest import prepared, settings, simulated
 from tests.model.copies import add_tokenizer, change_tensors, copy_of
 from tests.model.kinds import SPECS, away_from_zero
 from tests.model.test_split_equals_whole import Compared
 from tests.model.whole import make_batch
+from tests.predict.serving import serving
 from tests.test_docs import FENCE, PAGES, ROOT
 from tests.tiny import CONFIGS, save
 
@@ -40,6 +43,7 @@ BLOCKS = {
     "docs/explanation/costs.md": 1,
     "docs/how-to/new-family.md": 4,
     "docs/how-to/own-data.md": 2,
+    "docs/how-to/serve.md": 1,
     USE: 3,
     "docs/tutorials/first-run.md": 1,
 }
@@ -100,6 +104,19 @@ def inputs(predictor: Predictor, sample: Any) -> dict[str, torch.Tensor]:
 
 def logits(predictor: Predictor, sample: Any) -> torch.Tensor:
     return torch.from_numpy(predictor.outputs([predictor.prepare(sample)])[0])
+
+
+def test_a_line_asks_the_service(
+    first: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a free port; the page's is the reader's."""
+    monkeypatch.chdir(first)
+    monkeypatch.setenv("no_proxy", "*")
+    shutil.copy("pictures/3/0003.png", "part.png")
+    (source,) = snippets("docs/how-to/serve.md")
+    with serving(Answering(load_predictor("runs/first"))) as (service, _):
+        run(source.replace("http://127.0.0.1:8080", service.address), first)
+    assert capsys.readouterr().out == "3\n"
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,6 +48,14 @@ def evaluate(
     leave_out_broken: Annotated[
         bool, typer.Option("--leave-out-broken", help="Leave out files that cannot be read.")
     ] = False,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            metavar="DIR",
+            help="Write a page, pictures and a contact sheet of the wrong samples there.",
+        ),
+    ] = None,
     batch_size: Annotated[
         int, typer.Option(metavar="N", help="Samples that go through the model at a time.")
     ] = 32,
@@ -62,6 +71,7 @@ def evaluate(
     from fedsplit.cli.checks import of_source
     from fedsplit.cli.evaluate_view import record, shown
     from fedsplit.core.errors import ConfigError, DataError
+    from fedsplit.core.extras import check_extra
     from fedsplit.predict.judge.judged import SITE, Samples, judge
     from fedsplit.predict.predictor import load_predictor
     from fedsplit.predict.stream import check_batch_size
@@ -69,6 +79,8 @@ def evaluate(
     check_batch_size(batch_size)
     if not 0 < risk < 1:
         raise ConfigError(f"--risk {risk:g} is no share of answers; give one between 0 and 1")
+    if folder is not None:
+        check_extra("server", "evaluate --out", "matplotlib")
     out = Output(as_json=as_json)
     with out.if_long("loading the module and its backbone ..."):
         this = load_predictor(module, backbone=backbone, pixel_max=pixel_max, registry=registry)
@@ -86,7 +98,14 @@ def evaluate(
     except (ConfigError, DataError) as err:
         raise of_source(err, SITE) from err
     out.show(shown(judged))
-    out.result(record(judged))
+    page = ""
+    if folder is not None:
+        from fedsplit.report.evaluation import write
+
+        with out.if_long("drawing the pictures ..."):
+            page = str(write(folder.expanduser(), judged))
+        out.note(f"the page with pictures and the samples it got wrong: {page}")
+    out.result(record(judged) | ({"page": page} if page else {}))
 
 
 @contextmanager

@@ -28,6 +28,18 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def test_a_page_with_pictures(
+    trained_image_module: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = ["--module", str(trained_image_module), "--data", f"folder:{photos}", "--json"]
+    assert call(["evaluate", *args, "--out", str(tmp_path / "out")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    page = Path(found["page"]).read_text(encoding="utf-8")
+    assert "odd-" in page
+    assert (tmp_path / "out" / "wrong.png").is_file()
+    assert (tmp_path / "out" / "confusion.svg").is_file()
+
+
 def test_the_json_object(
     trained_image_module: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,7 +23,16 @@ from pydantic import (
 )
 
 from fedsplit.core.foreign import Name, checked_name
-from fedsplit.core.scores import SCORINGS, Scores, Scoring, Sums, Tally, Target, scoring_of
+from fedsplit.core.scores import (
+    SCORINGS,
+    Confusion,
+    Scores,
+    Scoring,
+    Sums,
+    Tally,
+    Target,
+    scoring_of,
+)
 
 Outcome = Literal["complete", "partial", "failed"]
 # In the run's log, each before a record as one line of JSON, for runs whose folder is on another machine.
@@ -69,6 +78,9 @@ class _Scored(_Record):
     @model_serializer(mode="wrap")
     def _in_files(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         found: dict[str, Any] = handler(self)
+        for name in ("confusion", "recall"):
+            if found.get(name) is None:
+                found.pop(name, None)
         if self.scoring.target == "class":
             for general in self.own_names.values():
                 del found[general]
@@ -110,6 +122,8 @@ class RoundMetrics(_Scored):
     correct_global: Count | None = None
     correct_personal: Count | None = None
     """Of a task with classes: the sums' right answers."""
+    confusion: Confusion | None = None
+    """Of the run's last test, with at most MAX_CONFUSED classes: [label][answer] test samples."""
     loss: Annotated[float, Field(allow_inf_nan=False)] | None
     """Mean training loss of the round; None when it did not train."""
     bytes_activation_up: Count
@@ -187,6 +201,10 @@ class SiteSummary(_Scored):
     accuracy_local_only: float | None = None
     accuracy_local_only_personal: float | None = None
     """Of a task with classes: the scores' accuracy."""
+    confusion: Confusion | None = None
+    """Of the run's last test on this site's own test samples; None where it was not kept."""
+    recall: dict[str, float | None] | None = None
+    """Class -> the share of its test samples that was found; None of a class without one."""
     bytes_up: int
     bytes_down: int
     seconds_device: float
@@ -253,6 +271,10 @@ class Summary(_Scored):
     accuracy_by_round: tuple[float, ...] = ()
     accuracy_local_only: float | None = None
     """Of a task with classes: the scores' accuracy."""
+    confusion: Confusion | None = None
+    """Of the run's last test over all sites: [label][answer] samples, in the order of config.json's classes."""
+    recall: dict[str, float | None] | None = None
+    """Class -> recall, over all sites."""
     bytes_activation: int
     bytes_module: int
     flops_device: int = 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -31,6 +31,12 @@ Sums = Annotated[
     Field(max_length=_MAX_SUMS),
 ]
 """Name -> sum over test samples. Foreign numbers: capped in number, length and size."""
+
+MAX_CONFUSED = 100
+"""Classes up to which a run keeps which class was taken for which: what a site sends stays small."""
+_Row = Annotated[tuple[Annotated[int, Field(ge=0, le=10**12)], ...], Field(max_length=MAX_CONFUSED)]
+Confusion = Annotated[tuple[_Row, ...], Field(max_length=MAX_CONFUSED)]
+"""[label][answer] test samples, in the order of the run's classes. They add over sites."""
 
 NUMBER: tuple[str, ...] = ("number",)
 """What stands for the classes where labels are numbers: the name of the one output."""
@@ -104,6 +110,34 @@ def added(tests: Iterable[Tally]) -> Tally:
             sums[name] = sums.get(name, 0.0) + value
     # Built unchecked: each part was checked when it came, and sums of many parts may be larger.
     return Tally.model_construct(sums=sums, samples=samples)
+
+
+def fits(confusion: Confusion, test: Tally, classes: int) -> bool:
+    """Can this be the confusion of that test of classes?"""
+    return (
+        len(confusion) == classes
+        and all(len(row) == classes for row in confusion)
+        and sum(map(sum, confusion)) == test.samples
+        and sum(row[i] for i, row in enumerate(confusion)) == test.sums.get("correct")
+    )
+
+
+def together(confusions: Iterable[Confusion]) -> Confusion | None:
+    """The confusion over all sites; None where there is none."""
+    found = list(confusions)
+    if not found:
+        return None
+    return tuple(tuple(map(sum, zip(*rows, strict=True))) for rows in zip(*found, strict=True))
+
+
+def recall_of(
+    confusion: Confusion | None, classes: Sequence[str]
+) -> dict[str, float | None] | None:
+    """Class -> the share of its samples that was found; None where it has no sample."""
+    if confusion is None:
+        return None
+    rows = zip(classes, confusion, strict=True)
+    return {name: row[i] / sum(row) if sum(row) else None for i, (name, row) in enumerate(rows)}
 
 
 class Scoring(ABC):

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from fedsplit.core.aggregation import Tensors
 from fedsplit.core.orders import (
@@ -29,7 +31,7 @@ from fedsplit.core.orders import (
     travelling_bytes,
 )
 from fedsplit.core.records import RoundMetrics
-from fedsplit.core.scores import Tally
+from fedsplit.core.scores import MAX_CONFUSED, Tally
 from fedsplit.model import module
 from fedsplit.model.module import ModuleTensors
 from fedsplit.site.learning import learn, settings_of
@@ -95,10 +97,24 @@ class SiteRound(SiteWork):
         return Outgoing(Answer(metrics=metrics, rank=rank), reply)
 
     def _evaluate(self, tensors: ModuleTensors, received: int) -> Outgoing:
+        """The run's last test, which also tells which class is taken for which."""
+        classes = len(self.spec.classes)
+        counts = None
+        if self.spec.numbers is None and classes <= MAX_CONFUSED:
+            counts = torch.zeros(classes, classes, dtype=torch.int64)
+
+        def count(logits_BC: Tensor, labels_B: Tensor) -> None:
+            if counts is not None:
+                one = torch.ones_like(labels_B)
+                counts.index_put_((labels_B, logits_BC.argmax(dim=1)), one, accumulate=True)
+
         with self.opened(tensors) as run:
-            before = self.tested(run, self.own.test)
+            before = self.tested(run, self.own.test, watch=count)
             flops = self.flops(run)
         metrics = self._metrics(run, received, {}, before=before, flops=flops)
+        if counts is not None:
+            rows = tuple(map(tuple, counts.tolist()))
+            metrics = metrics.model_copy(update={"confusion": rows})
         return Outgoing(Answer(metrics=metrics))
 
     def _statistics(self, tensors: ModuleTensors, received: int) -> Outgoing:

@@ -32,7 +32,7 @@ from fedsplit.training.dial import CountingEncoder, Dial
 from fedsplit.training.pipeline import Flow
 from fedsplit.training.plan import Plan, plan
 from fedsplit.training.replay import caught_up, history_shapes
-from fedsplit.training.round import Adjust, WaitMeter, evaluate
+from fedsplit.training.round import Adjust, WaitMeter, Watch, evaluate
 from fedsplit.training.site_data import SiteData
 from fedsplit.training.site_settings import SiteSettings
 from fedsplit.training.task import CLASSIFICATION, Regression, Task
@@ -170,12 +170,19 @@ class SiteWork:
         )
 
     def tested(
-        self, run: OpenModel, indices: NDArray[np.int64], *, adjust: Adjust | None = None
+        self,
+        run: OpenModel,
+        indices: NDArray[np.int64],
+        *,
+        adjust: Adjust | None = None,
+        watch: Watch | None = None,
     ) -> Tally:
-        """The test of what the model holds on these samples; `adjust` as in `evaluate`."""
+        """The test of what the model holds on these samples; `adjust` and `watch` as in `evaluate`."""
         run.tested += len(indices)
         batches = self.batches(indices)
-        return evaluate(run.model, batches, adjust=adjust, task=self.task, **run.testing)
+        return evaluate(
+            run.model, batches, adjust=adjust, watch=watch, task=self.task, **run.testing
+        )
 
     def batches(self, indices: NDArray[np.int64]) -> Iterator[data.Batch]:
         """These samples in their order."""

@@ -33,7 +33,7 @@ __all__ = ["Batches", "TrainSettings", "WaitMeter", "evaluate", "train"]
 Batches = Callable[[int], Iterable[Batch]]
 """epoch -> the training batches of that epoch, in their shuffled order."""
 Watch = Callable[[Tensor, Tensor], None]
-"""Sees the logits (detached) and labels of each training batch: what else learns of them."""
+"""Sees the logits (detached) and labels of each batch: what else learns of them, or counts them."""
 Adjust = Callable[[Tensor], Tensor]
 """Logits -> the logits that count: a personal classifier adds its own."""
 
@@ -48,8 +48,9 @@ def evaluate(
     precision: Precision = "fp32",
     adjust: Adjust | None = None,
     task: Task = CLASSIFICATION,
+    watch: Watch | None = None,
 ) -> Tally:
-    """Add up the task's sums. Several steps are in flight: nothing of a step depends on another.
+    """Add up the task's sums; `watch` sees what counts. Several steps are in flight: nothing of a step depends on another.
 
     Raises DivergedError where they are not finite.
     """
@@ -58,10 +59,13 @@ def evaluate(
     with torch.no_grad():
         for batch, z in pipeline.ahead(model, batches, flow):
             logits_BC = pipeline.tail(model, z, batch.mask, precision)
-            sums = task.sums(adjust(logits_BC) if adjust else logits_BC, batch.labels)
+            logits_BC = adjust(logits_BC) if adjust else logits_BC
+            sums = task.sums(logits_BC, batch.labels)
             if not all(map(math.isfinite, sums.values())):
                 raise DivergedError("the model's predictions are not finite; lower learning-rate")
             tests.append(Tally(sums=sums, samples=len(batch.labels)))
+            if watch:
+                watch(logits_BC, batch.labels)
     return added(tests)
 
 

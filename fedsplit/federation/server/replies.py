@@ -27,6 +27,7 @@ from fedsplit.core.errors import (
 from fedsplit.core.foreign import printable
 from fedsplit.core.orders import DELTA, SCALARS, Answer, Calibration
 from fedsplit.core.records import Phase, RoundMetrics, Status
+from fedsplit.core.scores import fits
 from fedsplit.federation import messages
 from fedsplit.federation.server.attendance import Attendance
 from fedsplit.federation.server.books.ledger import Ledger
@@ -182,6 +183,9 @@ class Replies:
         tests = [numbers.tested, *filter(None, [numbers.tested_personal])]
         if not all(map(self.scoring.possible, tests)):
             raise FederationError("its test numbers contradict each other")
+        classes = len(self._orders.spec.classes)
+        if numbers.confusion is not None and not fits(numbers.confusion, numbers.tested, classes):
+            raise FederationError("its confusion matrix contradicts its test numbers")
         return answer
 
     def _scalars(self, site: Site, reply: Message, samples: int) -> Scalars:

@@ -165,6 +165,7 @@ class Run:
         self._note_caps(sites)
         scale = self._scale(sites, start, goes_on=goes_on)
         spec = ModuleSpec.of(self.config.module, classes, numbers=scale)
+        self.ledger.classes = classes if scale is None else ()
         self._write_config(classes, sites, scale)
         if not self.simulated:
             attendance.newcomers = Newcomers(

@@ -13,7 +13,7 @@ from fedsplit.core.config import RunConfig
 from fedsplit.core.notes import fit
 from fedsplit.core.orders import LocalOnly, RollCall
 from fedsplit.core.records import LeftOut, Outcome, RoundMetrics, SiteSummary, Summary
-from fedsplit.core.scores import CLASS_SCORES, Scores, Scoring, Tally, added
+from fedsplit.core.scores import CLASS_SCORES, Scores, Scoring, Tally, added, recall_of, together
 from fedsplit.model.backbone import Backbone
 
 Absence = tuple[int, str, str]
@@ -38,6 +38,8 @@ class Ledger:
     wall_before_s: float = 0.0
     """Wall time of the run before it was resumed."""
     scoring: Scoring = CLASS_SCORES
+    classes: tuple[str, ...] = ()
+    """The run's, in the order of its confusion matrices."""
 
     def note(self, text: str) -> None:
         """Note what the run itself found odd."""
@@ -89,6 +91,8 @@ class Ledger:
             lost = sorted({site for _, site, _ in self.absences})
             reason = f"not every site took part in every round: {', '.join(lost)}"
         curve = [self.scores_of_round(r) for r in range(1, rounds_done + 2)]
+        last = [m.confusion for m in self.metrics if m.round == rounds_done + 1]
+        confusion = together(c for c in last if c is not None)
         alone = [self.scoring.scores(o.everywhere) for o in self.local_only.values()]
         return Summary(
             run=self.run,
@@ -107,6 +111,8 @@ class Ledger:
             scores_personal=self.scoring.scores(self._personal()),
             scores_by_round=tuple(s for s in curve if s is not None),
             scores_local_only=_mean([s for s in alone if s is not None]),
+            confusion=confusion,
+            recall=recall_of(confusion, self.classes),
             bytes_activation=sum(
                 m.bytes_activation_up + m.bytes_activation_down for m in self.metrics
             ),
@@ -161,6 +167,8 @@ class Ledger:
             scores_personal=scores(trained[-1]) if trained else None,
             scores_local_only=scores(alone.everywhere) if alone else None,
             scores_local_only_personal=scores(alone.own) if alone else None,
+            confusion=rows[-1].confusion if rows else None,
+            recall=recall_of(rows[-1].confusion, self.classes) if rows else None,
             bytes_up=sum(m.bytes_activation_up + m.bytes_module_up for m in every),
             bytes_down=sum(m.bytes_activation_down + m.bytes_module_down for m in every),
             seconds_device=sum(m.seconds_device for m in every),

@@ -218,9 +218,9 @@ def _outcome(version: Version) -> str:
 
 def _table(*headings: str) -> Table:
     table = Table(box=None, pad_edge=False, show_header=bool(headings))
-    for heading in headings or ("", ""):
-        # In a narrow terminal lines fold; nothing is cut.
-        table.add_column(Text(heading), overflow="fold")
+    for i, heading in enumerate(headings or ("", "")):
+        # In a narrow terminal lines fold, but for the name to type; nothing is cut.
+        table.add_column(Text(heading), overflow="fold", no_wrap=bool(headings) and not i)
     return table
 
 

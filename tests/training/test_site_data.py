@@ -294,7 +294,8 @@ def test_a_thousand_sites_cost_one_deal(vit: Backbone, tmp_path: Path) -> None:
     started = time.process_time()
     for _ in range(2):
         owned = [open_site(run, dealt(i, 1000), vit, None) for i in range(1000)]
-    assert time.process_time() - started < 2
+    # A deal for each site takes minutes.
+    assert time.process_time() - started < 20
     assert KEPT.sources.dealt.misses == 1
     assert KEPT.sources.loaded.misses == 1
     assert len({id(own.transform) for own in owned}) == 1

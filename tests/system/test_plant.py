@@ -171,7 +171,8 @@ def test_a_run_trains_at_the_sites_and_a_newcomer_joins_it(plant: Plant) -> None
     settings = (
         "task=inspection",
         "cut=2,4",
-        "rounds=8",
+        # So many that a site has time to join on a busy machine.
+        "rounds=20",
         "batch-size=8",
         "deadline-s=120",
         "run-name=first",
@@ -187,7 +188,7 @@ def test_a_run_trains_at_the_sites_and_a_newcomer_joins_it(plant: Plant) -> None
     )
     plant.join("line-c")
     plant.run_site("line-c")
-    out, err = run.communicate(timeout=400)
+    out, err = run.communicate(timeout=500)
     assert run.returncode == 0, f"{out}\n{err}"
     summary = json.loads(out)
     assert summary["outcome"] == "complete"

@@ -127,7 +127,7 @@ def _reliability(verdict: ClassVerdict) -> Figure:
     upper.set_xlim(0, 1)
     upper.yaxis.set_major_formatter(PercentFormatter(1.0))
     upper.set_ylabel("share of right answers")
-    upper.legend(loc="upper left", frameon=False, fontsize=9)
+    upper.legend(loc="upper left", framealpha=0.9, edgecolor="none", fontsize=9)
     upper.set_title(
         f"Reliability: calibration error {100 * verdict.calibration_error:.1f} points", fontsize=11
     )
